@@ -1,0 +1,88 @@
+"""Write a caption for every image: python -m attncap.caption photo.jpg folder/ --model runs/shapes"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tqdm import tqdm
+
+from attncap import command
+from attncap.captioner import Caption, Captioner
+from attncap.data import Example
+from attncap.data.images import find_images
+from attncap.data.loader import Pictures, batches
+from attncap.errors import CallError, UserError
+from attncap.pictures import save_attention
+
+
+@dataclass
+class CaptionConfig:
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Image files, and folders that are searched for images."""
+    model: str
+    """Folder of a trained model, as `python -m attncap.train` writes it."""
+    beam_size: int = 5
+    """Hypotheses followed at once; 1 is greedy."""
+    max_length: int = 50
+    """Longest caption, in words."""
+    batch_size: int = 32
+    """Images that go through the model together."""
+    format: Literal["text", "jsonl"] = "text"
+    """Print `path: caption`, or a JSON object a line."""
+    attention_dir: str | None = None
+    """Folder for a picture of each caption: its words, each with the places the model looked at."""
+    workers: int = 2
+    """Processes that read images; 0 reads them in the main one."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    implementation: Literal["native", "torch"] = "native"
+    """The project's own kernels, or plain PyTorch."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(config: CaptionConfig) -> None:
+    paths = find_images(config.images)
+    if not paths:
+        raise CallError(f"no images in {', '.join(config.images)}; give image files, or folders that hold some")
+    model = Captioner.from_pretrained(config.model, config.implementation).to(command.find_device(config.device))
+    examples = [Example(name=str(path), captions=(), path=path) for path in paths]
+    written = 0
+    captions = caption_examples(
+        model, examples, config.beam_size, config.max_length, config.batch_size, config.workers
+    )
+    for example, caption in captions:
+        if config.format == "text":
+            tqdm.write(f"{example.name}: {caption.text}")
+        else:
+            line = {"image": example.name, "caption": caption.text, "score": caption.score}
+            tqdm.write(json.dumps(line, ensure_ascii=False))
+        if config.attention_dir is not None:
+            picture = Path(config.attention_dir) / f"{written:06d}-{example.path.stem}.png"
+            save_attention(picture, [(example.image(), caption)])
+        written += 1
+    if not written:
+        raise UserError("none of the images could be read")
+
+
+def caption_examples(
+    model: Captioner, examples: Sequence, beam_size: int, max_length: int, batch_size: int, workers: int
+) -> Iterator[tuple[Example, Caption]]:
+    """Each example that can be read, with its caption, in order, under a progress bar; the others are reported and left
+    out."""
+    with tqdm(total=len(examples), desc="captioning", unit="image", leave=False) as bar:
+        for indices, images, errors in batches(Pictures(examples, model.config.image_size), batch_size, workers):
+            for error in errors:
+                logging.getLogger("attncap").warning("skipped: %s", error)
+            if images is not None:
+                captions = model.caption(images, beam_size, max_length, batch_size)
+                yield from ((examples[i], caption) for i, caption in zip(indices, captions, strict=True))
+            bar.update(len(indices) + len(errors))
+
+
+if __name__ == "__main__":
+    command.run("caption", main, tyro.MISSING, __doc__)

@@ -1,0 +1,135 @@
+"""The captioner: encoder, decoder and vocabulary as one model that is saved, loaded and asked for captions."""
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from attncap.config import ModelConfig
+from attncap.data.images import load_image
+from attncap.data.loader import to_tensor
+from attncap.data.vocabulary import Vocabulary
+from attncap.errors import CallError, UserError
+from attncap.files import write_atomically
+from attncap.models.decoder import Decoder
+from attncap.models.encoder import Encoder
+from attncap.search import beam_search
+
+
+@dataclass
+class Caption:
+    """A caption of one image."""
+
+    text: str
+    score: float  # sum of the log-probabilities of its words and of <end>
+    words: list[str]
+    attention: Tensor  # float32 [len(words), rows, columns]: where the model looked as it wrote each word
+
+
+class Captioner(nn.Module):
+    """An image captioner with soft attention.
+
+    Args:
+        config: what the model is built from.
+        vocabulary: its words.
+        encoder_weights: the encoder's weights to start from: "default", "none" or a file (see `Encoder`).
+        implementation: "native" uses the project's own kernels, "torch" plain PyTorch; the captions are the same.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocabulary: Vocabulary,
+        encoder_weights: str = "none",
+        implementation: str = "native",
+    ):
+        super().__init__()
+        self.encoder = Encoder(config.encoder, config.encoder_layer, config.grid, encoder_weights)
+        self.config = replace(config, encoder_layer=self.encoder.layer)
+        self.vocabulary = vocabulary
+        cells, channels = self.encoder.grid_shape(config.image_size)
+        self.grid = (int(cells**0.5),) * 2  # rows, columns
+        self.decoder = Decoder(config, channels, len(vocabulary), implementation)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Teacher forcing: images uint8 [B,3,S,S], tokens int64 [N,T] -> logits [N,T-1,V], weights [N,T-1,P]."""
+        return self.decoder(self.encoder(images), tokens)
+
+    @torch.inference_mode()
+    def caption(
+        self,
+        images: Tensor | Sequence[str | Path | Image.Image],
+        beam_size: int = 5,
+        max_length: int = 50,
+        batch_size: int = 32,
+    ) -> list[Caption]:
+        """Caption images with the best hypothesis of a beam search.
+
+        Args:
+            images: paths, Pillow images, or a uint8 tensor [B,3,S,S] of images already at the model's size.
+            beam_size: K, hypotheses an image followed at once; 1 is greedy.
+            max_length: steps of the search, a word or <end> each.
+            batch_size: images that go through the model together.
+
+        Raises UserError for a file that is no readable image.
+        """
+        training = self.training
+        self.eval()
+        captions = []
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            if not isinstance(batch, Tensor):
+                pictures = (image if isinstance(image, Image.Image) else load_image(image) for image in batch)
+                batch = torch.stack([to_tensor(picture, self.config.image_size) for picture in pictures])
+            features = self.encoder(batch.to(self.device))
+            captions += map(self._caption, beam_search(self.decoder, features, beam_size, max_length))
+        self.train(training)
+        return captions
+
+    def _caption(self, hypothesis) -> Caption:
+        words = [self.vocabulary.words[token] for token in hypothesis.tokens]
+        attention = hypothesis.attention.view(len(words), *self.grid)
+        return Caption(" ".join(words), hypothesis.score, words, attention)
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.score_weight.device
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json`, `vocabulary.json` and `model.safetensors` into the folder. Each file is written whole
+        under a temporary name first, the weights last. Raises UserError when the folder cannot be written."""
+        folder = Path(folder)
+        self.config.save(folder / "config.json")
+        self.vocabulary.save(folder / "vocabulary.json")
+        state = {name: value.contiguous() for name, value in self.state_dict().items()}
+        write_atomically(folder / "model.safetensors", safetensors.torch.save(state))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, implementation: str = "native") -> "Captioner":
+        """Load what `save_pretrained` wrote, ready to caption. Raises CallError when there is no such folder, UserError
+        when a file of it is missing, cut short, or of another model."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CallError(f"{folder}: no such model folder; train one with python -m attncap.train --output {folder}")
+        config = ModelConfig.load(folder / "config.json")
+        vocabulary = Vocabulary.load(folder / "vocabulary.json")
+        weights = folder / "model.safetensors"
+        try:
+            state = safetensors.torch.load_file(weights)
+        except OSError as error:
+            raise UserError(f"{weights}: cannot read the model's weights: {error.strerror or error}") from error
+        except (safetensors.SafetensorError, struct.error, json.JSONDecodeError) as error:
+            raise UserError(f"{weights}: the file is damaged or cut short ({error}); copy or train it again") from error
+        model = cls(config, vocabulary, implementation=implementation)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise UserError(f"{weights}: does not fit {folder / 'config.json'}: {reason}") from error
+        return model.eval()

@@ -1,0 +1,70 @@
+"""What the commands share: reading their flags, and ending with one clear line when something is wrong."""
+
+import dataclasses
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import tyro
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from attncap.errors import CallError, UserError
+
+Config = TypeVar("Config")
+
+
+def run(name: str, main: Callable[[Config], None], default: Config, description: str) -> None:
+    """Run `python -m attncap.NAME`: read the flags into a dataclass and call `main` with it.
+
+    Exit status 0, 1 (the work failed), 2 (the call was wrong), 130 (interrupted). Errors are one line on standard error;
+    the traceback comes only with --debug.
+    """
+    config = tyro.cli(type(default), prog=f"python -m attncap.{name}", description=description, default=default)
+    logging.basicConfig(format="attncap: %(message)s")
+    try:
+        check_numbers(config)
+        with logging_redirect_tqdm():
+            main(config)
+        status = 0
+    except KeyboardInterrupt:
+        print("attncap: interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except Exception as error:  # the last resort of a command: whatever it is, one line
+        if config.debug:
+            traceback.print_exc()
+        known = isinstance(error, UserError)
+        message = str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)"
+        print(f"attncap: error: {message}", file=sys.stderr)
+        status = error.status if known else 1
+    sys.exit(status)
+
+
+def check_numbers(config: object) -> None:
+    """Raises CallError for a number below what its flag allows: 1 for whole numbers, 0 for the others and for those
+    that may count nothing."""
+    for field in dataclasses.fields(config):
+        value, least = getattr(config, field.name), 0
+        if dataclasses.is_dataclass(value):
+            check_numbers(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            if isinstance(value, int) and field.name not in ("seed", "workers"):
+                least = 1
+            if not value >= least:
+                raise CallError(f"--{field.name.replace('_', '-')} {value}: must be at least {least}")
+
+
+def find_device(name: str) -> torch.device:
+    """ "auto" (CUDA where there is one), or any name torch knows. Raises CallError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise CallError(f"--device {name}: {str(error).splitlines()[0]}") from error

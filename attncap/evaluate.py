@@ -1,0 +1,128 @@
+"""Score a model on a data set, or captions in a file against references.
+
+python -m attncap.evaluate --model runs/shapes --data shapes
+python -m attncap.evaluate --predictions results.json --references captions.json
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from attncap import command, metrics
+from attncap.caption import caption_examples
+from attncap.captioner import Captioner
+from attncap.data import open_dataset
+from attncap.data.coco import read_captions
+from attncap.data.shapes import Scene, is_true
+from attncap.errors import CallError, UserError
+from attncap.files import write_atomically
+
+
+@dataclass
+class EvaluateConfig:
+    model: str | None = None
+    """Folder of a trained model; goes with --data."""
+    data: str | None = None
+    """shapes, or the path of a data set (see `python -m attncap.train --help`)."""
+    split: str = "test"
+    """Part of the data set to score: train, val or test."""
+    predictions: str | None = None
+    """Captions in COCO's results format, [{"image_id": 1, "caption": "..."}, ...]; goes with --references."""
+    references: str | None = None
+    """COCO's caption JSON that holds the references of the same image ids."""
+    output: str | None = None
+    """Also write the figures to this JSON file, and a model's captions to results.json beside it."""
+    beam_size: int = 5
+    """Hypotheses followed at once; 1 is greedy."""
+    max_length: int = 50
+    """Longest caption, in words."""
+    batch_size: int = 32
+    """Images that go through the model together."""
+    seed: int = 0
+    """Seed of `shapes`, and of the splits where the data set has none: the one the model was trained with."""
+    workers: int = 2
+    """Processes that read images; 0 reads them in the main one."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    implementation: Literal["native", "torch"] = "native"
+    """The project's own kernels, or plain PyTorch."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(config: EvaluateConfig) -> None:
+    given = [config.model, config.data, config.predictions, config.references]
+    match [value is not None for value in given]:
+        case [True, True, False, False]:
+            model = Captioner.from_pretrained(config.model, config.implementation)
+            splits = open_dataset(config.data, config.seed)
+            if config.split not in splits:
+                raise CallError(f"--split {config.split}: {config.data} has only {', '.join(splits)}")
+            figures, results = evaluate(
+                model.to(command.find_device(config.device)),
+                splits[config.split],
+                config.beam_size,
+                config.max_length,
+                config.batch_size,
+                config.workers,
+            )
+        case [False, False, True, True]:
+            predictions, references = read_results(config.predictions), read_captions(config.references)
+            if len(predictions) < len(references):
+                print(f"scoring {len(predictions)} of the {len(references)} images with references", file=sys.stderr)
+            figures, results = metrics.score(predictions, {key: references.get(key, ()) for key in predictions}), None
+        case _:
+            raise CallError("give --model and --data, or --predictions and --references")
+    print(table(figures))
+    if config.output is not None:
+        output = Path(config.output)
+        write_atomically(output, json.dumps(figures, indent=2) + "\n")
+        if results is not None:
+            write_atomically(output.with_name("results.json"), json.dumps(results, indent=1) + "\n")
+
+
+def evaluate(
+    model: Captioner, examples: Sequence, beam_size: int, max_length: int, batch_size: int, workers: int
+) -> tuple[dict[str, float], list[dict[str, str]]]:
+    """Caption every example freely, each image once, and score the captions against all its references.
+
+    Returns the figures (see `metrics.score`; on `shapes` also `true`, the share of captions exactly true of their
+    scene) and the captions in COCO's results format.
+    """
+    written = list(caption_examples(model, examples, beam_size, max_length, batch_size, workers))
+    if not written:
+        raise UserError("none of the images to be scored could be read")
+    figures = metrics.score(
+        {example.name: caption.text for example, caption in written},
+        {example.name: example.captions for example, _ in written},
+    )
+    if isinstance(examples[0], Scene):
+        figures["true"] = sum(is_true(caption.text, scene) for scene, caption in written) / len(written)
+    return figures, [{"image_id": example.name, "caption": caption.text} for example, caption in written]
+
+
+def read_results(path: str | Path) -> dict[str, str]:
+    """COCO's results format -> caption by image id. Raises UserError when the file is something else."""
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        captions = {str(result["image_id"]): str(result["caption"]) for result in results}
+    except OSError as error:
+        raise CallError(f"--predictions {path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f'{path}: expected [{{"image_id": 1, "caption": "..."}}, ...]: {error!r}') from error
+    if len(captions) < len(results):
+        raise UserError(f"{path}: {len(results) - len(captions)} image ids stand there twice; keep one caption an image")
+    return captions
+
+
+def table(figures: dict[str, float]) -> str:
+    """The figures as aligned lines of text."""
+    width = max(map(len, figures))
+    return "\n".join(f"{name:{width}}  {value:.4f}" for name, value in figures.items())
+
+
+if __name__ == "__main__":
+    command.run("evaluate", main, EvaluateConfig(), __doc__)

@@ -1,0 +1,39 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from attncap.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that takes its name when the block ends without an error.
+
+    Missing folders are made. Whatever goes wrong in the block, an older file at `path` stays as it
+    was and the temporary one is removed. Raises UserError when the system refuses to write.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # a folder that refuses files is found before the block's work is done
+        yield temporary
+        os.replace(temporary, path)
+    except FileExistsError as error:
+        raise UserError(f"cannot write {path}: {error.filename} is not a folder") from error
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write the bytes, or the text in UTF-8, to `path`. Raises UserError, see `atomic_path`."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))

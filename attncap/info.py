@@ -1,0 +1,43 @@
+"""What this installation has: versions, devices, which kernels are built and in use, and how to get what is missing."""
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from attncap import command
+from attncap.ops import library
+
+PACKAGES = ("attncap", "torch", "torchvision", "numpy", "pillow", "pycocotools", "safetensors", "tyro", "matplotlib")
+
+
+@dataclass
+class InfoConfig:
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(config: InfoConfig) -> None:
+    devices = {"cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
+    for index in range(torch.cuda.device_count()):
+        devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
+    for title, lines in (("versions", versions()), ("devices", devices), ("kernels", library.status())):
+        print(title)
+        for name, value in lines.items():
+            print(f"  {name:12} {value}")
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+if __name__ == "__main__":
+    command.run("info", main, InfoConfig(), __doc__)

@@ -1,0 +1,39 @@
+"""ROUGE-L."""
+
+from collections.abc import Sequence
+
+from attncap.metrics.ngrams import Words
+
+BETA = 1.2  # recall counts more than precision; coco-caption's value
+
+
+def rouge_l(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
+    """ROUGE-L of each image, 0 to 1 (Lin 2004, "ROUGE", equations 2 to 4); their mean is the corpus's.
+
+    P = LCS / words predicted, R = LCS / words of the reference, F = (1 + b²) P R / (R + b² P), with
+    P and R each the best over the references, as in coco-caption.
+    """
+    return [_rouge_l(words, refs) for words, refs in zip(predictions, references, strict=True)]
+
+
+def _rouge_l(words: Words, references: Sequence[Words]) -> float:
+    # In coco-caption an empty caption is one empty word, so it equals another empty one.
+    words, references = words or [""], [ref or [""] for ref in references]
+    common = [_longest_common_subsequence(words, ref) for ref in references]
+    precision = max(common) / len(words)
+    recall = max(c / len(ref) for c, ref in zip(common, references, strict=True))
+    if precision == 0:
+        return 0.0
+    return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
+
+
+def _longest_common_subsequence(a: Words, b: Words) -> int:
+    """Length of the longest sequence of words that both hold in this order, gaps allowed."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            above = row[j]
+            row[j] = diagonal + 1 if word == other else max(above, row[j - 1])
+            diagonal = above
+    return row[-1]

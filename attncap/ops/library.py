@@ -1,0 +1,82 @@
+"""Loads the native libraries that `pip install .` left in attncap/lib.
+
+Nothing falls back silently: `require` says what is missing and how to get it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attncap.errors import UserError
+
+FOLDER = Path(__file__).resolve().parent.parent / "lib"
+
+# Why the kernels of a device cannot be used; None where they can.
+_missing: dict[str, str | None] = {}
+
+
+def _build_record() -> dict[str, Any]:
+    path = FOLDER / "build.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _load(device_type: str) -> str | None:
+    """Load the library of a device; returns why it could not be loaded."""
+    path = FOLDER / f"libattncap_{device_type}.so"
+    if device_type == "cuda" and torch.version.cuda is None:
+        return "this torch is a build without CUDA"
+    if not path.is_file():
+        if not FOLDER.is_dir():
+            return "the package was not built; run `pip install .` in its source folder"
+        reason = _build_record().get("cuda_left_out", f"{path} is gone")
+        return f"it was left out of the build ({reason}); install nvcc, then `pip install .` again"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path} could not be loaded ({error}); run `pip install .` again"
+    return None
+
+
+def load() -> None:
+    """Load what was built. The CPU library holds the schemas, so the CUDA library needs it."""
+    _missing["cpu"] = _load("cpu")
+    _missing["cuda"] = _load("cuda") if _missing["cpu"] is None else _missing["cpu"]
+
+
+def is_loaded(device_type: str) -> bool:
+    """Whether the kernels for a device type ("cpu" or "cuda") can be used."""
+    return _missing.get(device_type, "") is None
+
+
+def require(device: torch.device) -> None:
+    """Raises UserError, in one sentence, unless the kernels for the device can be used."""
+    if device.type == "meta" or is_loaded(device.type):
+        return
+    reason = _missing.get(device.type, "attncap has kernels for cpu and cuda only")
+    raise UserError(
+        f"attncap's native library for {device.type} is missing: {reason}. "
+        "The plain PyTorch path needs none."
+    )
+
+
+def status() -> dict[str, Any]:
+    """What is built and loaded, for `python -m attncap.info`.
+
+    Returns "cpu" and "cuda", each {"built": bool, "loaded": bool, "reason": str | None} (the reason
+    says why it is not loaded), and "build", what the build recorded: compiler, torch_headers, and
+    nvcc with cuda_architectures or else cuda_left_out.
+    """
+    devices = {
+        device_type: {
+            "built": (FOLDER / f"libattncap_{device_type}.so").is_file(),
+            "loaded": is_loaded(device_type),
+            "reason": reason,
+        }
+        for device_type, reason in _missing.items()
+    }
+    return {**devices, "build": _build_record()}
+
+
+load()

@@ -1,0 +1,309 @@
+"""Train a captioner: on `shapes`, which draws itself, or on your photographs and their captions.
+
+After each epoch the model captions the validation images freely (no teacher forcing) and is kept when it is the best so
+far; at the end the best one captions the test images.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from attncap import command
+from attncap.captioner import Captioner
+from attncap.config import ModelConfig
+from attncap.data import open_dataset
+from attncap.data.loader import AugmentedPictures, Pictures, batches, caption_rows, pad
+from attncap.data.vocabulary import Vocabulary
+from attncap.errors import CallError, UserError
+from attncap.evaluate import evaluate, table
+from attncap.files import atomic_path, write_atomically
+from attncap.info import versions
+from attncap.pictures import save_attention
+
+
+@dataclass
+class TrainConfig:
+    data: str = "shapes"
+    """shapes, a folder in Flickr8k's layout (captions.txt and Images/), or a folder with COCO's annotations/ and images."""
+    output: str | None = None
+    """Folder for the model and the log; by default runs/NAME, after the data."""
+    epochs: int = 20
+    """Times every training image is seen."""
+    batch_size: int = 32
+    """Images in a step, each with --captions-per-image captions."""
+    captions_per_image: int = 5
+    """Captions of an image in a step; an image with more gets others the next time."""
+    learning_rate: float = 1e-3
+    """AdamW's, for the decoder; after a warm-up of one epoch it falls to 0 along a cosine."""
+    encoder_learning_rate: float = 1e-4
+    """The same for the layers of the encoder that are trained."""
+    weight_decay: float = 0.01
+    """AdamW's."""
+    label_smoothing: float = 0.1
+    """Share of a word's target spread over the whole vocabulary."""
+    attention_penalty: float = 1.0
+    """Weight of the doubly stochastic penalty: over a caption every cell should get attention 1 in sum."""
+    clip_norm: float = 5.0
+    """Gradients are scaled down to this norm."""
+    augment: bool = True
+    """Train on random parts of the images, mirrored half of the time."""
+    encoder_weights: str = "default"
+    """default (torchvision's ImageNet weights), none, or the file of a state dict."""
+    fine_tune_from: str = "none"
+    """Train the encoder from this layer on (torchvision's name, e.g. layer3); all of it, or none of it."""
+    min_count: int = 2
+    """Words seen less often in the training captions become <unk>."""
+    max_length: int = 50
+    """Longest caption, in words."""
+    beam_size: int = 5
+    """Hypotheses followed at once in validation and test."""
+    best_by: Literal["CIDEr", "BLEU-4"] = "CIDEr"
+    """The validation figure that decides which model is kept."""
+    seed: int = 0
+    """Of the weights, the order, and the splits where the data set has none."""
+    workers: int = 2
+    """Processes that read images; 0 reads them in the main one."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    implementation: Literal["native", "torch"] = "native"
+    """The project's own kernels, or plain PyTorch."""
+    resume: bool = False
+    """Go on after the last whole epoch of the run in --output."""
+    debug: bool = False
+    """Show the traceback of an error."""
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
+
+
+# What suits each kind of data: photographs want a pretrained encoder, shapes a small one that learns in minutes.
+PHOTOGRAPHS = TrainConfig()
+SHAPES = TrainConfig(
+    epochs=6,
+    learning_rate=2e-3,
+    encoder_learning_rate=1e-3,
+    label_smoothing=0.0,
+    augment=False,  # a mirrored scene would make "left" a lie
+    encoder_weights="none",
+    fine_tune_from="all",
+    model=ModelConfig(
+        encoder="resnet18",
+        encoder_layer="layer2",
+        image_size=64,
+        attention_size=128,
+        embedding_size=128,
+        hidden_size=256,
+        dropout=0.1,
+    ),
+)
+
+
+def main(config: TrainConfig) -> None:
+    output = Path(config.output or Path("runs") / (Path(config.data).stem or "photographs"))
+    device = command.find_device(config.device)
+    started = output / "checkpoint.pt"
+    if started.exists() and not config.resume:
+        raise CallError(f"{output} holds a run already; go on with --resume, or give another --output")
+    if config.resume and not started.exists():
+        raise CallError(f"--resume: {started} is not there; train without --resume first")
+
+    splits = open_dataset(config.data, config.seed)
+    vocabulary = Vocabulary.build((c for example in splits["train"] for c in example.captions), config.min_count)
+    torch.manual_seed(config.seed)
+    # A resumed run takes its weights from the checkpoint.
+    weights = "none" if config.resume else config.encoder_weights
+    model = Captioner(config.model, vocabulary, weights, config.implementation).to(device)
+    model.encoder.fine_tune(config.fine_tune_from)
+    trainer = Trainer(config, model, splits, output)
+    if config.resume:
+        trainer.load_checkpoint()
+    else:
+        settings = {"settings": dataclasses.asdict(config), "versions": versions()}
+        write_atomically(output / "settings.json", json.dumps(settings, indent=2) + "\n")
+    sizes = ", ".join(f"{len(examples)} {split}" for split, examples in splits.items())
+    print(f"{config.data}: {sizes} images, {len(vocabulary)} words; {device}; writing to {output}")
+    try:
+        trainer.fit()
+    except KeyboardInterrupt:
+        if not (output / "model.safetensors").exists():
+            model.save_pretrained(output)
+        print(f"\nattncap: stopped; {output} holds the best model so far, --resume goes on", file=sys.stderr)
+        raise
+    trainer.test()
+
+
+class Trainer:
+    """One run: a model, its data, and the folder its files go to."""
+
+    def __init__(self, config: TrainConfig, model: Captioner, splits: dict[str, Sequence], output: Path):
+        self.config, self.model, self.splits, self.output = config, model, splits, output
+        pictures = AugmentedPictures if config.augment else Pictures
+        self.pictures = pictures(splits["train"], model.config.image_size)
+        self.steps = math.ceil(len(splits["train"]) / config.batch_size)  # in an epoch
+        encoder = [p for p in model.encoder.parameters() if p.requires_grad]
+        groups = [
+            {"params": list(model.decoder.parameters()), "peak": config.learning_rate},
+            {"params": encoder, "peak": config.encoder_learning_rate},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        self.epoch, self.best = 0, -math.inf
+        self.reported = set()  # broken images, so that each is reported once and not in every epoch
+
+    def fit(self) -> None:
+        """Train the epochs that are left. After each one: validate, log, keep the model if it is the best, and write the
+        checkpoint."""
+        while self.epoch < self.config.epochs:
+            start = time.time()
+            losses = self.train_epoch()
+            seconds = time.time() - start
+            figures = self.evaluate("val")[0]
+            self.epoch += 1
+            line = {"epoch": self.epoch, **losses, "seconds": round(seconds, 1), **figures}
+            with open(self.output / "metrics.jsonl", "a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+            tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
+            if figures[self.config.best_by] > self.best:
+                self.best = figures[self.config.best_by]
+                self.model.save_pretrained(self.output)
+            self.save_checkpoint()
+
+    def train_epoch(self) -> dict[str, float]:
+        """One pass over the training images. Returns the mean of each term of the loss."""
+        config, examples = self.config, self.splits["train"]
+        rng = np.random.default_rng((config.seed, self.epoch))
+        torch.manual_seed(config.seed + 1 + self.epoch)  # dropout and augmentation: an epoch is the same after --resume
+        order = rng.permutation(len(examples)).tolist()
+        self.model.train()
+        sums, step = {"words": 0.0, "attention": 0.0}, 0
+        with tqdm(total=len(order), desc=f"epoch {self.epoch + 1}/{config.epochs}", unit="image", leave=False) as bar:
+            for indices, images, errors in batches(self.pictures, config.batch_size, config.workers, order):
+                self.report(errors)
+                bar.update(len(indices) + len(errors))
+                if images is None:
+                    continue
+                rows = [
+                    row
+                    for index in indices
+                    for row in caption_rows(
+                        examples[index].captions,
+                        config.captions_per_image,
+                        self.model.vocabulary,
+                        config.max_length,
+                        rng,
+                    )
+                ]
+                losses = self.train_step(images, pad(rows), step)
+                step += 1
+                for name in sums:
+                    sums[name] += losses[name].item()
+                bar.set_postfix({name: f"{total / step:.3f}" for name, total in sums.items()})
+        if not step:
+            raise UserError("none of the training images could be read")
+        return {f"loss_{name}": total / step for name, total in sums.items()}
+
+    def train_step(self, images: Tensor, tokens: Tensor, step: int) -> dict[str, Tensor]:
+        """images uint8 [B,3,S,S], tokens int64 [N,T]: one step of the optimizer."""
+        config, device = self.config, self.model.device
+        factor = self.schedule(self.epoch + step / self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        tokens = tokens.to(device)
+        logits, weights = self.model(images.to(device), tokens)
+        losses = caption_losses(logits, weights, tokens[:, 1:], config.label_smoothing)
+        loss = losses["words"] + config.attention_penalty * losses["attention"]
+        if not loss.isfinite():
+            raise UserError(f"the loss is {loss.item()} in epoch {self.epoch + 1}; try a lower --learning-rate")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        self.optimizer.step()
+        return losses
+
+    def schedule(self, epoch: float) -> float:
+        """Share of the peak learning rate: up over the first epoch, then down to 0 along a cosine."""
+        if epoch < 1:
+            return (epoch * self.steps + 1) / self.steps
+        return 0.5 * (1 + math.cos(math.pi * (epoch - 1) / max(1, self.config.epochs - 1)))
+
+    def evaluate(self, split: str) -> tuple[dict[str, float], list[dict[str, str]]]:
+        config = self.config
+        return evaluate(
+            self.model, self.splits[split], config.beam_size, config.max_length, config.batch_size, config.workers
+        )
+
+    def test(self) -> None:
+        """Caption the test images with the best model; write the figures, the captions, and a picture of attention."""
+        self.model = Captioner.from_pretrained(self.output, self.config.implementation).to(self.model.device)
+        figures, results = self.evaluate("test")
+        write_atomically(self.output / "test.json", json.dumps(figures, indent=2) + "\n")
+        write_atomically(self.output / "results.json", json.dumps(results, indent=1) + "\n")
+        print(f"test split, beam {self.config.beam_size}\n{table(figures)}")
+        names = [result["image_id"] for result in results[:4]]
+        images = [example.image() for example in self.splits["test"] if example.name in names]
+        captions = self.model.caption(images, self.config.beam_size, self.config.max_length)
+        for name, caption in zip(names, captions, strict=True):
+            print(f"{name}: {caption.text}")
+        save_attention(self.output / "attention.png", list(zip(images, captions, strict=True)))
+        print(f"where the model looked: {self.output / 'attention.png'}")
+
+    def report(self, errors: list[UserError]) -> None:
+        for error in errors:
+            if str(error) not in self.reported:
+                self.reported.add(str(error))
+                logging.getLogger("attncap").warning("skipped in training: %s", error)
+
+    def save_checkpoint(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "best": self.best,
+        }
+        with atomic_path(self.output / "checkpoint.pt") as temporary:
+            torch.save(state, temporary)
+
+    def load_checkpoint(self) -> None:
+        path = self.output / "checkpoint.pt"
+        try:
+            state = torch.load(path, map_location=self.model.device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except Exception as error:  # torch.load has no one kind of error for a file that is damaged
+            raise UserError(f"{path}: cannot go on from it: {str(error).splitlines()[0]}") from error
+        self.epoch, self.best = state["epoch"], state["best"]
+
+
+def caption_losses(logits: Tensor, weights: Tensor, targets: Tensor, label_smoothing: float) -> dict[str, Tensor]:
+    """The terms of the loss, Xu et al. 2015, equation 14.
+
+    logits [N,T,V], attention weights [N,T,P], targets int64 [N,T] with <pad> after the end ->
+    `words`: cross entropy, the mean over all words; `attention`: the doubly stochastic penalty (1 - sum over the
+    caption's words of a cell's weight) squared, the mean over rows and cells.
+    """
+    words = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=Vocabulary.PAD, label_smoothing=label_smoothing
+    )
+    written = (targets != Vocabulary.PAD).unsqueeze(2)
+    attention = (1 - (weights * written).sum(dim=1)).square().mean()
+    return {"words": words, "attention": attention}
+
+
+if __name__ == "__main__":
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--data", default="shapes")
+    data = early.parse_known_args()[0].data
+    preset = SHAPES if data == "shapes" else PHOTOGRAPHS
+    command.run("train", main, preset, __doc__)

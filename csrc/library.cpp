@@ -1,0 +1,20 @@
+// Every op's schema. Kernels are registered by each room's *_torch.cpp, fake and autograd by
+// attncap/ops.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(attncap, library) {
+  library.def(
+      "soft_attention(Tensor features, Tensor keys, Tensor query, Tensor score_weight, Tensor? "
+      "mask, Tensor? "
+      "gate, "
+      "str activation) -> (Tensor context, Tensor weights)");
+  library.def(
+      "soft_attention_backward(Tensor context_grad, Tensor weights_grad, Tensor features, Tensor "
+      "keys, "
+      "Tensor query, "
+      "Tensor score_weight, Tensor? gate, Tensor weights, str activation, bool features_need_grad) "
+      "-> "
+      "(Tensor features_grad, Tensor keys_grad, Tensor query_grad, Tensor score_weight_grad, "
+      "Tensor "
+      "gate_grad)");
+}

@@ -1,0 +1,150 @@
+// Checks, allocates, calls the kernel of this library's device.
+#include "../common/torch.h"
+#include "soft_attention.h"
+
+namespace attncap {
+namespace {
+
+Activation parse_activation(const std::string& name) {
+  if (name == "tanh") return Activation::tanh;
+  check(name == "relu",
+        "soft_attention's activation is \"tanh\" or \"relu\", not \"" + name + "\"");
+  return Activation::relu;
+}
+
+SoftAttentionSizes check_inputs(const Tensor& features, const Tensor& keys, const Tensor& query,
+                                const Tensor& score_weight, const std::optional<Tensor>& gate) {
+  check(features.dim() == 3 && keys.dim() == 3 && query.dim() == 2,
+        "soft_attention takes features [B, P, D], keys [B, P, A] and query [N, A]");
+  const int64_t B = features.size(0), P = features.size(1), D = features.size(2), A = keys.size(2);
+  const int64_t N = query.size(0), K = B == 0 ? 0 : N / B;
+  check(N == B * K, "soft_attention's query needs the same number of rows for every image");
+  check(P > 0 && D > 0 && A > 0,
+        "soft_attention needs at least one cell, channel and attention unit");
+  check_tensor("soft_attention: keys", keys, features, {B, P, A});
+  check_tensor("soft_attention: query", query, features, {N, A});
+  check_tensor("soft_attention: score_weight", score_weight, features, {A});
+  if (gate) check_tensor("soft_attention: gate", *gate, features, {N, D});
+  return {B, K, P, D, A};
+}
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  if (!tensor) return std::nullopt;
+  return torch::stable::contiguous(*tensor);
+}
+
+std::tuple<Tensor, Tensor> forward(Tensor features, Tensor keys, Tensor query, Tensor score_weight,
+                                   std::optional<Tensor> mask, std::optional<Tensor> gate,
+                                   std::string activation) {
+  const SoftAttentionSizes sizes = check_inputs(features, keys, query, score_weight, gate);
+  const auto [B, K, P, D, A] = sizes;
+  if (mask) check_tensor("soft_attention: mask", *mask, features, {B, P}, ScalarType::Bool);
+  features = torch::stable::contiguous(features);
+  keys = torch::stable::contiguous(keys);
+  query = torch::stable::contiguous(query);
+  score_weight = torch::stable::contiguous(score_weight);
+  mask = contiguous(mask);
+  gate = contiguous(gate);
+  const Tensor context = torch::stable::new_empty(features, {B * K, D});
+  const Tensor weights = torch::stable::new_empty(features, {B * K, P});
+
+  dispatch_dtype(features, [&](auto type) {
+    using T = decltype(type);
+    const SoftAttentionForward<T> params{
+        .sizes = sizes,
+        .activation = parse_activation(activation),
+        .features = data<T>(features),
+        .keys = data<T>(keys),
+        .query = data<T>(query),
+        .score_weight = data<T>(score_weight),
+        .mask = mask ? data<bool>(*mask) : nullptr,
+        .gate = gate ? data<T>(*gate) : nullptr,
+        .context = mutable_data<T>(context),
+        .weights = mutable_data<T>(weights),
+    };
+#ifdef USE_CUDA
+    check(params.sizes.P <= kMaxCellsCuda<T>, "soft_attention on CUDA takes at most " +
+                                                  std::to_string(kMaxCellsCuda<T>) +
+                                                  " cells of this dtype");
+    launch_on_device(
+        features, [&](cudaStream_t stream) { return soft_attention_forward_cuda(params, stream); });
+#else
+    soft_attention_forward_cpu(params, parallel_for);
+#endif
+  });
+  return {context, weights};
+}
+
+// features_grad is empty when not wanted, gate_grad without a gate.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor context_grad, Tensor weights_grad, Tensor features, Tensor keys, Tensor query,
+    Tensor score_weight, std::optional<Tensor> gate, Tensor weights, std::string activation,
+    bool features_need_grad) {
+  const SoftAttentionSizes sizes = check_inputs(features, keys, query, score_weight, gate);
+  const auto [B, K, P, D, A] = sizes;
+  const int64_t N = B * K;
+  check_tensor("soft_attention_backward: context_grad", context_grad, features, {N, D});
+  check_tensor("soft_attention_backward: weights_grad", weights_grad, features, {N, P});
+  check_tensor("soft_attention_backward: weights", weights, features, {N, P});
+  context_grad = torch::stable::contiguous(context_grad);
+  weights_grad = torch::stable::contiguous(weights_grad);
+  features = torch::stable::contiguous(features);
+  keys = torch::stable::contiguous(keys);
+  query = torch::stable::contiguous(query);
+  score_weight = torch::stable::contiguous(score_weight);
+  gate = contiguous(gate);
+  weights = torch::stable::contiguous(weights);
+  const Tensor features_grad = features_need_grad ? torch::stable::new_empty(features, {B, P, D})
+                                                  : torch::stable::new_empty(features, {0});
+  const Tensor keys_grad = torch::stable::new_empty(features, {B, P, A});
+  const Tensor query_grad = torch::stable::new_empty(features, {N, A});
+  const Tensor gate_grad =
+      gate ? torch::stable::new_empty(features, {N, D}) : torch::stable::new_empty(features, {0});
+  const ScalarType accumulate = accumulate_dtype(features);
+  const Tensor score_weight_grad = torch::stable::new_empty(features, {B, A}, accumulate);
+  const Tensor gated_grad = torch::stable::new_empty(features, {N, D}, accumulate);
+  const Tensor score_grad = torch::stable::new_empty(features, {N, P}, accumulate);
+
+  dispatch_dtype(features, [&](auto type) {
+    using T = decltype(type);
+    using acc_t = accumulate_t<T>;
+    const SoftAttentionBackward<T> params{
+        .sizes = sizes,
+        .activation = parse_activation(activation),
+        .context_grad = data<T>(context_grad),
+        .weights_grad = data<T>(weights_grad),
+        .features = data<T>(features),
+        .keys = data<T>(keys),
+        .query = data<T>(query),
+        .score_weight = data<T>(score_weight),
+        .gate = gate ? data<T>(*gate) : nullptr,
+        .weights = data<T>(weights),
+        .features_grad = features_need_grad ? mutable_data<T>(features_grad) : nullptr,
+        .keys_grad = mutable_data<T>(keys_grad),
+        .query_grad = mutable_data<T>(query_grad),
+        .gate_grad = gate ? mutable_data<T>(gate_grad) : nullptr,
+        .score_weight_grad = mutable_data<acc_t>(score_weight_grad),
+        .gated_grad = mutable_data<acc_t>(gated_grad),
+        .score_grad = mutable_data<acc_t>(score_grad),
+    };
+#ifdef USE_CUDA
+    launch_on_device(features, [&](cudaStream_t stream) {
+      return soft_attention_backward_cuda(params, stream);
+    });
+#else
+    soft_attention_backward_cpu(params, parallel_for);
+#endif
+  });
+  const std::array<int64_t, 1> over_images = {0};
+  const Tensor total = torch::stable::sum(score_weight_grad, over_images);
+  return {features_grad, keys_grad, query_grad, torch::stable::to(total, features.scalar_type()),
+          gate_grad};
+}
+
+}  // namespace
+}  // namespace attncap
+
+STABLE_TORCH_LIBRARY_IMPL(attncap, ATTNCAP_DISPATCH_KEY, library) {
+  library.impl("soft_attention", TORCH_BOX(&attncap::forward));
+  library.impl("soft_attention_backward", TORCH_BOX(&attncap::backward));
+}

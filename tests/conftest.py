@@ -1,0 +1,57 @@
+import runpy
+import sys
+
+import pytest
+from PIL import Image
+
+COLORS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 210)}
+# A model and a recipe so small that an epoch takes a second.
+TINY = (
+    "--encoder resnet18 --encoder-layer layer1 --image-size 32 --grid 4 --encoder-weights none --fine-tune-from all "
+    "--attention-size 16 --embedding-size 16 --hidden-size 32 --dropout 0 --epochs 6 --batch-size 8 --workers 0 "
+    "--learning-rate 1e-2 --encoder-learning-rate 1e-3 --label-smoothing 0 --no-augment --min-count 1 --device cpu"
+).split()
+
+
+@pytest.fixture
+def attncap(monkeypatch, capsys):
+    """Runs `python -m attncap.NAME ARGUMENTS` in this process: (exit status, standard output, standard error)."""
+
+    def run(name: str, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.delitem(sys.modules, f"attncap.{name}", raising=False)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(f"attncap.{name}", run_name="__main__", alter_sys=True)
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+def make_flickr8k(folder, count: int = 30):
+    """A data set in Flickr8k's layout: `count` pictures of one colour each, a third of them for each colour."""
+    (folder / "Images").mkdir(parents=True)
+    lines = ["image,caption"]
+    for index in range(count):
+        name = list(COLORS)[index % 3]
+        shade = tuple(min(255, value + index) for value in COLORS[name])
+        Image.new("RGB", (40 + index, 50), shade).save(folder / "Images" / f"{index:03d}.png")
+        lines += [f"{index:03d}.png,A {name} picture .", f'{index:03d}.png,"A picture, all {name} ."']
+    (folder / "captions.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flickr8k(tmp_path_factory):
+    return make_flickr8k(tmp_path_factory.mktemp("data") / "flickr8k")
+
+
+@pytest.fixture(scope="session")
+def trained(flickr8k, tmp_path_factory):
+    """The folder of a model trained on `flickr8k`, in a process of its own as a user would."""
+    import subprocess
+
+    output = tmp_path_factory.mktemp("runs") / "model"
+    command = [sys.executable, "-m", "attncap.train", "--data", flickr8k, "--output", output, *TINY]
+    subprocess.run(list(map(str, command)), check=True, timeout=300)
+    return output

@@ -1,0 +1,98 @@
+// The emulator's own test: it runs correct code correctly in every schedule, and it can fail.
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+
+#include "cuda_emulator.h"  // first: it defines what device code needs
+
+#include "common/reduce.cuh"
+
+using namespace cuda_emulator;
+
+namespace {
+
+constexpr unsigned kThreads = 96;
+
+// out[i] = 100 + the next thread's number.
+template <bool with_barrier>
+void pass_to_neighbour(int* out) {
+  __shared__ int values[kThreads];
+  values[threadIdx.x] = -1;
+  __syncthreads();
+  values[threadIdx.x] = 100 + static_cast<int>(threadIdx.x);
+  if (with_barrier) __syncthreads();
+  out[threadIdx.x] = values[(threadIdx.x + 1) % blockDim.x];
+}
+
+void sums(double* out) {
+  const double sum = attncap::block_reduce(1.0 + threadIdx.x, attncap::Sum());
+  const double largest =
+      attncap::block_reduce(static_cast<double>(threadIdx.x ^ 5u), attncap::Max());
+  out[blockIdx.x * blockDim.x + threadIdx.x] = sum + largest * 1e6;
+}
+
+void barrier_for_some() {
+  if (threadIdx.x < 32) __syncthreads();
+}
+
+void read_behind_the_end(const float* values, float* out) {
+  out[threadIdx.x] = values[threadIdx.x];
+}
+
+void read_behind_shared_memory(float* out) {
+  out[threadIdx.x] = static_cast<float>(attncap::dynamic_shared[threadIdx.x]);
+}
+
+bool neighbour_is_right(Schedule schedule, void (*kernel)(int*)) {
+  std::vector<int> out(kThreads);
+  launch(schedule, 1, kThreads, 0, kernel, out.data());
+  for (unsigned i = 0; i < kThreads; ++i) {
+    if (out[i] != 100 + static_cast<int>((i + 1) % kThreads)) return false;
+  }
+  return true;
+}
+
+void expect(bool condition, const char* what) {
+  std::printf("%s: %s\n", condition ? "ok" : "FAILED", what);
+  if (!condition) std::exit(1);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  // Each of the two must end the program when built with AddressSanitizer.
+  const std::string planted = count > 1 ? arguments[1] : "";
+  if (planted == "read-behind-array") {
+    std::vector<float> values(kThreads - 1), out(kThreads);
+    launch(Schedule::ascending, 1, kThreads, 0, read_behind_the_end, values.data(), out.data());
+    return 0;
+  }
+  if (planted == "read-behind-shared") {
+    std::vector<float> out(kThreads);
+    launch(Schedule::ascending, 1, kThreads, (kThreads - 1) * sizeof(double),
+           read_behind_shared_memory, out.data());
+    return 0;
+  }
+
+  int wrong = 0;
+  for (const Schedule schedule : kSchedules) {
+    expect(neighbour_is_right(schedule, pass_to_neighbour<true>),
+           "a barrier makes neighbours' values visible");
+    wrong += !neighbour_is_right(schedule, pass_to_neighbour<false>);
+
+    std::vector<double> out(2 * kThreads);
+    launch(schedule, 2, kThreads, 0, sums, out.data());
+    const double right = kThreads * (kThreads + 1) / 2 + 95e6;
+    expect(std::all_of(out.begin(), out.end(), [&](double x) { return x == right; }),
+           "block_reduce");
+  }
+  expect(wrong > 0, "a missing barrier shows in some schedule");
+
+  bool caught = false;
+  try {
+    launch(Schedule::ascending, 1, kThreads, 0, barrier_for_some);
+  } catch (const std::runtime_error&) {
+    caught = true;
+  }
+  expect(caught, "a barrier that some threads never reach is reported");
+}

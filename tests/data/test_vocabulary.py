@@ -1,0 +1,79 @@
+import json
+
+import pytest
+
+from attncap.data.vocabulary import Vocabulary
+from attncap.errors import UserError
+
+CAPTIONS = ["A dog runs.", "a cat runs", "a bird sings", "<start> a"]
+
+
+@pytest.fixture
+def vocabulary():
+    return Vocabulary.build(CAPTIONS, min_count=1)
+
+
+def test_words_by_falling_count_then_alphabet(vocabulary):
+    assert vocabulary.words == ["<pad>", "<start>", "<end>", "<unk>", "a", "runs", "bird", "cat", "dog", "sings"]
+    assert len(vocabulary) == 10
+    assert (Vocabulary.PAD, Vocabulary.START, Vocabulary.END, Vocabulary.UNK) == (0, 1, 2, 3)
+
+
+def test_rare_words_are_left_out():
+    assert Vocabulary.build(iter(CAPTIONS), min_count=2).words[4:] == ["a", "runs"]
+
+
+def test_encode_cuts_words_and_keeps_the_ends(vocabulary):
+    assert vocabulary.encode("A zebra runs!", 50) == [1, 4, 3, 5, 2]
+    assert vocabulary.encode("A zebra runs!", 2) == [1, 4, 3, 2]
+    assert vocabulary.encode("", 2) == [1, 2]
+
+
+def test_a_caption_cannot_forge_special_words(vocabulary):
+    assert vocabulary.encode("<pad> <end> a", 50) == [1, 3, 3, 4, 2]
+
+
+def test_decode_stops_at_end_and_skips_specials(vocabulary):
+    assert vocabulary.decode([1, 4, 3, 8, 0, 5, 2, 4]) == "a dog runs"
+    assert vocabulary.decode([]) == ""
+
+
+def test_save_and_load(tmp_path):
+    vocabulary = Vocabulary.build(["Ein Bär läuft <b>"], min_count=1)
+    path = tmp_path / "new" / "vocabulary.json"
+    vocabulary.save(path)
+    assert Vocabulary.load(path).words == vocabulary.words
+    assert "bär" in path.read_text(encoding="utf-8")
+    assert [file.name for file in path.parent.iterdir()] == ["vocabulary.json"]
+
+
+SPECIALS = list(Vocabulary.SPECIALS)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "not a whole JSON file"),
+        ('{"words": ["<pad>", "<sta', "not a whole JSON file"),
+        ("[" * 100_000, "not a whole JSON file"),
+        (b"\xff\xfe", "not a whole JSON file"),
+        ("[]", 'field "words" should be a list of words'),
+        ('{"words": "a"}', 'field "words" should be a list of words'),
+        ('{"words": [1, 2]}', 'field "words" should be a list of words'),
+        ('{"words": ["a", "b"]}', '"words" should begin with <pad>, <start>, <end>, <unk>'),
+        (json.dumps({"words": [*SPECIALS, "a", "b", "a"]}), "\"words\" has 'a' 2 times"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path, content, reason):
+    path = tmp_path / "vocabulary.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as caught:
+        Vocabulary.load(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: {reason}") and "\n" not in message
+    assert message.endswith("copy vocabulary.json again from the trained model, or train again")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match="vocabulary.json: cannot be read: No such file"):
+        Vocabulary.load(tmp_path / "vocabulary.json")

@@ -1,0 +1,133 @@
+"""The figures against pycocoevalcap's, the official implementation, and against cases worked by hand."""
+
+import math
+import random
+import time
+
+import pytest
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+
+from attncap.data.tokenizer import tokenize
+from attncap.errors import UserError
+from attncap.metrics import score
+from attncap.metrics.bleu import bleu
+from attncap.metrics.cider import cider
+from attncap.metrics.rouge import rouge_l
+
+BLEU = [f"BLEU-{n}" for n in range(1, 5)]
+HAND_WRITTEN = {
+    "exact": ("a dog runs on the grass", ["a dog runs on the grass", "the dog is running"]),
+    "repeated": ("the the the the the the", ["the cat is on the mat", "there is a cat on the mat"]),
+    "nothing shared": ("blue sky", ["a dog runs", "a cat sleeps on a red sofa in the sun"]),
+    "empty": ("", ["a dog runs", "two dogs"]),
+    "empty reference": ("a dog", ["", "a dog runs on the grass"]),
+    "both empty": ("", ["", "."]),
+    "one word": ("dog", ["dog", "a dog"]),
+    "too long": ("a dog runs on the green grass near a red house with a man", ["a dog runs"]),
+    "punctuation": ("A man's hat, isn't it?", ["the man's hat is n't red .", "(a hat)"]),
+    "tie of lengths": ("a b c d", ["a b c", "a b c d e", "x"]),
+}
+
+
+def official(cases):
+    """pycocoevalcap's (corpus figures, figures by image of ROUGE-L and CIDEr)."""
+    predictions = {key: [" ".join(tokenize(caption))] for key, (caption, _) in cases.items()}
+    references = {key: [" ".join(tokenize(r)) for r in refs] for key, (_, refs) in cases.items()}
+    bleus, _ = Bleu(4).compute_score(references, predictions, verbose=0)
+    rouge, rouges = Rouge().compute_score(references, predictions)
+    consensus, ciders = Cider().compute_score(references, predictions)
+    figures = {**dict(zip(BLEU, bleus, strict=True)), "ROUGE-L": rouge, "CIDEr": consensus}
+    return figures, rouges, ciders
+
+
+def check(cases):
+    predictions = {key: caption for key, (caption, _) in cases.items()}
+    references = {key: refs for key, (_, refs) in reversed(cases.items())}
+    figures, rouges, ciders = official(cases)
+    assert score(predictions, references) == pytest.approx(figures, rel=0, abs=1e-9)
+    words = [tokenize(caption) for caption, _ in cases.values()]
+    refs = [[tokenize(r) for r in refs] for _, refs in cases.values()]
+    assert rouge_l(words, refs) == pytest.approx(list(rouges), rel=0, abs=1e-9)
+    assert cider(words, refs) == pytest.approx(list(ciders), rel=0, abs=1e-9)
+
+
+def sentences(seed, images, references=5, words=30, shortest=0):
+    rng = random.Random(seed)
+    vocabulary = [f"w{i}" for i in range(words)]
+
+    def caption():
+        return " ".join(rng.choices(vocabulary, weights=range(words, 0, -1), k=rng.randint(shortest, 14)))
+
+    return {str(i): (caption(), [caption() for _ in range(rng.randint(1, references))]) for i in range(images)}
+
+
+def test_hand_written_captions_together():
+    check(HAND_WRITTEN)
+
+
+@pytest.mark.parametrize("name", [name for name in HAND_WRITTEN if name != "both empty"])
+def test_hand_written_captions_alone(name):
+    check({name: HAND_WRITTEN[name]})
+
+
+def test_no_word_anywhere():  # pycocoevalcap's CIDEr crashes here
+    expected = {**dict.fromkeys(BLEU, 0), "ROUGE-L": 1, "CIDEr": 0}
+    assert score({"1": ""}, {"1": ["."]}) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_captions(seed):
+    check(sentences(seed, images=1 + 3 * seed, words=3 + 2 * seed))
+
+
+def test_bleu_worked_by_hand():
+    # 3 of 4 words, 1 of 3 pairs; the closest reference has 5 words, so the penalty is exp(1 - 5/4).
+    figures = bleu([["a", "b", "x", "c"]], [[["a", "b", "y", "c", "z"], ["q"] * 9]])
+    penalty = math.exp(-0.25)
+    assert figures[0] == pytest.approx(penalty * 0.75)
+    assert figures[1] == pytest.approx(penalty * math.sqrt(0.75 / 3))
+    assert figures[2] == pytest.approx(0, abs=1e-4)
+
+
+def test_rouge_worked_by_hand():
+    # The longest common subsequence of "a x b c" and "a b c d e" is "a b c": P = 3/4, R = 3/5.
+    [figure] = rouge_l([["a", "x", "b", "c"]], [[["a", "b", "c", "d", "e"]]])
+    assert figure == pytest.approx(2.44 * 0.75 * 0.6 / (0.6 + 1.44 * 0.75))
+
+
+def test_cider_worked_by_hand():
+    # Two images with no word in common: idf is ln 2 for every n-gram. "a b" has n-grams of lengths 1
+    # and 2 and equals its reference, so 10 * (1 + 1 + 0 + 0) / 4; "c" shares no word with its own.
+    assert cider([["a", "b"], ["c"]], [[["a", "b"]], [["d"]]]) == pytest.approx([5, 0])
+
+
+def test_perfect_captions():
+    caption = "a small red circle is left of a large blue square"
+    other = "two green triangles stand above one yellow cross"
+    figures = score({"1": caption, "2": other}, {"1": [caption], "2": [other]})
+    assert figures == pytest.approx({**dict.fromkeys(BLEU, 1), "ROUGE-L": 1, "CIDEr": 10})
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "message"),
+    [
+        ({}, {}, "no captions to score"),
+        ({}, {"1": ["a"]}, "no captions to score"),
+        ({"1": "a"}, {}, "image 1 has a caption but no references to score it against"),
+        ({"1": "a", "2": "b"}, {"1": ["a"], "2": []}, "image 2 has a caption but no references to score it against"),
+        ({"1": "a"}, {"1": ["a"], "3": ["c"], "2": ["b"]}, "2 images with references have no caption, e.g. image 2"),
+    ],
+)
+def test_sides_that_do_not_match(predictions, references, message):
+    with pytest.raises(UserError) as caught:
+        score(predictions, references)
+    assert str(caught.value) == message
+
+
+def test_a_thousand_captions_take_about_a_second():
+    cases = sentences(0, images=1000, words=1000, shortest=8)
+    start = time.perf_counter()
+    score({k: c for k, (c, _) in cases.items()}, {k: (r * 5)[:5] for k, (_, r) in cases.items()})
+    assert time.perf_counter() - start < 6  # 0.7 s on a busy machine of 2 cores

@@ -1,0 +1,66 @@
+"""What is said when a native library is missing."""
+
+import json
+
+import pytest
+import torch
+
+from attncap.errors import UserError
+from attncap.ops import library, soft_attention
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty attncap/lib, looked at afresh."""
+    monkeypatch.setattr(library, "FOLDER", tmp_path / "lib")
+    monkeypatch.setattr(library, "_missing", {})
+    (tmp_path / "lib").mkdir()
+    return tmp_path / "lib"
+
+
+def call():
+    soft_attention(torch.ones(1, 2, 3), torch.ones(1, 2, 3), torch.ones(1, 3), torch.ones(3))
+
+
+def test_status_of_this_build():
+    status = library.status()
+    assert status["cpu"] == {"built": True, "loaded": True, "reason": None}
+    assert {"compiler", "torch_headers"} <= status["build"].keys()
+    assert ("cuda_left_out" in status["build"]) != status["cuda"]["built"]
+    assert status["cuda"]["loaded"] == (status["cuda"]["reason"] is None)
+
+
+def test_not_built(folder):
+    folder.rmdir()
+    library.load()
+    with pytest.raises(UserError, match="library for cpu is missing: .* run `pip install .`"):
+        call()
+
+
+def test_cut_short(folder):
+    (folder / "libattncap_cpu.so").write_bytes(b"\x7fELF")
+    library.load()
+    with pytest.raises(UserError, match="libattncap_cpu.so could not be loaded"):
+        call()
+    assert library.status()["cpu"]["built"] and not library.status()["cpu"]["loaded"]
+
+
+def test_cuda_left_out(folder, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    (folder / "libattncap_cpu.so").touch()
+    (folder / "build.json").write_text(json.dumps({"cuda_left_out": "ATTNCAP_CUDA=0"}))
+    library.load()
+    assert library.is_loaded("cpu") and not library.is_loaded("cuda")
+    with pytest.raises(UserError, match="for cuda is missing: .*ATTNCAP_CUDA=0.* install nvcc"):
+        library.require(torch.device("cuda"))
+
+
+def test_torch_without_cuda(folder, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert library._load("cuda") == "this torch is a build without CUDA"
+
+
+def test_other_devices():
+    with pytest.raises(UserError, match="kernels for cpu and cuda only"):
+        library.require(torch.device("mps"))

@@ -1,0 +1,300 @@
+"""soft_attention against float64, finite differences and a hand-worked case, on every device."""
+
+import math
+
+import pytest
+import torch
+
+from attncap.ops import soft_attention, soft_attention_reference
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
+on_every_device = pytest.mark.parametrize("device", DEVICES)
+both_activations = pytest.mark.parametrize("activation", ["tanh", "relu"])
+# What an error may be beside twice the plain path's own, as a share of the largest true value.
+FLOOR = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-9, torch.float16: 2**-12}
+
+
+def make_inputs(B, K, P, D, A, *, device="cpu", dtype=torch.float64, seed=0):
+    """features, keys, query, score_weight, gate: random, scores of order 1."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        values = torch.randn(*shape, generator=random, dtype=torch.float64)
+        return values.to(device, dtype).requires_grad_()
+
+    score_weight = normal(A).detach().div(math.sqrt(A)).requires_grad_()
+    return normal(B, P, D), normal(B, P, A), normal(B * K, A), score_weight, normal(B * K, D)
+
+
+def make_mask(B, P, device="cpu"):
+    """Random, at least one cell each."""
+    mask = torch.rand(B, P, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask[:, 0] = True
+    return mask.to(device)
+
+
+def outputs_and_gradients(op, inputs, **options):
+    """Both outputs and the five gradients of a random mixture of both."""
+    *tensors, gate = [t.detach().clone().requires_grad_() for t in inputs]
+    context, weights = op(*tensors, gate=gate, **options)
+    random = torch.Generator().manual_seed(2)
+    to_context = torch.randn(context.shape, generator=random).to(context)
+    to_weights = torch.randn(weights.shape, generator=random).to(weights)
+    gradients = torch.autograd.grad([context, weights], [*tensors, gate], [to_context, to_weights])
+    return [context.detach(), weights.detach(), *gradients]
+
+
+NAMES = ["context", "weights", "features", "keys", "query", "score_weight", "gate"]
+
+
+def check_error_rule(inputs, **options):
+    """The kernel's error is at most twice the plain path's in the same dtype, against float64."""
+    native = outputs_and_gradients(soft_attention, inputs, **options)
+    plain = outputs_and_gradients(soft_attention_reference, inputs, **options)
+    wide = [t.double() for t in inputs]
+    truth = outputs_and_gradients(soft_attention_reference, wide, **options)
+    for name, ours, theirs, true in zip(NAMES, native, plain, truth, strict=True):
+        assert ours.dtype == inputs[0].dtype and ours.shape == true.shape
+        if true.numel() == 0:
+            continue
+        error, allowed = (ours - true).abs().max(), 2 * (theirs - true).abs().max()
+        floor = FLOOR[ours.dtype] * true.abs().max()
+        assert error <= allowed + floor, f"{name}: {error:.2e}, allowed {allowed:.2e}"
+
+
+def test_hand_worked_case():
+    # One cell scores ln 3 more than the other, so the weights are 1/4 and 3/4; sigmoid(0) = 1/2.
+    features = torch.tensor([[[4.0, 0.0], [8.0, 4.0]]])
+    keys = torch.tensor([[[1.0], [1.0 + math.log(3)]]])
+    query, score_weight = torch.tensor([[1.0]]), torch.tensor([1.0])
+    for op in soft_attention, soft_attention_reference:
+        context, weights = op(features, keys, query, score_weight, activation="relu")
+        torch.testing.assert_close(weights, torch.tensor([[0.25, 0.75]]))
+        torch.testing.assert_close(context, torch.tensor([[7.0, 3.0]]))
+        gate = torch.zeros(1, 2)
+        context, _ = op(features, keys, query, score_weight, activation="relu", gate=gate)
+        torch.testing.assert_close(context, torch.tensor([[3.5, 1.5]]))
+
+
+@on_every_device
+@both_activations
+@pytest.mark.parametrize("dtype", list(FLOOR), ids=str)
+@pytest.mark.parametrize("P", [1, 7, 49, 197])
+def test_error_rule_dtypes(device, activation, dtype, P):
+    inputs = make_inputs(2, 3, P, 100, 100, device=device, dtype=dtype)
+    check_error_rule(inputs, activation=activation)
+    check_error_rule(inputs, activation=activation, mask=make_mask(2, P, device))
+
+
+@on_every_device
+@pytest.mark.parametrize("K", [1, 3, 10])
+@pytest.mark.parametrize("D", [1, 8, 100])
+@pytest.mark.parametrize("A", [1, 8, 100])
+def test_error_rule_sizes(device, K, D, A):
+    check_error_rule(make_inputs(3, K, 7, D, A, device=device, dtype=torch.float32))
+
+
+@on_every_device
+@both_activations
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradcheck(device, activation, masked, gated):
+    *inputs, gate = make_inputs(2, 3, 5, 4, 3, device=device)
+    if activation == "relu":  # finite differences must not step over the kink
+        before = inputs[1].unsqueeze(1) + inputs[2].view(2, 3, 1, 3)
+        assert before.abs().min() > 1e-4
+    mask = make_mask(2, 5, device) if masked else None
+    if masked:
+        mask[1] = False
+
+    def op(*tensors):
+        *tensors, gate = tensors if gated else (*tensors, None)
+        return soft_attention(*tensors, activation=activation, mask=mask, gate=gate)
+
+    assert torch.autograd.gradcheck(op, (*inputs, gate) if gated else tuple(inputs))
+
+
+@on_every_device
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_opcheck(device, masked, gated):
+    *inputs, gate = make_inputs(2, 3, 5, 4, 3, device=device)
+    mask = make_mask(2, 5, device) if masked else None
+    gate = gate if gated else None
+    ops = torch.ops.attncap
+    torch.library.opcheck(ops.soft_attention, (*inputs, mask, gate, "tanh"))
+    context, weights = soft_attention(*inputs, mask=mask, gate=gate)
+    detached = [t if t is None else t.detach() for t in (context, weights, *inputs, gate, weights)]
+    for features_need_grad in (False, True):
+        arguments = (*detached, "tanh", features_need_grad)
+        torch.library.opcheck(ops.soft_attention_backward, arguments)
+
+
+@on_every_device
+def test_non_contiguous(device):
+    inputs = make_inputs(2, 3, 7, 6, 5, device=device)
+    strided = []
+    for tensor in inputs:
+        wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), torch.nan).to(tensor)
+        wide[..., ::2] = tensor.detach()
+        strided.append(wide[..., ::2].requires_grad_())
+    mask = make_mask(7, 2, device).T
+    assert not any(t.is_contiguous() for t in (*strided, mask))
+    expected = outputs_and_gradients(soft_attention, inputs, mask=mask.contiguous())
+    *tensors, gate = strided
+    context, weights = soft_attention(*tensors, gate=gate, mask=mask)
+    assert torch.equal(context, expected[0]) and torch.equal(weights, expected[1])
+    # expand makes a gradient whose strides are 0
+    gradients = torch.autograd.grad(context.sum() + weights.square().sum(), strided)
+    (tensors, gate), mask = (inputs[:4], inputs[4]), mask.contiguous()
+    context, weights = soft_attention_reference(*tensors, gate=gate, mask=mask)
+    expected = torch.autograd.grad(context.sum() + weights.square().sum(), inputs)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@on_every_device
+@pytest.mark.parametrize("B, K", [(0, 0), (2, 0)])
+def test_no_rows(device, B, K):
+    inputs = make_inputs(B, K, 7, 6, 5, device=device)
+    for op in soft_attention, soft_attention_reference:
+        context, weights, *gradients = outputs_and_gradients(op, inputs)
+        assert context.shape == (0, 6) and weights.shape == (0, 7)
+        for tensor, gradient in zip(inputs, gradients, strict=True):
+            assert gradient.shape == tensor.shape and not gradient.any()
+
+
+@on_every_device
+@pytest.mark.parametrize("op", [soft_attention, soft_attention_reference])
+def test_fully_masked_rows_are_zero(device, op):
+    mask = torch.tensor([[True, False, True, True], [False] * 4], device=device)
+    inputs = make_inputs(2, 3, 4, 6, 5, device=device)
+    context, weights, *gradients = outputs_and_gradients(op, inputs, mask=mask)
+    assert weights[:3].sum(1).allclose(torch.ones(3).to(weights)) and not weights[:3, 1].any()
+    assert not context[3:].any() and not weights[3:].any()
+    features, keys, query, _, gate = gradients
+    assert not any(t.any() for t in (features[1], keys[1], query[3:], gate[3:]))
+    assert all(t.isfinite().all() for t in gradients)
+
+
+@on_every_device
+@both_activations
+@pytest.mark.parametrize("dtype", list(FLOOR), ids=str)
+def test_large_scores(device, activation, dtype):
+    features, keys, query, score_weight, gate = make_inputs(2, 2, 9, 4, 4, device=device)
+    score_weight = torch.tensor([1e4, -1e4, 5e3, 1.0])
+    inputs = [t.detach().to(device, dtype) for t in (features, keys, query, score_weight, gate)]
+    wide = outputs_and_gradients(
+        soft_attention, [t.double() for t in inputs], activation=activation
+    )
+    for t in outputs_and_gradients(soft_attention, inputs, activation=activation)[:2]:
+        assert t.isfinite().all()
+    truth = outputs_and_gradients(
+        soft_attention_reference, [t.double() for t in inputs], activation=activation
+    )
+    for ours, true in zip(wide, truth, strict=True):
+        torch.testing.assert_close(ours, true)
+
+
+@on_every_device
+def test_gradients_are_the_same_bits_every_time(device):
+    inputs = make_inputs(5, 3, 49, 64, 33, device=device, dtype=torch.float32)
+    first = outputs_and_gradients(soft_attention, inputs)
+    for _ in range(3):
+        again = outputs_and_gradients(soft_attention, inputs)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_frozen_features_get_no_gradient():
+    features, keys, query, score_weight, gate = make_inputs(2, 3, 5, 4, 3)
+    context, _ = soft_attention(features.detach(), keys, query, score_weight, gate=gate)
+    context.sum().backward()
+    frozen = [t.grad for t in (keys, query, score_weight, gate)]
+    context, _ = soft_attention_reference(
+        *(inputs := make_inputs(2, 3, 5, 4, 3))[:4], gate=inputs[4]
+    )
+    context.sum().backward()
+    for ours, theirs in zip(frozen, inputs[1:], strict=True):
+        torch.testing.assert_close(ours, theirs.grad)
+
+
+@on_every_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", [soft_attention, soft_attention_reference])
+def test_autocast(device, dtype, op):
+    inputs = make_inputs(2, 3, 7, 6, 5, device=device, dtype=torch.float32)
+    expected = outputs_and_gradients(op, [t.to(dtype) for t in inputs])
+    inputs[0].data = inputs[0].data.to(dtype)  # an encoder under autocast gives such features
+    with torch.autocast(device, dtype):
+        context, weights = op(*inputs[:4], gate=inputs[4])
+    assert context.dtype == dtype
+    torch.testing.assert_close(context, expected[0])
+    torch.testing.assert_close(weights.to(dtype), expected[1])
+    context.sum().backward()
+    assert [t.grad.dtype for t in inputs] == [dtype] + [torch.float32] * 4
+
+
+@on_every_device
+@both_activations
+def test_compile_fullgraph(device, activation):
+    compiled = torch.compile(soft_attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    for B, K in [(2, 3), (3, 1)]:
+        inputs = make_inputs(B, K, 5, 4, 3, device=device)
+        options = {"activation": activation, "mask": make_mask(B, 5, device)}
+        expected = outputs_and_gradients(soft_attention, inputs, **options)
+        for ours, eager in zip(
+            outputs_and_gradients(compiled, inputs, **options), expected, strict=True
+        ):
+            torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("op", [soft_attention, soft_attention_reference])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"activation": "gelu"}, 'activation is "tanh" or "relu", not \'gelu\''),
+        ({"features": torch.zeros(2, 4)}, "features \\[B, P, D\\]"),
+        ({"features": torch.zeros(2, 0, 4), "keys": torch.zeros(2, 0, 3)}, "at least 1"),
+        ({"query": torch.zeros(5, 3)}, "query has 5 rows, which is no multiple of the 2 images"),
+        ({"keys": torch.zeros(2, 6, 3)}, "keys has shape \\[2, 6, 3\\], but \\[2, 5, 3\\]"),
+        ({"score_weight": torch.zeros(4)}, "score_weight has shape \\[4\\], but \\[3\\]"),
+        ({"gate": torch.zeros(6, 3)}, "gate has shape \\[6, 3\\], but \\[6, 4\\]"),
+        ({"mask": torch.zeros(2, 4, dtype=torch.bool)}, "mask has shape"),
+        ({"mask": torch.zeros(2, 5)}, "mask has dtype torch.float32, but torch.bool"),
+        ({"query": torch.zeros(6, 3).double()}, "query has dtype torch.float64"),
+        ({"features": torch.zeros(2, 5, 4).long()}, "features has dtype torch.int64"),
+        ({"keys": torch.zeros(2, 5, 3, device="meta")}, "keys is on meta, but features is on cpu"),
+    ],
+)
+def test_wrong_calls(op, change, message):
+    arguments = {
+        "features": torch.zeros(2, 5, 4),
+        "keys": torch.zeros(2, 5, 3),
+        "query": torch.zeros(6, 3),
+        "score_weight": torch.zeros(3),
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        op(**arguments)
+
+
+def test_the_kernel_checks_for_itself():
+    features, keys, query, score_weight, _ = make_inputs(2, 3, 5, 4, 3)
+    op = torch.ops.attncap.soft_attention
+    with pytest.raises(RuntimeError, match="keys has sizes that do not fit"):
+        op(features, keys[:, :4], query, score_weight, None, None, "tanh")
+    with pytest.raises(RuntimeError, match="query has another dtype"):
+        op(features, keys, query.float(), score_weight, None, None, "tanh")
+    with pytest.raises(RuntimeError, match="the same number of rows for every image"):
+        op(features, keys, query[:5], score_weight, None, None, "tanh")
+    with pytest.raises(RuntimeError, match='"tanh" or "relu", not "gelu"'):
+        op(features, keys, query, score_weight, None, None, "gelu")

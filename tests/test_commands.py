@@ -1,0 +1,215 @@
+"""The commands as a user calls them, rightly and wrongly."""
+
+import json
+
+import pytest
+from conftest import TINY, make_flickr8k
+from PIL import Image
+
+from attncap.errors import UserError
+from attncap.evaluate import read_results
+
+
+def one_line(err: str) -> str:
+    """The error: the last line on standard error, after bars and warnings, and no traceback."""
+    assert "Traceback" not in err
+    errors = [line for line in err.splitlines() if line.startswith("attncap: error: ")]
+    assert len(errors) == 1, err
+    return errors[0]
+
+
+@pytest.fixture
+def broken_images(tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("this is no picture")
+    Image.new("RGB", (64, 64), "red").save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:60])
+    return folder
+
+
+def test_caption_text_and_jsonl(attncap, trained, flickr8k, tmp_path):
+    status, out, _ = attncap("caption", flickr8k / "Images", "--model", trained, "--workers", 0)
+    lines = out.splitlines()
+    assert status == 0 and len(lines) == 30
+    assert lines[0].startswith(f"{flickr8k / 'Images' / '000.png'}: a ") and "red" in lines[0]
+    status, out, _ = attncap(
+        "caption", flickr8k / "Images" / "001.png", "--model", trained, "--format", "jsonl", "--beam_size", 1,
+        "--workers", 0, "--attention-dir", tmp_path / "attention",
+    )  # fmt: skip
+    [line] = map(json.loads, out.splitlines())
+    assert status == 0 and "green" in line["caption"] and line["score"] < 0
+    [picture] = (tmp_path / "attention").iterdir()
+    assert Image.open(picture).width > 500
+
+
+def test_native_and_torch_give_the_same_captions(attncap, trained, flickr8k):
+    outputs = [
+        attncap("caption", flickr8k, "--model", trained, "--workers", 0, "--implementation", name)[1]
+        for name in ("native", "torch")
+    ]
+    assert outputs[0] == outputs[1] and outputs[0].count("\n") == 30
+
+
+def test_broken_images_are_skipped(attncap, trained, broken_images):
+    Image.new("RGB", (1, 1), "blue").save(broken_images / "tiny.png")  # one pixel is an image like any other
+    status, out, err = attncap("caption", broken_images, "--model", trained, "--workers", 0)
+    assert status == 0 and [line.split(": ")[0] for line in out.splitlines()] == [str(broken_images / "tiny.png")]
+    for name, reason in (("empty", "empty"), ("text", "not an image"), ("cut", "cannot be read")):
+        [line] = [line for line in err.splitlines() if f"{name}." in line]
+        assert "skipped" in line and reason in line
+
+    (broken_images / "tiny.png").unlink()
+    status, out, err = attncap("caption", broken_images, "--model", trained, "--workers", 0)
+    assert status == 1 and out == "" and "none of the images could be read" in one_line(err)
+
+
+def test_evaluate_a_model(attncap, trained, flickr8k, tmp_path):
+    output = tmp_path / "figures" / "metrics.json"
+    arguments = ["--model", trained, "--data", flickr8k, "--output", output, "--workers", 0]
+    status, out, _ = attncap("evaluate", *arguments)
+    figures = json.loads(output.read_text())
+    assert status == 0 and figures == json.loads((trained / "test.json").read_text())
+    for name, value in figures.items():
+        assert f"{name:7}  {value:.4f}" in out
+    assert len(json.loads((tmp_path / "figures" / "results.json").read_text())) == 3
+
+
+def test_evaluate_a_results_file(attncap, tmp_path):
+    references = {
+        "images": [{"id": 1, "file_name": "1.jpg"}, {"id": 2, "file_name": "2.jpg"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "caption": "A dog runs over the green grass."},
+            {"id": 2, "image_id": 2, "caption": "Two men play chess in a park."},
+        ],
+    }
+    (tmp_path / "references.json").write_text(json.dumps(references))
+    results = [
+        {"image_id": 1, "caption": "a dog runs over the green grass"},
+        {"image_id": 2, "caption": "two men play chess in a park"},
+    ]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    files = ["--predictions", tmp_path / "results.json", "--references", tmp_path / "references.json"]
+    status, out, _ = attncap("evaluate", *files)
+    assert status == 0
+    for name, value in (("BLEU-4", 1), ("ROUGE-L", 1), ("CIDEr", 10)):  # what equal captions get
+        assert f"{name:7}  {value:.4f}" in out
+
+    (tmp_path / "results.json").write_text(json.dumps(results[:1]))
+    status, out, err = attncap("evaluate", *files)
+    assert status == 0 and "1 of the 2 images" in err
+
+    (tmp_path / "results.json").write_text(json.dumps([{"image_id": 3, "caption": "a cat"}]))
+    status, _, err = attncap("evaluate", *files)
+    assert status == 1 and "3" in one_line(err) and "no references" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[", "expected"),
+        ('[{"caption": "a"}]', "image_id"),
+        ('{"image_id": 1}', "expected"),
+        ('[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]', "twice"),
+    ],
+)
+def test_wrong_results_files(tmp_path, content, reason):
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=f"{path}: .*{reason}"):
+        read_results(path)
+
+
+def test_info(attncap):
+    status, out, _ = attncap("info")
+    assert status == 0
+    for word in ("attncap", "torch", "cpu", "loaded"):
+        assert word in out
+
+
+@pytest.mark.parametrize("name", ["train", "caption", "evaluate", "info"])
+def test_help_tells_each_flag(attncap, name):
+    status, out, _ = attncap(name, "--help")
+    assert status == 0 and "--debug" in out and "traceback" in out
+    if name == "train":
+        assert "resnet18" in out
+        assert "resnet50" in attncap("train", "--data", "photographs", "--help")[1]
+
+
+def test_wrong_calls_of_train(attncap, flickr8k, tmp_path):
+    output = tmp_path / "run"
+    tiny = [*TINY, "--output", output]
+    photographs = ["--data", flickr8k, *tiny]
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "missing").mkdir()
+    (tmp_path / "missing" / "Images").mkdir()
+    (tmp_path / "missing" / "captions.txt").write_text("image,caption\nabsent.jpg,a dog\ngone.jpg,a cat\n")
+    (tmp_path / "weights.pth").write_text("no weights")
+    (tmp_path / "a file").write_text("")
+    for arguments, status, message in (
+        (["--data", tmp_path / "nowhere", *tiny], 2, "nowhere"),
+        (["--data", tmp_path / "nothing", *tiny], 1, "captions.txt"),
+        (["--data", tmp_path / "missing", *tiny], 1, "absent.jpg"),
+        ([*photographs, "--encoder", "resnet19"], 2, "no such backbone"),
+        ([*photographs, "--encoder-weights", tmp_path / "no.pth"], 2, "no such file"),
+        ([*photographs, "--encoder-weights", tmp_path / "weights.pth"], 1, "cannot read the weights"),
+        ([*photographs, "--encoder-layer", "layer9"], 2, "no layer 'layer9'"),
+        ([*photographs, "--fine-tune-from", "layer9"], 2, "--fine-tune-from layer9"),
+        ([*photographs, "--device", "tpu9"], 2, "--device tpu9"),
+        ([*photographs, "--resume"], 2, "--resume"),
+        (["--data", flickr8k, *TINY, "--output", tmp_path / "a file" / "run"], 1, "cannot write"),
+    ):
+        found, _, err = attncap("train", *arguments)
+        assert found == status and message in one_line(err), (arguments, found, err)
+        assert not output.exists()
+    status, _, err = attncap("train", "--epochs", "many")
+    assert status == 2 and "epochs" in err
+
+
+def test_missing_images_are_named_and_left_out(attncap, tmp_path):
+    data = make_flickr8k(tmp_path / "data", count=12)
+    with open(data / "captions.txt", "a") as captions:
+        captions.write("absent.jpg,a green picture\n")
+    status, _, err = attncap("train", "--data", data, "--output", tmp_path / "run", *TINY, "--epochs", 1)
+    assert status == 0 and "absent.jpg" in err
+
+
+def test_wrong_calls_of_caption_and_evaluate(attncap, trained, flickr8k, tmp_path):
+    picture = flickr8k / "Images" / "000.png"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a file").write_text("")
+    for name, arguments, status, message in (
+        ("caption", [picture, "--model", tmp_path / "nowhere"], 2, "no such model folder"),
+        ("caption", [tmp_path / "no.jpg", "--model", trained], 2, "no.jpg"),
+        ("caption", [tmp_path / "empty", "--model", trained], 2, "no images in"),
+        ("caption", [picture, "--model", trained, "--attention-dir", tmp_path / "a file" / "x"], 1, "cannot write"),
+        ("caption", [picture, "--model", trained, "--beam-size", 0], 2, "--beam-size"),
+        ("evaluate", ["--model", trained], 2, "--data"),
+        ("evaluate", ["--model", trained, "--data", flickr8k, "--split", "dev"], 2, "--split dev"),
+        ("evaluate", ["--predictions", tmp_path / "no.json", "--references", tmp_path / "no.json"], 2, "no.json"),
+    ):
+        found, _, err = attncap(name, *arguments, *(["--workers", 0] if name == "caption" else []))
+        assert found == status and message in one_line(err), (name, arguments, found, err)
+    assert attncap("caption", picture)[0] == 2
+
+
+@pytest.mark.parametrize("file", ["config.json", "vocabulary.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "other"])
+def test_damaged_model_folders(attncap, trained, flickr8k, tmp_path, file, damage):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "vocabulary.json", "model.safetensors"):
+        (folder / name).write_bytes((trained / name).read_bytes())
+    content = (folder / file).read_bytes()
+    if damage == "missing":
+        (folder / file).unlink()
+    elif damage == "other":  # whole, but of another model
+        change = {"config.json": (b'"hidden_size": 32', b'"hidden_size": 48'), "vocabulary.json": (b'"a",\n', b"")}
+        old, new = change.get(file, (b"decoder.gate.bias", b"decoder.gone.bias"))
+        assert old in content
+        (folder / file).write_bytes(content.replace(old, new))
+    else:
+        (folder / file).write_bytes(content[: len(content) // 2 if damage == "cut" else 0])
+    status, out, err = attncap("caption", flickr8k / "Images" / "000.png", "--model", folder, "--workers", 0)
+    assert status == 1 and out == "" and str(folder) in one_line(err)

@@ -1,0 +1,134 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import COLORS, TINY, make_flickr8k
+from safetensors.torch import load_file
+
+from attncap import Captioner
+from attncap.data.vocabulary import Vocabulary
+from attncap.train import SHAPES, Trainer, caption_losses
+
+
+def test_losses_by_hand():
+    """Two rows over V=5 words and P=2 cells; the second row's last word is padding."""
+    logits = torch.zeros(2, 2, 5)
+    logits[0, 0, 4] = 2.0
+    targets = torch.tensor([[4, Vocabulary.END], [Vocabulary.END, Vocabulary.PAD]])
+    weights = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.25, 0.75], [1.0, 0.0]]])
+    losses = caption_losses(logits, weights, targets, label_smoothing=0.0)
+    first = math.log(math.exp(2) + 4) - 2
+    assert losses["words"].item() == pytest.approx((first + 2 * math.log(5)) / 3)
+    # Row one: sums 1.5 and 0.5; row two, without the padding: 0.25 and 0.75.
+    expected = ((0.5**2 + 0.5**2) + (0.75**2 + 0.25**2)) / 4
+    assert losses["attention"].item() == pytest.approx(expected)
+    smooth = caption_losses(logits[:1, :1], weights[:1, :1], targets[:1, :1], label_smoothing=0.1)["words"].item()
+    assert smooth == pytest.approx(0.9 * first + 0.1 * (first + 4 * (first + 2)) / 5)
+
+
+def test_training_learns_what_is_in_the_pictures(trained, flickr8k):
+    log = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [1, 2, 3, 4, 5, 6]
+    assert log[-1]["loss_words"] < 0.5 * log[0]["loss_words"]
+    assert {"seconds", "loss_attention", "BLEU-4", "ROUGE-L", "CIDEr"} <= log[0].keys()
+    figures = json.loads((trained / "test.json").read_text())
+    assert figures["BLEU-1"] > 0.9
+    assert (trained / "attention.png").stat().st_size > 1000
+    settings = json.loads((trained / "settings.json").read_text())
+    assert settings["settings"]["epochs"] == 6 and settings["versions"]["torch"] == torch.__version__
+    # Right colours in pictures it never saw, and the native and the plain path say the same.
+    results = json.loads((trained / "results.json").read_text())
+    paths = [flickr8k / "Images" / result["image_id"] for result in results]
+    native = Captioner.from_pretrained(trained).caption(paths)
+    plain = Captioner.from_pretrained(trained, implementation="torch").caption(paths)
+    for path, one, other in zip(paths, native, plain, strict=True):
+        assert list(COLORS)[int(path.stem) % 3] in one.words
+        assert one.text == other.text
+        assert one.attention.shape == (len(one.words), 4, 4)
+        torch.testing.assert_close(one.attention, other.attention, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(one.attention.sum(dim=(1, 2)), torch.ones(len(one.words)))
+
+
+def test_resume_continues_as_if_never_stopped(attncap, flickr8k, tmp_path):
+    """Stopped after two of four epochs and resumed, the weights are those of an uninterrupted run, bit for bit."""
+    arguments = ["--data", flickr8k, *TINY, "--augment", "--dropout", "0.3", "--epochs"]
+    assert attncap("train", *arguments, 4, "--output", tmp_path / "whole")[0] == 0
+    script = (
+        "import runpy, sys\n"
+        "import attncap.evaluate\n"
+        "evaluate, calls = attncap.evaluate.evaluate, []\n"
+        "def interrupted(*arguments):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3: raise KeyboardInterrupt\n"
+        "    return evaluate(*arguments)\n"
+        "attncap.evaluate.evaluate = interrupted\n"
+        "sys.argv = ['train', *sys.argv[1:]]\n"
+        "runpy.run_module('attncap.train', run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", script, *arguments, 4, "--output", tmp_path / "parts"]
+    stopped = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert stopped.returncode == 130 and "--resume goes on" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 2
+    Captioner.from_pretrained(tmp_path / "parts")  # usable as it is
+    assert attncap("train", *arguments, 4, "--output", tmp_path / "parts", "--resume")[0] == 0
+    whole, parts = (torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("whole", "parts"))
+    assert whole["epoch"] == parts["epoch"] == 4 and whole["best"] == parts["best"]
+    for name, value in whole["model"].items():
+        assert value.equal(parts["model"][name]), name
+    best = [load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts")]
+    assert all(value.equal(best[1][name]) for name, value in best[0].items())
+
+
+def test_ctrl_c_in_the_first_epoch_leaves_a_model(flickr8k, tmp_path):
+    command = [sys.executable, "-m", "attncap.train", "--data", flickr8k, "--output", tmp_path / "run", *TINY]
+    process = subprocess.Popen(
+        list(map(str, [*command, "--epochs", 500])), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(1200):
+        if (tmp_path / "run" / "settings.json").exists():
+            break
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    Captioner.from_pretrained(tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_broken_images_are_reported_once_and_left_out(attncap, tmp_path):
+    data = make_flickr8k(tmp_path / "data", count=30)
+    for index in range(0, 30, 5):
+        (data / "Images" / f"{index:03d}.png").write_bytes(b"not a picture")
+    status, _, err = attncap("train", "--data", data, "--output", tmp_path / "run", *TINY, "--epochs", 2)
+    assert status == 0
+    for index in range(0, 30, 5):
+        assert err.count(f"{index:03d}.png: not an image") >= 1
+    assert err.count("skipped in training") <= 6
+
+
+def test_a_run_is_not_overwritten(attncap, trained, flickr8k):
+    before = (trained / "model.safetensors").read_bytes()
+    status, _, err = attncap("train", "--data", flickr8k, "--output", trained, *TINY)
+    assert status == 2 and "holds a run already; go on with --resume" in err
+    assert (trained / "model.safetensors").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(attncap, flickr8k, tmp_path):
+    arguments = ["--data", flickr8k, "--output", tmp_path / "run", *TINY, "--learning-rate", 1e30, "--clip-norm", 1e30]
+    status, _, err = attncap("train", *arguments)
+    assert status == 1 and "try a lower --learning-rate" in err and "Traceback" not in err
+
+
+def test_schedule():
+    trainer = Trainer.__new__(Trainer)
+    trainer.config, trainer.steps = SHAPES, 10
+    assert trainer.schedule(0) == pytest.approx(0.1) and trainer.schedule(0.9) == pytest.approx(1.0)
+    assert trainer.schedule(1) == 1.0 and trainer.schedule(SHAPES.epochs) == pytest.approx(0.0)
+    assert trainer.schedule((1 + SHAPES.epochs) / 2) == pytest.approx(0.5)
