@@ -1,5 +1,6 @@
 """Write a caption for every image: python -m attncap.caption photo.jpg folder/ --model runs/shapes"""
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -35,8 +36,9 @@ class CaptionConfig:
     """Print `path: caption`, or a JSON object a line."""
     attention_dir: str | None = None
     """Folder for a picture of each caption: its words, each with the places the model looked at."""
-    workers: int = 2
-    """Processes that read images; 0 reads them in the main one."""
+    workers: int | None = None
+    """Processes that read images, 0 for none beside the main one; by default 0 on a CPU, and on a GPU one a core, at
+    most 8."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
     implementation: Literal["native", "torch"] = "native"
@@ -49,22 +51,24 @@ def main(config: CaptionConfig) -> None:
     paths = find_images(config.images)
     if not paths:
         raise CallError(f"no images in {', '.join(config.images)}; give image files, or folders that hold some")
-    model = Captioner.from_pretrained(config.model, config.implementation).to(command.find_device(config.device))
+    device = command.find_device(config.device)
+    workers = command.find_workers(config.workers, device)
+    model = Captioner.from_pretrained(config.model, config.implementation).to(device)
     examples = [Example(name=str(path), captions=(), path=path) for path in paths]
     written = 0
-    captions = caption_examples(
-        model, examples, config.beam_size, config.max_length, config.batch_size, config.workers
-    )
-    for example, caption in captions:
-        if config.format == "text":
-            tqdm.write(f"{example.name}: {caption.text}")
-        else:
-            line = {"image": example.name, "caption": caption.text, "score": caption.score}
-            tqdm.write(json.dumps(line, ensure_ascii=False))
-        if config.attention_dir is not None:
-            picture = Path(config.attention_dir) / f"{written:06d}-{example.path.stem}.png"
-            save_attention(picture, [(example.image(), caption)])
-        written += 1
+    with contextlib.closing(
+        caption_examples(model, examples, config.beam_size, config.max_length, config.batch_size, workers)
+    ) as captions:
+        for example, caption in captions:
+            if config.format == "text":
+                tqdm.write(f"{example.name}: {caption.text}")
+            else:
+                line = {"image": example.name, "caption": caption.text, "score": caption.score}
+                tqdm.write(json.dumps(line, ensure_ascii=False))
+            if config.attention_dir is not None:
+                picture = Path(config.attention_dir) / f"{written:06d}-{example.path.stem}.png"
+                save_attention(picture, [(example.image(), caption)])
+            written += 1
     if not written:
         raise UserError("none of the images could be read")
 
@@ -85,4 +89,4 @@ def caption_examples(
 
 
 if __name__ == "__main__":
-    command.run("caption", main, tyro.MISSING, __doc__)
+    command.run("caption", main, CaptionConfig, __doc__)

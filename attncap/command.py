@@ -17,13 +17,17 @@ from attncap.errors import CallError, UserError
 Config = TypeVar("Config")
 
 
-def run(name: str, main: Callable[[Config], None], default: Config, description: str) -> None:
-    """Run `python -m attncap.NAME`: read the flags into a dataclass and call `main` with it.
+def run(name: str, main: Callable[[Config], None], config: type[Config] | Config, description: str) -> None:
+    """Run `python -m attncap.NAME`: read the flags into a dataclass, given as a class or as its defaults, and call
+    `main` with it.
 
     Exit status 0, 1 (the work failed), 2 (the call was wrong), 130 (interrupted). Errors are one line on standard error;
     the traceback comes only with --debug.
     """
-    config = tyro.cli(type(default), prog=f"python -m attncap.{name}", description=description, default=default)
+    options = {"prog": f"python -m attncap.{name}", "description": description}
+    config = (
+        tyro.cli(config, **options) if isinstance(config, type) else tyro.cli(type(config), default=config, **options)
+    )
     logging.basicConfig(format="attncap: %(message)s")
     try:
         check_numbers(config)
@@ -68,3 +72,11 @@ def find_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise CallError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def find_workers(workers: int | None, device: torch.device) -> int:
+    """The number given, or by default: none beside a CPU that is busy with the model (its threads would wait for the
+    workers at every step), and beside a GPU a process for each core, at most 8."""
+    if workers is None:
+        return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+    return workers

@@ -43,8 +43,9 @@ class EvaluateConfig:
     """Images that go through the model together."""
     seed: int = 0
     """Seed of `shapes`, and of the splits where the data set has none: the one the model was trained with."""
-    workers: int = 2
-    """Processes that read images; 0 reads them in the main one."""
+    workers: int | None = None
+    """Processes that read images, 0 for none beside the main one; by default 0 on a CPU, and on a GPU one a core, at
+    most 8."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
     implementation: Literal["native", "torch"] = "native"
@@ -57,17 +58,18 @@ def main(config: EvaluateConfig) -> None:
     given = [config.model, config.data, config.predictions, config.references]
     match [value is not None for value in given]:
         case [True, True, False, False]:
-            model = Captioner.from_pretrained(config.model, config.implementation)
+            device = command.find_device(config.device)
+            model = Captioner.from_pretrained(config.model, config.implementation).to(device)
             splits = open_dataset(config.data, config.seed)
             if config.split not in splits:
                 raise CallError(f"--split {config.split}: {config.data} has only {', '.join(splits)}")
             figures, results = evaluate(
-                model.to(command.find_device(config.device)),
+                model,
                 splits[config.split],
                 config.beam_size,
                 config.max_length,
                 config.batch_size,
-                config.workers,
+                command.find_workers(config.workers, device),
             )
         case [False, False, True, True]:
             predictions, references = read_results(config.predictions), read_captions(config.references)
@@ -114,7 +116,9 @@ def read_results(path: str | Path) -> dict[str, str]:
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f'{path}: expected [{{"image_id": 1, "caption": "..."}}, ...]: {error!r}') from error
     if len(captions) < len(results):
-        raise UserError(f"{path}: {len(results) - len(captions)} image ids stand there twice; keep one caption an image")
+        raise UserError(
+            f"{path}: {len(results) - len(captions)} image ids stand there twice; keep one caption an image"
+        )
     return captions
 
 
@@ -125,4 +129,4 @@ def table(figures: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    command.run("evaluate", main, EvaluateConfig(), __doc__)
+    command.run("evaluate", main, EvaluateConfig, __doc__)

@@ -9,7 +9,7 @@ import torch
 from attncap import command
 from attncap.ops import library
 
-PACKAGES = ("attncap", "torch", "torchvision", "numpy", "pillow", "pycocotools", "safetensors", "tyro", "matplotlib")
+PACKAGES = ("attncap", "torchvision", "numpy", "pillow", "pycocotools", "safetensors", "tyro", "matplotlib")
 
 
 @dataclass
@@ -30,7 +30,7 @@ def main(config: InfoConfig) -> None:
 
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in PACKAGES:
         try:
             found[package] = version(package)
@@ -40,4 +40,4 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    command.run("info", main, InfoConfig(), __doc__)
+    command.run("info", main, InfoConfig, __doc__)

@@ -76,8 +76,9 @@ class TrainConfig:
     """The validation figure that decides which model is kept."""
     seed: int = 0
     """Of the weights, the order, and the splits where the data set has none."""
-    workers: int = 2
-    """Processes that read images; 0 reads them in the main one."""
+    workers: int | None = None
+    """Processes that read images, 0 for none beside the main one; by default 0 on a CPU, and on a GPU one a core, at
+    most 8."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
     implementation: Literal["native", "torch"] = "native"
@@ -159,6 +160,7 @@ class Trainer:
             {"params": encoder, "peak": config.encoder_learning_rate},
         ]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        self.workers = command.find_workers(config.workers, model.device)
         self.epoch, self.best = 0, -math.inf
         self.reported = set()  # broken images, so that each is reported once and not in every epoch
 
@@ -189,7 +191,7 @@ class Trainer:
         self.model.train()
         sums, step = {"words": 0.0, "attention": 0.0}, 0
         with tqdm(total=len(order), desc=f"epoch {self.epoch + 1}/{config.epochs}", unit="image", leave=False) as bar:
-            for indices, images, errors in batches(self.pictures, config.batch_size, config.workers, order):
+            for indices, images, errors in batches(self.pictures, config.batch_size, self.workers, order):
                 self.report(errors)
                 bar.update(len(indices) + len(errors))
                 if images is None:
@@ -241,7 +243,7 @@ class Trainer:
     def evaluate(self, split: str) -> tuple[dict[str, float], list[dict[str, str]]]:
         config = self.config
         return evaluate(
-            self.model, self.splits[split], config.beam_size, config.max_length, config.batch_size, config.workers
+            self.model, self.splits[split], config.beam_size, config.max_length, config.batch_size, self.workers
         )
 
     def test(self) -> None:

@@ -8,7 +8,7 @@ COLORS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 210)}
 # A model and a recipe so small that an epoch takes a second.
 TINY = (
     "--encoder resnet18 --encoder-layer layer1 --image-size 32 --grid 4 --encoder-weights none --fine-tune-from all "
-    "--attention-size 16 --embedding-size 16 --hidden-size 32 --dropout 0 --epochs 6 --batch-size 8 --workers 0 "
+    "--attention-size 16 --embedding-size 16 --hidden-size 32 --dropout 0 --epochs 15 --batch-size 8 --workers 0 "
     "--learning-rate 1e-2 --encoder-learning-rate 1e-3 --label-smoothing 0 --no-augment --min-count 1 --device cpu"
 ).split()
 
@@ -28,13 +28,13 @@ def attncap(monkeypatch, capsys):
     return run
 
 
-def make_flickr8k(folder, count: int = 30):
+def make_flickr8k(folder, count: int = 60):
     """A data set in Flickr8k's layout: `count` pictures of one colour each, a third of them for each colour."""
     (folder / "Images").mkdir(parents=True)
     lines = ["image,caption"]
     for index in range(count):
         name = list(COLORS)[index % 3]
-        shade = tuple(min(255, value + index) for value in COLORS[name])
+        shade = tuple(min(255, value + index // 2) for value in COLORS[name])
         Image.new("RGB", (40 + index, 50), shade).save(folder / "Images" / f"{index:03d}.png")
         lines += [f"{index:03d}.png,A {name} picture .", f'{index:03d}.png,"A picture, all {name} ."']
     (folder / "captions.txt").write_text("\n".join(lines) + "\n")

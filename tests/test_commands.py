@@ -32,7 +32,7 @@ def broken_images(tmp_path):
 def test_caption_text_and_jsonl(attncap, trained, flickr8k, tmp_path):
     status, out, _ = attncap("caption", flickr8k / "Images", "--model", trained, "--workers", 0)
     lines = out.splitlines()
-    assert status == 0 and len(lines) == 30
+    assert status == 0 and len(lines) == 60
     assert lines[0].startswith(f"{flickr8k / 'Images' / '000.png'}: a ") and "red" in lines[0]
     status, out, _ = attncap(
         "caption", flickr8k / "Images" / "001.png", "--model", trained, "--format", "jsonl", "--beam_size", 1,
@@ -49,7 +49,7 @@ def test_native_and_torch_give_the_same_captions(attncap, trained, flickr8k):
         attncap("caption", flickr8k, "--model", trained, "--workers", 0, "--implementation", name)[1]
         for name in ("native", "torch")
     ]
-    assert outputs[0] == outputs[1] and outputs[0].count("\n") == 30
+    assert outputs[0] == outputs[1] and outputs[0].count("\n") == 60
 
 
 def test_broken_images_are_skipped(attncap, trained, broken_images):
@@ -73,7 +73,7 @@ def test_evaluate_a_model(attncap, trained, flickr8k, tmp_path):
     assert status == 0 and figures == json.loads((trained / "test.json").read_text())
     for name, value in figures.items():
         assert f"{name:7}  {value:.4f}" in out
-    assert len(json.loads((tmp_path / "figures" / "results.json").read_text())) == 3
+    assert len(json.loads((tmp_path / "figures" / "results.json").read_text())) == 6
 
 
 def test_evaluate_a_results_file(attncap, tmp_path):

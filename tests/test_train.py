@@ -34,14 +34,14 @@ def test_losses_by_hand():
 
 def test_training_learns_what_is_in_the_pictures(trained, flickr8k):
     log = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in log] == [1, 2, 3, 4, 5, 6]
+    assert [line["epoch"] for line in log] == list(range(1, 16))
     assert log[-1]["loss_words"] < 0.5 * log[0]["loss_words"]
     assert {"seconds", "loss_attention", "BLEU-4", "ROUGE-L", "CIDEr"} <= log[0].keys()
     figures = json.loads((trained / "test.json").read_text())
     assert figures["BLEU-1"] > 0.9
     assert (trained / "attention.png").stat().st_size > 1000
     settings = json.loads((trained / "settings.json").read_text())
-    assert settings["settings"]["epochs"] == 6 and settings["versions"]["torch"] == torch.__version__
+    assert settings["settings"]["epochs"] == 15 and settings["versions"]["torch"] == torch.__version__
     # Right colours in pictures it never saw, and the native and the plain path say the same.
     results = json.loads((trained / "results.json").read_text())
     paths = [flickr8k / "Images" / result["image_id"] for result in results]

@@ -1,9 +1,9 @@
 """Flickr8k (Hodosh, Young and Hockenmaier 2013) in the layout Kaggle gives it.
 
-    captions.txt        image,caption        a header, then a line a caption; five captions an image
-    Images/             NAME.jpg             also images/
-    trainImages.txt     NAME.jpg             optional lists of names for the splits, with
-    valImages.txt, testImages.txt            the original names accepted too
+captions.txt        image,caption        a header, then a line a caption; five captions an image
+Images/             NAME.jpg             also images/
+trainImages.txt     NAME.jpg             optional lists of names for the splits, with
+valImages.txt, testImages.txt            the original names accepted too
 """
 
 from __future__ import annotations

@@ -14,9 +14,7 @@ from attncap.errors import CallError, UserError
 
 # An allow-list: some of Pillow's other readers start programs or are hardly ever tested.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
-SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm".split()
-)
+SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm".split())
 
 
 def load_image(path: str | Path) -> Image.Image:

@@ -12,9 +12,7 @@ from attncap.metrics.cider import cider
 from attncap.metrics.rouge import rouge_l
 
 
-def score(
-    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
-) -> dict[str, float]:
+def score(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """BLEU-1 to BLEU-4, ROUGE-L (0 to 1) and CIDEr (0 to 10) of a caption an image.
 
     Both arguments go by image and must have the same images. Raises UserError when there are no

@@ -10,9 +10,7 @@ from attncap.metrics.ngrams import Words, count_ngrams
 TINY, SMALL = 1e-15, 1e-9
 
 
-def bleu(
-    predictions: Sequence[Words], references: Sequence[Sequence[Words]], max_n: int = 4
-) -> list[float]:
+def bleu(predictions: Sequence[Words], references: Sequence[Sequence[Words]], max_n: int = 4) -> list[float]:
     """Corpus BLEU-1 to BLEU-`max_n`, each 0 to 1 (Papineni et al. 2002, section 2.3).
 
     p_n = matches / n-grams predicted, over the corpus; an n-gram matches at most as often as it

@@ -9,9 +9,7 @@ from attncap.metrics.ngrams import Words, count_ngrams
 SIGMA = 6.0  # words by which lengths may differ before it costs much
 
 
-def cider(
-    predictions: Sequence[Words], references: Sequence[Sequence[Words]], max_n: int = 4
-) -> list[float]:
+def cider(predictions: Sequence[Words], references: Sequence[Sequence[Words]], max_n: int = 4) -> list[float]:
     """CIDEr of each image, 0 to 10; their mean is the corpus's.
 
     Vedantam et al. 2015, section 4, as coco-caption has it, which is the paper's CIDEr-D (section
@@ -27,9 +25,7 @@ def cider(
     orders = range(1, max_n + 1)
     counted = [[[count_ngrams(ref, n) for n in orders] for ref in refs] for refs in references]
     images_with = Counter(
-        ngram
-        for refs in counted
-        for ngram in set().union(*(counts for ref in refs for counts in ref))
+        ngram for refs in counted for ngram in set().union(*(counts for ref in refs for counts in ref))
     )
     log_images = math.log(max(1, len(references)))
     unseen = log_images
@@ -46,8 +42,7 @@ def cider(
         for ref, counts in zip(refs, ref_counts, strict=True):
             difference = max(0, len(words) - 1) - max(0, len(ref) - 1)
             similarity = sum(
-                _clipped_cosine(vector, weigh(count))
-                for vector, count in zip(vectors, counts, strict=True)
+                _clipped_cosine(vector, weigh(count)) for vector, count in zip(vectors, counts, strict=True)
             )
             total += math.exp(-(difference**2) / (2 * SIGMA**2)) * similarity
         scores.append(10 * total / max_n / len(refs))

@@ -36,8 +36,8 @@ class Encoder(nn.Module):
         try:
             self.backbone = create_feature_extractor(backbone, {self.layer: "grid"})
         except ValueError as error:
-            nodes = [node for node in get_graph_node_names(backbone)[1] if node.count(".") < 2]
-            raise CallError(f"{name} has no layer {layer!r}; it has {', '.join(nodes)}") from error
+            layers = [module for module, _ in backbone.named_modules() if module and module.count(".") < 2]
+            raise CallError(f"{name} has no layer {layer!r}; it has {', '.join(layers)}") from error
         self.grid = grid
         if weights != "none":
             _load(self.backbone, name, weights, known=backbone.state_dict().keys())
@@ -61,7 +61,9 @@ class Encoder(nn.Module):
         try:
             _, cells, channels = self(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)).shape
         except (RuntimeError, AssertionError) as error:
-            raise CallError(f"images of {image_size} px do not fit {self.layer}: {error}; try --image-size 224") from error
+            raise CallError(
+                f"images of {image_size} px do not fit {self.layer}: {error}; try --image-size 224"
+            ) from error
         self.train(training)
         return cells, channels
 
@@ -111,7 +113,10 @@ def _last_grid(name: str, backbone: nn.Module) -> str:
     grids = [
         node
         for node, output in outputs.items()
-        if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] == output.shape[3] > 1
+        if isinstance(output, Tensor)
+        and output.dim() == 4
+        and output.shape[2] == output.shape[3] > 1
+        and node != "avgpool"  # VGG's and AlexNet's pooling gives a grid too, of one size for every image size
     ]
     return grids[-1]
 
@@ -150,7 +155,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot read the weights: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot read the weights: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: holds no state dict (names and tensors); save it with torch.save(model.state_dict())")
     return state

@@ -56,8 +56,7 @@ def require(device: torch.device) -> None:
         return
     reason = _missing.get(device.type, "attncap has kernels for cpu and cuda only")
     raise UserError(
-        f"attncap's native library for {device.type} is missing: {reason}. "
-        "The plain PyTorch path needs none."
+        f"attncap's native library for {device.type} is missing: {reason}. The plain PyTorch path needs none."
     )
 
 

@@ -53,9 +53,7 @@ def soft_attention(
     features, keys, query, score_weight, gate = _autocast(features, keys, query, score_weight, gate)
     _check(features, keys, query, score_weight, activation, mask, gate)
     library.require(features.device)
-    return torch.ops.attncap.soft_attention(
-        features, keys, query, score_weight, mask, gate, activation
-    )
+    return torch.ops.attncap.soft_attention(features, keys, query, score_weight, mask, gate, activation)
 
 
 def soft_attention_reference(
@@ -122,8 +120,7 @@ def _check(
         raise ValueError(f"query has {N} rows, which is no multiple of the {B} images")
     if features.dtype not in DTYPES:
         raise ValueError(
-            f"features has dtype {features.dtype}; soft_attention takes float32, bfloat16, float16 "
-            "and float64"
+            f"features has dtype {features.dtype}; soft_attention takes float32, bfloat16, float16 and float64"
         )
     expected = {
         "keys": (keys, (B, P, A), features.dtype),
@@ -174,10 +171,8 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, context_grad: Tensor, weights_grad: Tensor):
     gate = ctx.saved_tensors[4]
     features_need_grad = ctx.needs_input_grad[0]
-    features_grad, keys_grad, query_grad, score_weight_grad, gate_grad = (
-        torch.ops.attncap.soft_attention_backward(
-            context_grad, weights_grad, *ctx.saved_tensors, ctx.activation, features_need_grad
-        )
+    features_grad, keys_grad, query_grad, score_weight_grad, gate_grad = torch.ops.attncap.soft_attention_backward(
+        context_grad, weights_grad, *ctx.saved_tensors, ctx.activation, features_need_grad
     )
     return (
         features_grad if features_need_grad else None,
@@ -193,6 +188,4 @@ def _backward(ctx, context_grad: Tensor, weights_grad: Tensor):
 if library.is_loaded("cpu"):
     torch.library.register_fake("attncap::soft_attention", _fake)
     torch.library.register_fake("attncap::soft_attention_backward", _fake_backward)
-    torch.library.register_autograd(
-        "attncap::soft_attention", _backward, setup_context=_setup_context
-    )
+    torch.library.register_autograd("attncap::soft_attention", _backward, setup_context=_setup_context)

@@ -14,7 +14,6 @@
 
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -47,8 +46,10 @@ inline thread_local double dynamic_shared[kDynamicSharedBytes / sizeof(double)];
 
 namespace cuda_emulator {
 
-enum class Schedule { ascending, descending, shuffled };
-constexpr Schedule kSchedules[] = {Schedule::ascending, Schedule::descending, Schedule::shuffled};
+// Which of the threads that could run does. The first two let one warp run far ahead of another.
+enum class Schedule { lowest_first, highest_first, random };
+constexpr Schedule kSchedules[] = {Schedule::lowest_first, Schedule::highest_first,
+                                   Schedule::random};
 constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 64 * 1024;
 
@@ -83,14 +84,11 @@ struct Block {
   std::function<void()> kernel;
   ucontext_t scheduler;
   unsigned thread;  // the fiber that runs
-  unsigned long
-      steps;  // arrivals at barriers and finished threads: grows as long as anything moves
 };
 
 inline Block* block = nullptr;  // the one that runs
 
 inline void wait(Barrier& barrier) {
-  ++block->steps;
   if (++barrier.arrived == barrier.size) {
     barrier.arrived = 0;
     ++barrier.round;
@@ -105,7 +103,6 @@ inline void wait(Barrier& barrier) {
 inline void run_fiber() {
   block->kernel();
   block->fibers[block->thread]->finished = true;
-  ++block->steps;
 }
 
 inline void run_block(Schedule schedule, std::mt19937& random) {
@@ -117,22 +114,22 @@ inline void run_block(Schedule schedule, std::mt19937& random) {
     fiber->context.uc_link = &block->scheduler;
     makecontext(&fiber->context, run_fiber, 0);
   }
-  std::vector<unsigned> order(block->size.x);
-  for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
-  if (schedule == Schedule::descending) std::reverse(order.begin(), order.end());
-
-  const auto finished = [](const auto& fiber) { return fiber->finished; };
-  while (!std::all_of(block->fibers.begin(), block->fibers.end(), finished)) {
-    if (schedule == Schedule::shuffled) std::shuffle(order.begin(), order.end(), random);
-    const unsigned long steps = block->steps;
-    for (const unsigned thread : order) {
-      Fiber& fiber = *block->fibers[thread];
-      if (fiber.finished || (fiber.barrier && fiber.barrier->round == fiber.round)) continue;
-      block->thread = thread;
-      swapcontext(&block->scheduler, &fiber.context);
+  std::vector<unsigned> ready;
+  while (true) {
+    ready.clear();
+    for (unsigned thread = 0; thread < block->size.x; ++thread) {
+      const Fiber& fiber = *block->fibers[thread];
+      const bool waits = fiber.barrier && fiber.barrier->round == fiber.round;
+      if (!fiber.finished && !waits) ready.push_back(thread);
     }
-    if (block->steps == steps)
-      throw std::runtime_error("threads wait at a barrier that others never reach");
+    if (ready.empty()) break;
+    block->thread = schedule == Schedule::lowest_first    ? ready.front()
+                    : schedule == Schedule::highest_first ? ready.back()
+                                                          : ready[random() % ready.size()];
+    swapcontext(&block->scheduler, &block->fibers[block->thread]->context);
+  }
+  for (const auto& fiber : block->fibers) {
+    if (!fiber->finished) throw std::runtime_error("threads wait at a barrier others never reach");
   }
 }
 
@@ -142,16 +139,10 @@ void launch(Schedule schedule, unsigned blocks, unsigned threads, size_t shared_
             Kernel kernel, const Arguments&... arguments) {
   if (threads % kWarp || shared_bytes > attncap::kDynamicSharedBytes)
     throw std::runtime_error("bad launch");
-  Block state{.index = {0},
-              .size = {threads},
-              .grid = {blocks},
-              .barrier = {},
-              .warps = {},
-              .fibers = {},
-              .kernel = [&] { kernel(arguments...); },
-              .scheduler = {},
-              .thread = 0,
-              .steps = 0};
+  Block state{};
+  state.size = {threads};
+  state.grid = {blocks};
+  state.kernel = [&] { kernel(arguments...); };
   for (unsigned i = 0; i < threads; ++i) state.fibers.push_back(std::make_unique<Fiber>());
   block = &state;
   std::mt19937 random(0);

@@ -1,4 +1,5 @@
 // The emulator's own test: it runs correct code correctly in every schedule, and it can fail.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -24,11 +25,13 @@ void pass_to_neighbour(int* out) {
   out[threadIdx.x] = values[(threadIdx.x + 1) % blockDim.x];
 }
 
-void sums(double* out) {
-  const double sum = attncap::block_reduce(1.0 + threadIdx.x, attncap::Sum());
+// Two sums, one right after the other: the second must not disturb those who still read the first.
+void reductions(double* out) {
+  const double first = attncap::block_reduce(1.0 + threadIdx.x, attncap::Sum());
+  const double second = attncap::block_reduce(1.0, attncap::Sum());
   const double largest =
       attncap::block_reduce(static_cast<double>(threadIdx.x ^ 5u), attncap::Max());
-  out[blockIdx.x * blockDim.x + threadIdx.x] = sum + largest * 1e6;
+  out[blockIdx.x * blockDim.x + threadIdx.x] = first + 1e4 * second + 1e8 * largest;
 }
 
 void barrier_for_some() {
@@ -64,12 +67,12 @@ int main(int count, char** arguments) {
   const std::string planted = count > 1 ? arguments[1] : "";
   if (planted == "read-behind-array") {
     std::vector<float> values(kThreads - 1), out(kThreads);
-    launch(Schedule::ascending, 1, kThreads, 0, read_behind_the_end, values.data(), out.data());
+    launch(Schedule::lowest_first, 1, kThreads, 0, read_behind_the_end, values.data(), out.data());
     return 0;
   }
   if (planted == "read-behind-shared") {
     std::vector<float> out(kThreads);
-    launch(Schedule::ascending, 1, kThreads, (kThreads - 1) * sizeof(double),
+    launch(Schedule::lowest_first, 1, kThreads, (kThreads - 1) * sizeof(double),
            read_behind_shared_memory, out.data());
     return 0;
   }
@@ -81,8 +84,8 @@ int main(int count, char** arguments) {
     wrong += !neighbour_is_right(schedule, pass_to_neighbour<false>);
 
     std::vector<double> out(2 * kThreads);
-    launch(schedule, 2, kThreads, 0, sums, out.data());
-    const double right = kThreads * (kThreads + 1) / 2 + 95e6;
+    launch(schedule, 2, kThreads, 0, reductions, out.data());
+    const double right = kThreads * (kThreads + 1) / 2 + 1e4 * kThreads + 1e8 * (kThreads - 1);
     expect(std::all_of(out.begin(), out.end(), [&](double x) { return x == right; }),
            "block_reduce");
   }
@@ -90,7 +93,7 @@ int main(int count, char** arguments) {
 
   bool caught = false;
   try {
-    launch(Schedule::ascending, 1, kThreads, 0, barrier_for_some);
+    launch(Schedule::lowest_first, 1, kThreads, 0, barrier_for_some);
   } catch (const std::runtime_error&) {
     caught = true;
   }

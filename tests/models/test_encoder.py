@@ -77,7 +77,9 @@ def test_fine_tune():
     assert not any(p.requires_grad for p in encoder.parameters())
     assert not any(module.training for module in encoder.backbone.modules())
     encoder.fine_tune("all")
-    assert all(p.requires_grad for p in encoder.parameters()) and encoder.backbone.layer1[0].bn1.training
+    assert (
+        all(p.requires_grad for p in encoder.parameters()) and encoder.backbone.get_submodule("layer1.0.bn1").training
+    )
     with pytest.raises(CallError, match="--fine-tune-from layer9: no such layer; .*layer1.0"):
         encoder.fine_tune("layer9")
 
@@ -96,7 +98,7 @@ def test_wrong_names():
         Encoder("resnet19")
     with pytest.raises(CallError, match="vit_b_16: a vision transformer has no feature grid"):
         Encoder("vit_b_16")
-    with pytest.raises(CallError, match="resnet18 has no layer 'layer9'; it has .*layer4"):
+    with pytest.raises(CallError, match="resnet18 has no layer 'layer9'; it has conv1, .*layer4"):
         Encoder("resnet18", layer="layer9")
     with pytest.raises(CallError, match="images of 8 px do not fit"):
         Encoder("alexnet").grid_shape(8)

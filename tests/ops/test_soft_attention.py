@@ -193,14 +193,10 @@ def test_large_scores(device, activation, dtype):
     features, keys, query, score_weight, gate = make_inputs(2, 2, 9, 4, 4, device=device)
     score_weight = torch.tensor([1e4, -1e4, 5e3, 1.0])
     inputs = [t.detach().to(device, dtype) for t in (features, keys, query, score_weight, gate)]
-    wide = outputs_and_gradients(
-        soft_attention, [t.double() for t in inputs], activation=activation
-    )
+    wide = outputs_and_gradients(soft_attention, [t.double() for t in inputs], activation=activation)
     for t in outputs_and_gradients(soft_attention, inputs, activation=activation)[:2]:
         assert t.isfinite().all()
-    truth = outputs_and_gradients(
-        soft_attention_reference, [t.double() for t in inputs], activation=activation
-    )
+    truth = outputs_and_gradients(soft_attention_reference, [t.double() for t in inputs], activation=activation)
     for ours, true in zip(wide, truth, strict=True):
         torch.testing.assert_close(ours, true)
 
@@ -219,9 +215,7 @@ def test_frozen_features_get_no_gradient():
     context, _ = soft_attention(features.detach(), keys, query, score_weight, gate=gate)
     context.sum().backward()
     frozen = [t.grad for t in (keys, query, score_weight, gate)]
-    context, _ = soft_attention_reference(
-        *(inputs := make_inputs(2, 3, 5, 4, 3))[:4], gate=inputs[4]
-    )
+    context, _ = soft_attention_reference(*(inputs := make_inputs(2, 3, 5, 4, 3))[:4], gate=inputs[4])
     context.sum().backward()
     for ours, theirs in zip(frozen, inputs[1:], strict=True):
         torch.testing.assert_close(ours, theirs.grad)
@@ -251,9 +245,7 @@ def test_compile_fullgraph(device, activation):
         inputs = make_inputs(B, K, 5, 4, 3, device=device)
         options = {"activation": activation, "mask": make_mask(B, 5, device)}
         expected = outputs_and_gradients(soft_attention, inputs, **options)
-        for ours, eager in zip(
-            outputs_and_gradients(compiled, inputs, **options), expected, strict=True
-        ):
+        for ours, eager in zip(outputs_and_gradients(compiled, inputs, **options), expected, strict=True):
             torch.testing.assert_close(ours, eager)
 
 
