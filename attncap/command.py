@@ -21,13 +21,13 @@ def run(name: str, main: Callable[[Config], None], config: type[Config] | Config
     """Run `python -m attncap.NAME`: read the flags into a dataclass, given as a class or as its defaults, and call
     `main` with it.
 
-    Exit status 0, 1 (the work failed), 2 (the call was wrong), 130 (interrupted). Errors are one line on standard error;
-    the traceback comes only with --debug.
+    Exit status 0, 1 (the work failed), 2 (the call was wrong), 130 (interrupted). Errors are one line on standard
+    error; the traceback comes only with --debug.
     """
     options = {"prog": f"python -m attncap.{name}", "description": description}
-    config = (
-        tyro.cli(config, **options) if isinstance(config, type) else tyro.cli(type(config), default=config, **options)
-    )
+    if not isinstance(config, type):
+        options["default"], config = config, type(config)
+    config = tyro.cli(config, **options)
     logging.basicConfig(format="attncap: %(message)s")
     try:
         check_numbers(config)

@@ -39,7 +39,7 @@ from attncap.pictures import save_attention
 @dataclass
 class TrainConfig:
     data: str = "shapes"
-    """shapes, a folder in Flickr8k's layout (captions.txt and Images/), or a folder with COCO's annotations/ and images."""
+    """shapes, a folder in Flickr8k's layout (captions.txt, Images/), or one with COCO's annotations/ and images."""
     output: str | None = None
     """Folder for the model and the log; by default runs/NAME, after the data."""
     epochs: int = 20
@@ -165,7 +165,7 @@ class Trainer:
         self.reported = set()  # broken images, so that each is reported once and not in every epoch
 
     def fit(self) -> None:
-        """Train the epochs that are left. After each one: validate, log, keep the model if it is the best, and write the
+        """Train the epochs that are left. After each one: validate, log, keep the model if it is the best, write the
         checkpoint."""
         while self.epoch < self.config.epochs:
             start = time.time()

@@ -14,7 +14,7 @@ from attncap.errors import UserError
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:
-    """An RGB image -> uint8 [3,size,size], resized without keeping its proportions, so that every part of it is seen."""
+    """An RGB image -> uint8 [3,size,size], resized without keeping its proportions: every part of it is seen."""
     image = image.resize((size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -55,8 +55,8 @@ class AugmentedPictures(Pictures):
 
 
 def batches(pictures: Pictures, batch_size: int, workers: int, order: Sequence[int] | None = None) -> DataLoader:
-    """Batches (indices, images uint8 [B,3,S,S], errors): the images that could be read, and an error for each that could
-    not. `order` tells which examples, and in which order; by default all as they stand."""
+    """Batches (indices, images uint8 [B,3,S,S], errors): the images that could be read, and an error for each of the
+    others. `order` tells which examples, and in which order; by default all as they stand."""
     return DataLoader(pictures, batch_size, sampler=order, num_workers=workers, collate_fn=_collate)
 
 

@@ -98,8 +98,8 @@ def is_true(caption: str, scene: Scene) -> bool:
 
 
 def open_shapes(seed: int, splits: dict[str, int] = SPLITS) -> dict[str, list[Scene]]:
-    """The data set: a list of scenes for each split. Every scene has a random stream of its own, made from the seed, the
-    split and its index, so no split repeats a scene of another, and a scene does not depend on how many there are."""
+    """The data set: a list of scenes for each split. Every scene has a random stream of its own, made from the seed,
+    the split and its index: no split repeats a scene of another, and a scene does not depend on how many there are."""
     return {
         split: [_scene(f"shapes/{split}/{index:05d}", (seed, number, index)) for index in range(size)]
         for number, (split, size) in enumerate(splits.items())

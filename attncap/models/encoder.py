@@ -128,8 +128,8 @@ def _load(backbone: nn.Module, name: str, weights: str, known: "set[str]") -> No
             state = enum.get_state_dict(progress=True, check_hash=True)
         except (URLError, OSError, RuntimeError) as error:
             raise UserError(
-                f"the ImageNet weights of {name} cannot be downloaded from {enum.url} ({error}); download them elsewhere "
-                "and give the file with --encoder-weights FILE, or start from none with --encoder-weights none"
+                f"the ImageNet weights of {name} cannot be downloaded from {enum.url} ({error}); download them "
+                "elsewhere and give the file with --encoder-weights FILE, or start with --encoder-weights none"
             ) from error
     else:
         state = _read(Path(weights))
