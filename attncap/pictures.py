@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -28,6 +29,7 @@ def save_attention(path: str | Path, captioned: Sequence[tuple[Image.Image, Capt
         panels[0].imshow(image)
         for panel, word, attention in zip(panels[1:], caption.words, caption.attention, strict=False):
             heat = Image.fromarray((attention / attention.max()).numpy()).resize(image.size, Image.Resampling.BICUBIC)
+            heat = np.asarray(heat)
             panel.imshow(image.convert("L"), cmap="gray")
             panel.imshow(heat, cmap="inferno", alpha=0.6, vmin=0, vmax=1)
             panel.set_title(word, fontsize=10)

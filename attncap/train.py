@@ -49,7 +49,7 @@ class TrainConfig:
     captions_per_image: int = 5
     """Captions of an image in a step; an image with more gets others the next time."""
     learning_rate: float = 1e-3
-    """AdamW's, for the decoder; after a warm-up of one epoch it falls to 0 along a cosine."""
+    """AdamW's, for the decoder; it rises over the first tenth of the run and then falls to 0 along a cosine."""
     encoder_learning_rate: float = 1e-4
     """The same for the layers of the encoder that are trained."""
     weight_decay: float = 0.01
@@ -235,10 +235,11 @@ class Trainer:
         return losses
 
     def schedule(self, epoch: float) -> float:
-        """Share of the peak learning rate: up over the first epoch, then down to 0 along a cosine."""
-        if epoch < 1:
-            return (epoch * self.steps + 1) / self.steps
-        return 0.5 * (1 + math.cos(math.pi * (epoch - 1) / max(1, self.config.epochs - 1)))
+        """Share of the peak learning rate: up over the first tenth of the run, then down to 0 along a cosine."""
+        done = epoch / self.config.epochs
+        if done < 0.1:
+            return (done + 0.001) / 0.101
+        return 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
 
     def evaluate(self, split: str) -> tuple[dict[str, float], list[dict[str, str]]]:
         config = self.config

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,7 +129,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(attncap, flickr8k, tmp_path):
 
 def test_schedule():
     trainer = Trainer.__new__(Trainer)
-    trainer.config, trainer.steps = SHAPES, 10
-    assert trainer.schedule(0) == pytest.approx(0.1) and trainer.schedule(0.9) == pytest.approx(1.0)
-    assert trainer.schedule(1) == 1.0 and trainer.schedule(SHAPES.epochs) == pytest.approx(0.0)
-    assert trainer.schedule((1 + SHAPES.epochs) / 2) == pytest.approx(0.5)
+    trainer.config = replace(SHAPES, epochs=10)
+    rates = [trainer.schedule(epoch / 100) for epoch in range(1001)]
+    assert 0 < rates[0] < 0.02 and max(rates) == rates[100] == 1.0 and rates[1000] == pytest.approx(0.0)
+    assert trainer.schedule(5.5) == pytest.approx(0.5)
+    assert rates[:101] == sorted(rates[:101]) and rates[100:] == sorted(rates[100:], reverse=True)

@@ -109,7 +109,7 @@ def open_shapes(seed: int, splits: dict[str, int] = SPLITS) -> dict[str, list[Sc
 def _scene(name: str, stream: tuple[int, ...]) -> Scene:
     rng = np.random.default_rng(stream)
     axis = int(rng.integers(2))  # 0: a row, left to right; 1: a column, top to bottom
-    counts = [(1,), (2,), (3,), (1, 1), (1, 2), (2, 1), (1, 1, 1)][rng.choice(7, p=[0.1, 0.1, 0.1, 0.3, 0.1, 0.1, 0.2])]
+    counts = [(1,), (2,), (3,), (1, 1), (1, 2), (2, 1), (1, 1, 1)][rng.choice(7, p=[0.08, 0.14, 0.14, 0.18, 0.14, 0.14, 0.18])]
     kinds = [(size, color, shape) for size in SIZES for color in COLORS for shape in SHAPES]
     groups = [(kinds[i], count) for i, count in zip(rng.permutation(len(kinds)), counts, strict=False)]
     objects = _place(rng, [kind for kind, count in groups for _ in range(count)], axis)
