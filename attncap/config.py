@@ -39,8 +39,8 @@ class ModelConfig:
     """E, values of a word."""
     hidden_size: int = 512
     """H, values of the LSTM's state."""
-    activation: Literal["tanh", "relu"] = "tanh"
-    """Activation in the attention score."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """Activation in the attention score: tanh is the paper's, relu is cheaper."""
     output_layer: Literal["plain", "deep"] = "deep"
     """Output layer: plain looks at the hidden state, deep also at the context and the last word."""
     dropout: float = 0.5

@@ -29,9 +29,9 @@ def save_attention(path: str | Path, captioned: Sequence[tuple[Image.Image, Capt
         panels[0].imshow(image)
         for panel, word, attention in zip(panels[1:], caption.words, caption.attention, strict=False):
             heat = Image.fromarray((attention / attention.max()).numpy()).resize(image.size, Image.Resampling.BICUBIC)
-            heat = np.asarray(heat)
-            panel.imshow(image.convert("L"), cmap="gray")
-            panel.imshow(heat, cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+            heat = np.asarray(heat).clip(0, 1)
+            panel.imshow(np.asarray(image) // 2)
+            panel.imshow(heat, cmap="inferno", alpha=0.8 * heat, vmin=0, vmax=1)
             panel.set_title(word, fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from attncap.data.tokenizer import tokenize
 
 CANVAS = 128  # pixels, both sides of a picture
-SIZES = {"small": (8, 10), "large": (15, 18)}  # range of the radius, in pixels
+SIZES = {"small": (9, 11), "large": (15, 18)}  # range of the radius, in pixels
 COLORS = {
     "red": (205, 40, 40),
     "green": (45, 155, 60),
@@ -31,7 +31,7 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle", "cross")
 SPLITS = {"train": 10_000, "val": 250, "test": 500}  # scenes
 COUNTS = {1: "a", 2: "two", 3: "three"}
-GAP, MARGIN = 5, 3  # least distance between two objects, and of an object from the edge, in pixels
+NEAR, FAR, MARGIN = 2, 6, 3  # pixels between the objects of a group, at least between groups, and from the edge
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Scene:
             tint = np.clip(COLORS[thing.color] + rng.normal(0, 8, 3), 0, 255).astype(int)
             _draw(draw, thing.shape, [2 * side for side in thing.box], tuple(tint.tolist()))
         pixels = np.asarray(picture.reduce(2), dtype=np.float32)
-        pixels = pixels + rng.uniform(2, 10) * rng.standard_normal(pixels.shape, dtype=np.float32)
+        pixels = pixels + rng.uniform(2, 8) * rng.standard_normal(pixels.shape, dtype=np.float32)
         return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
     @cached_property
@@ -109,29 +109,34 @@ def open_shapes(seed: int, splits: dict[str, int] = SPLITS) -> dict[str, list[Sc
 def _scene(name: str, stream: tuple[int, ...]) -> Scene:
     rng = np.random.default_rng(stream)
     axis = int(rng.integers(2))  # 0: a row, left to right; 1: a column, top to bottom
-    counts = [(1,), (2,), (3,), (1, 1), (1, 2), (2, 1), (1, 1, 1)][rng.choice(7, p=[0.08, 0.14, 0.14, 0.18, 0.14, 0.14, 0.18])]
+    counts = [(1,), (2,), (3,), (1, 1), (1, 2), (2, 1), (1, 1, 1)][
+        rng.choice(7, p=[0.08, 0.14, 0.14, 0.18, 0.14, 0.14, 0.18])
+    ]
     kinds = [(size, color, shape) for size in SIZES for color in COLORS for shape in SHAPES]
     groups = [(kinds[i], count) for i, count in zip(rng.permutation(len(kinds)), counts, strict=False)]
-    objects = _place(rng, [kind for kind, count in groups for _ in range(count)], axis)
+    objects = _place(rng, groups, axis)
     wordings = _wordings([_phrase(kind, count) for kind, count in groups], axis)
     captions = tuple(wordings[i] for i in rng.permutation(len(wordings))[:5])
     return Scene(name, tuple(objects), captions, (*stream, 1))
 
 
-def _place(rng: np.random.Generator, kinds: list[tuple[str, str, str]], axis: int) -> list[Object]:
-    """Put the objects one after the other along the axis. Across it they stray so little that their boxes overlap:
-    no relation holds but the one along the axis."""
-    radii = np.array([rng.uniform(*SIZES[size]) for size, _, _ in kinds])
-    free = CANVAS - 2 * MARGIN - 2 * radii.sum() - GAP * (len(kinds) - 1)
-    slack = np.sort(rng.uniform(0, free, len(kinds)))
-    along = MARGIN + slack + 2 * np.cumsum(radii) - radii + GAP * np.arange(len(kinds))
+def _place(rng: np.random.Generator, groups: list[tuple[tuple[str, str, str], int]], axis: int) -> list[Object]:
+    """Put the groups one after the other along the axis, the objects of a group close together. Across the axis they
+    stray so little that their boxes overlap: no relation holds but the one along the axis."""
+    radii = np.array([rng.uniform(*SIZES[size]) for (size, _, _), _ in groups])
+    counts = np.array([count for _, count in groups])
+    lengths = 2 * radii * counts + NEAR * (counts - 1)
+    free = CANVAS - 2 * MARGIN - lengths.sum() - FAR * (len(groups) - 1)
+    starts = MARGIN + np.sort(rng.uniform(0, free, len(groups))) + np.cumsum(lengths + FAR) - lengths - FAR
     stray = 0.9 * radii.min()
     reach = MARGIN + radii.max() + stray
-    across = rng.uniform(reach, CANVAS - reach) + rng.uniform(-stray, stray, len(kinds))
-    return [
-        Object(*kind, center=(float(a), float(c)) if axis == 0 else (float(c), float(a)), radius=float(r))
-        for kind, a, c, r in zip(kinds, along, across, radii, strict=True)
-    ]
+    across = rng.uniform(reach, CANVAS - reach) + rng.uniform(-stray, stray, len(groups))
+    objects = []
+    for (kind, count), radius, start, c in zip(groups, radii.tolist(), starts.tolist(), across.tolist(), strict=True):
+        for i in range(count):
+            a = start + radius + i * (2 * radius + NEAR)
+            objects.append(Object(*kind, center=(a, c) if axis == 0 else (c, a), radius=radius))
+    return objects
 
 
 def _precedes(before: list[Object], after: list[Object], axis: int) -> bool:
