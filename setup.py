@@ -86,17 +86,18 @@ class BuildLibraries(build_ext):
             options["CMAKE_CUDA_COMPILER"] = nvcc
         if architectures := os.environ.get("ATTNCAP_CUDA_ARCHITECTURES"):
             options["CMAKE_CUDA_ARCHITECTURES"] = architectures
-        source_tree = self.editable_mode or self.inplace
-        libraries = (ROOT if source_tree else Path(self.build_lib)).resolve() / "attncap" / "lib"
+        # Always in the source tree: python run there finds this attncap before the installed one.
+        libraries = ROOT.resolve() / "attncap" / "lib"
         shutil.rmtree(libraries, ignore_errors=True)
-        cmake, build = find_tool("cmake"), self.build_temp
-        defines = [f"-D{name}={value}" for name, value in options.items()]
-        for arguments in (
-            ["-S", ROOT, "-B", build, "-G", "Ninja", "--fresh", *defines],
-            ["--build", build],
-            ["--install", build, "--prefix", libraries],
-        ):
-            subprocess.run([cmake, *arguments], check=True)
+        done = self.build_with_cmake(options, libraries)
+        if not done and nvcc and wanted != "1":  # an nvcc that does not work takes only CUDA away
+            left_out = f"{nvcc} failed; pip install -v . shows why"
+            options |= {"ATTNCAP_CUDA": "OFF", "ATTNCAP_CUDA_LEFT_OUT": left_out}
+            done, nvcc = self.build_with_cmake(options, libraries), None
+        if not done:
+            sys.exit("attncap: the build failed; the compiler says why above (with pip install -v .)")
+        if not (self.editable_mode or self.inplace):
+            shutil.copytree(libraries, Path(self.build_lib) / "attncap" / "lib", dirs_exist_ok=True)
 
         built = json.loads((libraries / "build.json").read_text())
         print("attncap: built the CPU library ({compiler}, torch {torch_headers})".format(**built))
@@ -104,6 +105,18 @@ class BuildLibraries(build_ext):
             print("attncap: built the CUDA library ({nvcc}, {cuda_architectures})".format(**built))
         else:
             print("attncap: left out the CUDA library: {cuda_left_out}".format(**built))
+
+    def build_with_cmake(self, options: dict[str, object], libraries: Path) -> bool:
+        cmake, build = find_tool("cmake"), self.build_temp
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        return all(
+            subprocess.run([cmake, *arguments]).returncode == 0
+            for arguments in (
+                ["-S", ROOT, "-B", build, "-G", "Ninja", "--fresh", *defines],
+                ["--build", build],
+                ["--install", build, "--prefix", libraries],
+            )
+        )
 
     def get_outputs(self) -> list[str]:
         return []  # the base class would name a Python extension module

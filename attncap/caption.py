@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from attncap import command
 from attncap.captioner import Caption, Captioner
 from attncap.data import Example
 from attncap.data.images import find_images
-from attncap.data.loader import Pictures, batches
+from attncap.data.loader import Pictures, batches, report
 from attncap.errors import CallError, UserError
 from attncap.pictures import save_attention
 
@@ -29,7 +28,7 @@ class CaptionConfig:
     beam_size: int = 5
     """Hypotheses followed at once; 1 is greedy."""
     max_length: int = 50
-    """Longest caption, in words."""
+    """Steps of the search: the longest caption's words, its end counted."""
     batch_size: int = 32
     """Images that go through the model together."""
     format: Literal["text", "jsonl"] = "text"
@@ -81,7 +80,7 @@ def caption_examples(
     with tqdm(total=len(examples), desc="captioning", unit="image", leave=False) as bar:
         for indices, images, errors in batches(Pictures(examples, model.config.image_size), batch_size, workers):
             for error in errors:
-                logging.getLogger("attncap").warning("skipped: %s", error)
+                report(str(error))
             if images is not None:
                 captions = model.caption(images, beam_size, max_length, batch_size)
                 yield from ((examples[i], caption) for i, caption in zip(indices, captions, strict=True))

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from attncap.config import ModelConfig
-from attncap.data.images import load_image
+from attncap.data.images import load_image, upright_rgb
 from attncap.data.loader import to_tensor
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError, UserError
@@ -77,16 +77,24 @@ class Captioner(nn.Module):
             max_length: steps of the search, a word or <end> each.
             batch_size: images that go through the model together.
 
-        Raises UserError for a file that is no readable image.
+        Raises UserError for a file that is no readable image, CallError for anything but the above.
         """
         training = self.training
         self.eval()
+        if isinstance(images, str | Path | Image.Image):
+            raise CallError("caption() takes a list of images; put the one you have into [ ]")
+        size = self.config.image_size
+        if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.shape[1:] != (3, size, size)):
+            found = f"{images.dtype} {list(images.shape)}"
+            raise CallError(f"caption() takes a tensor of torch.uint8 [B, 3, {size}, {size}], not {found}")
         captions = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
             if not isinstance(batch, Tensor):
-                pictures = (image if isinstance(image, Image.Image) else load_image(image) for image in batch)
-                batch = torch.stack([to_tensor(picture, self.config.image_size) for picture in pictures])
+                pictures = (
+                    upright_rgb(image) if isinstance(image, Image.Image) else load_image(image) for image in batch
+                )
+                batch = torch.stack([to_tensor(picture, size) for picture in pictures])
             features = self.encoder(batch.to(self.device))
             captions += map(self._caption, beam_search(self.decoder, features, beam_size, max_length))
         self.train(training)

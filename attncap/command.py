@@ -28,6 +28,7 @@ def run(name: str, main: Callable[[Config], None], config: type[Config] | Config
     if not isinstance(config, type):
         options["default"], config = config, type(config)
     config = tyro.cli(config, **options)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no valid text
     logging.basicConfig(format="attncap: %(message)s")
     try:
         check_numbers(config)
@@ -51,8 +52,8 @@ def run(name: str, main: Callable[[Config], None], config: type[Config] | Config
 
 
 def check_numbers(config: object) -> None:
-    """Raises CallError for a number below what its flag allows: 1 for whole numbers, 0 for the others and for those
-    that may count nothing."""
+    """Raises CallError for a number outside what its flag allows: from 1 on for whole numbers, from 0 on for the others
+    and for those that may count nothing, below 1 for shares."""
     for field in dataclasses.fields(config):
         value, least = getattr(config, field.name), 0
         if dataclasses.is_dataclass(value):
@@ -62,6 +63,8 @@ def check_numbers(config: object) -> None:
                 least = 1
             if not value >= least:
                 raise CallError(f"--{field.name.replace('_', '-')} {value}: must be at least {least}")
+            if field.name in ("dropout", "label_smoothing") and value >= 1:
+                raise CallError(f"--{field.name.replace('_', '-')} {value}: must be below 1")
 
 
 def find_device(name: str) -> torch.device:

@@ -34,15 +34,15 @@ class EvaluateConfig:
     references: str | None = None
     """COCO's caption JSON that holds the references of the same image ids."""
     output: str | None = None
-    """Also write the figures to this JSON file, and a model's captions to results.json beside it."""
+    """Also write the figures to this JSON file, NAME.json, and a model's captions to NAME.results.json."""
     beam_size: int = 5
     """Hypotheses followed at once; 1 is greedy."""
     max_length: int = 50
-    """Longest caption, in words."""
+    """Steps of the search: the longest caption's words, its end counted."""
     batch_size: int = 32
     """Images that go through the model together."""
-    seed: int = 0
-    """Seed of `shapes`, and of the splits where the data set has none: the one the model was trained with."""
+    seed: int | None = None
+    """Seed of `shapes`, and of splits that the data set leaves open; by default the one the model was trained with."""
     workers: int | None = None
     """Processes that read images, 0 for none beside the main one; by default 0 on a CPU, and on a GPU one a core, at
     most 8."""
@@ -60,7 +60,7 @@ def main(config: EvaluateConfig) -> None:
         case [True, True, False, False]:
             device = command.find_device(config.device)
             model = Captioner.from_pretrained(config.model, config.implementation).to(device)
-            splits = open_dataset(config.data, config.seed)
+            splits = open_dataset(config.data, training_seed(config.model) if config.seed is None else config.seed)
             if config.split not in splits:
                 raise CallError(f"--split {config.split}: {config.data} has only {', '.join(splits)}")
             figures, results = evaluate(
@@ -83,12 +83,12 @@ def main(config: EvaluateConfig) -> None:
         output = Path(config.output)
         write_atomically(output, json.dumps(figures, indent=2) + "\n")
         if results is not None:
-            write_atomically(output.with_name("results.json"), json.dumps(results, indent=1) + "\n")
+            write_atomically(output.with_suffix(".results.json"), json.dumps(results, indent=1) + "\n")
 
 
 def evaluate(
     model: Captioner, examples: Sequence, beam_size: int, max_length: int, batch_size: int, workers: int
-) -> tuple[dict[str, float], list[dict[str, str]]]:
+) -> tuple[dict[str, float], list[dict[str, int | str]]]:
     """Caption every example freely, each image once, and score the captions against all its references.
 
     Returns the figures (see `metrics.score`; on `shapes` also `true`, the share of captions exactly true of their
@@ -103,7 +103,18 @@ def evaluate(
     )
     if isinstance(examples[0], Scene):
         figures["true"] = sum(is_true(caption.text, scene) for scene, caption in written) / len(written)
-    return figures, [{"image_id": example.name, "caption": caption.text} for example, caption in written]
+    return figures, [{"image_id": image_id(example.name), "caption": caption.text} for example, caption in written]
+
+
+def image_id(name: str) -> int | str:
+    """An example's name as COCO's results format has it: COCO's ids are numbers, other data sets have file names."""
+    return int(name) if name.isdecimal() else name
+
+
+def training_seed(model: str) -> int:
+    """The seed a model was trained with, from its folder; 0, the default of training, where that is not told."""
+    path = Path(model) / "settings.json"
+    return json.loads(path.read_text(encoding="utf-8"))["settings"]["seed"] if path.exists() else 0
 
 
 def read_results(path: str | Path) -> dict[str, str]:

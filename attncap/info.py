@@ -22,10 +22,17 @@ def main(config: InfoConfig) -> None:
     devices = {"cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
     for index in range(torch.cuda.device_count()):
         devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
-    for title, lines in (("versions", versions()), ("devices", devices), ("kernels", library.status())):
+    status = library.status()
+    kernels = {name: "in use" if status[name]["loaded"] else status[name]["reason"] for name in ("cpu", "cuda")}
+    for title, lines in (
+        ("versions", versions()),
+        ("devices", devices),
+        ("kernels", kernels),
+        ("build", status["build"]),
+    ):
         print(title)
         for name, value in lines.items():
-            print(f"  {name:12} {value}")
+            print(f"  {name:18} {value}")
 
 
 def versions() -> dict[str, str]:

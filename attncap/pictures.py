@@ -13,6 +13,7 @@ from attncap.captioner import Caption
 from attncap.files import write_atomically
 
 COLUMNS = 6
+PANEL = 320  # pixels, more than a panel shows: a photograph in full size would cost seconds a word
 
 
 def save_attention(path: str | Path, captioned: Sequence[tuple[Image.Image, Caption]]) -> None:
@@ -25,14 +26,16 @@ def save_attention(path: str | Path, captioned: Sequence[tuple[Image.Image, Capt
         panels = row.subplots(height, COLUMNS, squeeze=False).ravel()
         for panel in panels:
             panel.axis("off")
-        row.suptitle(caption.text, fontsize=11)
+        image = image.copy()
+        image.thumbnail((PANEL, PANEL))
+        row.suptitle(caption.text, fontsize=11, parse_math=False)
         panels[0].imshow(image)
         for panel, word, attention in zip(panels[1:], caption.words, caption.attention, strict=False):
             heat = Image.fromarray((attention / attention.max()).numpy()).resize(image.size, Image.Resampling.BICUBIC)
             heat = np.asarray(heat).clip(0, 1)
             panel.imshow(np.asarray(image) // 2)
             panel.imshow(heat, cmap="inferno", alpha=0.8 * heat, vmin=0, vmax=1)
-            panel.set_title(word, fontsize=10)
+            panel.set_title(word, fontsize=10, parse_math=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_atomically(Path(path), buffer.getvalue())

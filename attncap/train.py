@@ -7,7 +7,6 @@ far; at the end the best one captions the test images.
 import argparse
 import dataclasses
 import json
-import logging
 import math
 import sys
 import time
@@ -27,7 +26,7 @@ from attncap import command
 from attncap.captioner import Captioner
 from attncap.config import ModelConfig
 from attncap.data import open_dataset
-from attncap.data.loader import AugmentedPictures, Pictures, batches, caption_rows, pad
+from attncap.data.loader import AugmentedPictures, Pictures, batches, caption_rows, pad, report
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError, UserError
 from attncap.evaluate import evaluate, table
@@ -116,15 +115,17 @@ SHAPES = TrainConfig(
 
 
 def main(config: TrainConfig) -> None:
-    output = Path(config.output or Path("runs") / (Path(config.data).stem or "photographs"))
+    output = Path(config.output or Path("runs") / Path(config.data).resolve().stem)
     device = command.find_device(config.device)
-    started = output / "checkpoint.pt"
-    if started.exists() and not config.resume:
+    if config.resume:
+        check_resume(config, output)
+    elif any((output / name).exists() for name in ("checkpoint.pt", "model.safetensors")):
         raise CallError(f"{output} holds a run already; go on with --resume, or give another --output")
-    if config.resume and not started.exists():
-        raise CallError(f"--resume: {started} is not there; train without --resume first")
 
     splits = open_dataset(config.data, config.seed)
+    for split, examples in splits.items():
+        if not examples:
+            raise UserError(f"{config.data}: no images for the {split} split; it takes three or more")
     vocabulary = Vocabulary.build((c for example in splits["train"] for c in example.captions), config.min_count)
     torch.manual_seed(config.seed)
     # A resumed run takes its weights from the checkpoint.
@@ -137,6 +138,7 @@ def main(config: TrainConfig) -> None:
     else:
         settings = {"settings": dataclasses.asdict(config), "versions": versions()}
         write_atomically(output / "settings.json", json.dumps(settings, indent=2) + "\n")
+        trainer.save_checkpoint()
     sizes = ", ".join(f"{len(examples)} {split}" for split, examples in splits.items())
     print(f"{config.data}: {sizes} images, {len(vocabulary)} words; {device}; writing to {output}")
     try:
@@ -147,6 +149,25 @@ def main(config: TrainConfig) -> None:
         print(f"\nattncap: stopped; {output} holds the best model so far, --resume goes on", file=sys.stderr)
         raise
     trainer.test()
+
+
+def check_resume(config: TrainConfig, output: Path) -> None:
+    """Raises CallError unless the run in `output` can go on with these settings: all but a few must be as they were."""
+    path = output / "settings.json"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CallError(f"--resume: no run to go on with in {output} ({path}: {error}); train without it") from error
+    now = dataclasses.asdict(config)
+    free = {"data", "output", "epochs", "resume", "device", "workers", "debug"}
+    settings = {**before.pop("model"), **before}
+    changed = [
+        f"--{name.replace('_', '-')} {value} (was {settings.get(name)})"
+        for name, value in {**now.pop("model"), **now}.items()
+        if name not in free and value != settings.get(name)
+    ]
+    if changed:
+        raise CallError(f"--resume: the run in {output} began with other settings: {', '.join(changed)}")
 
 
 class Trainer:
@@ -164,8 +185,7 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         self.workers = command.find_workers(config.workers, model.device)
-        self.epoch, self.best = 0, -math.inf
-        self.reported = set()  # broken images, so that each is reported once and not in every epoch
+        self.epoch, self.best = 0, []
 
     def fit(self) -> None:
         """Train the epochs that are left. After each one: validate, log, keep the model if it is the best, write the
@@ -180,8 +200,10 @@ class Trainer:
             with open(self.output / "metrics.jsonl", "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
-            if figures[self.config.best_by] > self.best:
-                self.best = figures[self.config.best_by]
+            # Where the first figure cannot tell models apart (CIDEr is 0 for a single image), the next one decides.
+            rating = [figures[name] for name in (self.config.best_by, "BLEU-4", "ROUGE-L")]
+            if rating > self.best:
+                self.best = rating
                 self.model.save_pretrained(self.output)
             self.save_checkpoint()
 
@@ -195,7 +217,8 @@ class Trainer:
         sums, step = {"words": 0.0, "attention": 0.0}, 0
         with tqdm(total=len(order), desc=f"epoch {self.epoch + 1}/{config.epochs}", unit="image", leave=False) as bar:
             for indices, images, errors in batches(self.pictures, config.batch_size, self.workers, order):
-                self.report(errors)
+                for error in errors:
+                    report(str(error))
                 bar.update(len(indices) + len(errors))
                 if images is None:
                     continue
@@ -230,7 +253,9 @@ class Trainer:
         losses = caption_losses(logits, weights, tokens[:, 1:], config.label_smoothing)
         loss = losses["words"] + config.attention_penalty * losses["attention"]
         if not loss.isfinite():
-            raise UserError(f"the loss is {loss.item()} in epoch {self.epoch + 1}; try a lower --learning-rate")
+            raise UserError(
+                f"the loss is {loss.item()} in epoch {self.epoch + 1}; try a new run with a lower --learning-rate"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
@@ -244,7 +269,7 @@ class Trainer:
             return (done + 0.001) / 0.101
         return 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
 
-    def evaluate(self, split: str) -> tuple[dict[str, float], list[dict[str, str]]]:
+    def evaluate(self, split: str) -> tuple[dict[str, float], list[dict[str, int | str]]]:
         config = self.config
         return evaluate(
             self.model, self.splits[split], config.beam_size, config.max_length, config.batch_size, self.workers
@@ -257,19 +282,13 @@ class Trainer:
         write_atomically(self.output / "test.json", json.dumps(figures, indent=2) + "\n")
         write_atomically(self.output / "results.json", json.dumps(results, indent=1) + "\n")
         print(f"test split, beam {self.config.beam_size}\n{table(figures)}")
-        names = [result["image_id"] for result in results[:4]]
+        names = [str(result["image_id"]) for result in results[:4]]
         images = [example.image() for example in self.splits["test"] if example.name in names]
         captions = self.model.caption(images, self.config.beam_size, self.config.max_length)
         for name, caption in zip(names, captions, strict=True):
             print(f"{name}: {caption.text}")
         save_attention(self.output / "attention.png", list(zip(images, captions, strict=True)))
         print(f"where the model looked: {self.output / 'attention.png'}")
-
-    def report(self, errors: list[UserError]) -> None:
-        for error in errors:
-            if str(error) not in self.reported:
-                self.reported.add(str(error))
-                logging.getLogger("attncap").warning("skipped in training: %s", error)
 
     def save_checkpoint(self) -> None:
         state = {
@@ -284,12 +303,16 @@ class Trainer:
     def load_checkpoint(self) -> None:
         path = self.output / "checkpoint.pt"
         try:
-            state = torch.load(path, map_location=self.model.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.epoch, self.best = state["epoch"], state["best"]
         except Exception as error:  # torch.load has no one kind of error for a file that is damaged
-            raise UserError(f"{path}: cannot go on from it: {str(error).splitlines()[0]}") from error
-        self.epoch, self.best = state["epoch"], state["best"]
+            raise UserError(f"{path}: cannot go on from it: {' '.join(str(error).split())[:200]}") from error
+        log = self.output / "metrics.jsonl"
+        if log.exists():  # it may be one epoch ahead of the checkpoint
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_atomically(log, "".join(lines[: self.epoch]))
 
 
 def caption_losses(logits: Tensor, weights: Tensor, targets: Tensor, label_smoothing: float) -> dict[str, Tensor]:

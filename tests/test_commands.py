@@ -5,9 +5,10 @@ import json
 import pytest
 from conftest import TINY, make_flickr8k
 from PIL import Image
+from pycocotools.coco import COCO
 
 from attncap.errors import UserError
-from attncap.evaluate import read_results
+from attncap.evaluate import read_results, training_seed
 
 
 def one_line(err: str) -> str:
@@ -73,7 +74,30 @@ def test_evaluate_a_model(attncap, trained, flickr8k, tmp_path):
     assert status == 0 and figures == json.loads((trained / "test.json").read_text())
     for name, value in figures.items():
         assert f"{name:7}  {value:.4f}" in out
-    assert len(json.loads((tmp_path / "figures" / "results.json").read_text())) == 6
+    assert len(json.loads((tmp_path / "figures" / "metrics.results.json").read_text())) == 6
+
+
+def test_evaluate_takes_the_seed_of_the_training(trained, tmp_path):
+    assert training_seed(trained) == 0 and training_seed(tmp_path) == 0
+    (tmp_path / "settings.json").write_text('{"settings": {"seed": 7}}')
+    assert training_seed(tmp_path) == 7
+
+
+def test_results_on_coco_are_in_cocos_format(attncap, trained, tmp_path):
+    """pycocotools takes them."""
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    (tmp_path / "coco" / "train2017").mkdir()
+    content = {"images": [], "annotations": []}
+    for index in range(1, 11):
+        name = f"{index:012d}.jpg"
+        Image.new("RGB", (50, 40), "red").save(tmp_path / "coco" / "train2017" / name)
+        content["images"].append({"id": index, "file_name": name})
+        content["annotations"].append({"id": index, "image_id": index, "caption": "a red picture"})
+    annotations = tmp_path / "coco" / "annotations" / "captions_train2017.json"
+    annotations.write_text(json.dumps(content))
+    arguments = ["--model", trained, "--data", tmp_path / "coco", "--output", tmp_path / "val.json", "--workers", 2]
+    assert attncap("evaluate", *arguments)[0] == 0
+    assert COCO(annotations).loadRes(str(tmp_path / "val.results.json")).getAnnIds()
 
 
 def test_evaluate_a_results_file(attncap, tmp_path):
@@ -124,7 +148,7 @@ def test_wrong_results_files(tmp_path, content, reason):
 def test_info(attncap):
     status, out, _ = attncap("info")
     assert status == 0
-    for word in ("attncap", "torch", "cpu", "loaded"):
+    for word in ("attncap ", "torch ", "cpu                in use", "cuda ", "compiler "):
         assert word in out
 
 
@@ -158,6 +182,8 @@ def test_wrong_calls_of_train(attncap, flickr8k, tmp_path):
         ([*photographs, "--fine-tune-from", "layer9"], 2, "--fine-tune-from layer9"),
         ([*photographs, "--device", "tpu9"], 2, "--device tpu9"),
         ([*photographs, "--resume"], 2, "--resume"),
+        ([*photographs, "--dropout", "1.5"], 2, "--dropout 1.5"),
+        ([*photographs, "--encoder-layer", "flatten"], 2, "layer flatten gives no feature grid"),
         (["--data", flickr8k, *TINY, "--output", tmp_path / "a file" / "run"], 1, "cannot write"),
     ):
         found, _, err = attncap("train", *arguments)

@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,13 @@ def test_a_panel_a_word_and_a_row_a_picture(tmp_path):
         heights.append(Image.open(tmp_path / name).height)
     assert heights[1] == pytest.approx(1.5 * heights[0], abs=2)  # two rows of panels, then one more
     save_attention(tmp_path / "empty", [(image, Caption("", -1.0, [], torch.zeros(0, 4, 4)))])
+
+
+def test_dollars_are_no_formulas_and_large_photographs_are_quick(tmp_path):
+    caption = Caption("# $^$", -1.0, ["$^$"], torch.rand(1, 4, 4))
+    start = time.time()
+    save_attention(tmp_path / "picture.png", [(Image.new("RGB", (6000, 4000)), caption)])
+    assert time.time() - start < 10
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -28,7 +28,7 @@ def load_image(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")  # about odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                return to_rgb(ImageOps.exif_transpose(image))
+                return upright_rgb(image)
     except UnidentifiedImageError as error:
         empty = os.path.getsize(path) == 0
         reason = "the file is empty" if empty else f"not an image ({', '.join(FORMATS)})"
@@ -39,6 +39,11 @@ def load_image(path: str | Path) -> Image.Image:
     except Exception as error:  # on a broken file Pillow's readers raise nearly anything
         message = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{path}: cannot be read: {' '.join(message.split())}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An image as it should be seen: turned as its EXIF orientation tells, in RGB."""
+    return to_rgb(ImageOps.exif_transpose(image))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,5 +1,7 @@
 """From examples to batches of tensors."""
 
+import functools
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -65,6 +67,12 @@ def _collate(items: list[tuple[int, Tensor | UserError]]) -> tuple[list[int], Te
     errors = [image for _, image in items if not isinstance(image, Tensor)]
     images = torch.stack([image for _, image in good]) if good else None
     return [index for index, _ in good], images, errors
+
+
+@functools.cache
+def report(message: str) -> None:
+    """Warn of an image that is left out; once, however many epochs meet it."""
+    logging.getLogger("attncap").warning("skipped: %s", message)
 
 
 def caption_rows(captions: Sequence[str], rows: int, vocabulary: Vocabulary, max_length: int, rng) -> list[list[int]]:

@@ -1,6 +1,9 @@
 """The encoder: a torchvision backbone, cut before its pooling, that turns images into a grid of features."""
 
+import contextlib
+import io
 import pickle
+import re
 from pathlib import Path
 from urllib.error import URLError
 
@@ -59,10 +62,12 @@ class Encoder(nn.Module):
         training = self.training
         self.eval()
         try:
-            _, cells, channels = self(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)).shape
-        except (RuntimeError, AssertionError) as error:
+            with contextlib.redirect_stderr(io.StringIO()):  # torch.fx prints a traceback of what is caught here
+                _, cells, channels = self(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)).shape
+        except (RuntimeError, AssertionError, IndexError) as error:
             raise CallError(
-                f"images of {image_size} px do not fit {self.layer}: {error}; try --image-size 224"
+                f"layer {self.layer} gives no feature grid for images of {image_size} px ({error}); try another "
+                "--encoder-layer, or --image-size 224"
             ) from error
         self.train(training)
         return cells, channels
@@ -100,7 +105,8 @@ def _build(name: str) -> nn.Module:
     if name.startswith("vit_"):
         raise CallError(f"--encoder {name}: a vision transformer has no feature grid before a pooling; try resnet50")
     # GoogLeNet and Inception warn, and start slowly, unless told not to draw their own initial weights.
-    extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    # Their published weights want their own normalisation, which torchvision puts inside the network.
+    extra = {"init_weights": False, "transform_input": True} if name in ("googlenet", "inception_v3") else {}
     return torchvision.models.get_model(name, weights=None, **extra)
 
 
@@ -125,7 +131,10 @@ def _load(backbone: nn.Module, name: str, weights: str, known: "set[str]") -> No
     if weights == "default":
         enum = torchvision.models.get_model_weights(name).DEFAULT
         try:
-            state = enum.get_state_dict(progress=True, check_hash=True)
+            state = enum.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        except (pickle.UnpicklingError, EOFError) as error:
+            folder = Path(torch.hub.get_dir()) / "checkpoints"
+            raise UserError(f"{folder / Path(enum.url).name}: damaged; remove it to download it again") from error
         except (URLError, OSError, RuntimeError) as error:
             raise UserError(
                 f"the ImageNet weights of {name} cannot be downloaded from {enum.url} ({error}); download them "
@@ -133,6 +142,8 @@ def _load(backbone: nn.Module, name: str, weights: str, known: "set[str]") -> No
             ) from error
     else:
         state = _read(Path(weights))
+    # DenseNet's published weights have names from before torchvision renamed them: norm.1.weight for norm1.weight.
+    state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key): state[key] for key in state}
     needed = backbone.state_dict()
     unknown = [key for key in state if key not in known]
     missing = [key for key in needed if key not in state and not key.endswith("num_batches_tracked")]

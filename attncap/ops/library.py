@@ -52,7 +52,7 @@ def is_loaded(device_type: str) -> bool:
 
 def require(device: torch.device) -> None:
     """Raises UserError, in one sentence, unless the kernels for the device can be used."""
-    if device.type == "meta" or is_loaded(device.type):
+    if is_loaded(device.type):
         return
     reason = _missing.get(device.type, "attncap has kernels for cpu and cuda only")
     raise UserError(

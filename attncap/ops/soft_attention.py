@@ -6,6 +6,7 @@ the grid, D channels of a cell, A attention size.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from attncap.ops import library
 
@@ -168,6 +169,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.activation = activation
 
 
+@once_differentiable  # a second derivative is an error, not zeros
 def _backward(ctx, context_grad: Tensor, weights_grad: Tensor):
     gate = ctx.saved_tensors[4]
     features_need_grad = ctx.needs_input_grad[0]

@@ -41,7 +41,8 @@ __global__ void soft_attention_forward_kernel(SoftAttentionForward<T> params) {
   largest = block_reduce(largest, Max());
   acc_t total = 0;
   for (int64_t p = threadIdx.x; p < P; p += blockDim.x) {
-    weights[p] = weights[p] == masked ? 0 : std::exp(weights[p] - largest);
+    const bool counts = !params.mask || params.mask[b * P + p];
+    weights[p] = counts ? std::exp(weights[p] - largest) : 0;
     total += weights[p];
   }
   total = block_reduce(total, Sum());

@@ -60,7 +60,8 @@ void forward_row(const SoftAttentionForward<T>& params, int64_t n, accumulate_t<
 
   acc_t total = 0;
   for (int64_t p = 0; p < P; ++p) {
-    scores[p] = scores[p] == masked ? 0 : std::exp(scores[p] - largest);
+    const bool counts = !params.mask || params.mask[b * P + p];
+    scores[p] = counts ? std::exp(scores[p] - largest) : 0;
     total += scores[p];
   }
   for (int64_t p = 0; p < P; ++p) {

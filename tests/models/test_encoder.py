@@ -1,4 +1,5 @@
 import io
+import re
 
 import pytest
 import torch
@@ -93,6 +94,46 @@ def test_weights_from_safetensors(tmp_path):
         assert value.equal(state[name])
 
 
+@pytest.mark.parametrize("name", ["densenet121", "googlenet", "inception_v3"])
+def test_published_weights_of_special_backbones(name, tmp_path):
+    """DenseNet's published files have older names; GoogLeNet's and Inception's networks normalise their input again."""
+    torch.manual_seed(0)
+    extra = {} if name == "densenet121" else {"init_weights": False, "transform_input": True}
+    backbone = torchvision.models.get_model(name, **extra).eval()
+    state = backbone.state_dict()
+    old_names = {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", key): value for key, value in state.items()
+    }
+    assert name != "densenet121" or "features.denseblock1.denselayer1.norm.1.weight" in old_names
+    torch.save(old_names, tmp_path / "weights.pth")
+    encoder = Encoder(name, weights=str(tmp_path / "weights.pth")).eval()
+    pictures = images(96)
+    pooled = encoder(pictures).mean(1)
+    if name == "densenet121":  # its last ReLU is part of the pooling's line
+        expected = backbone.classifier(pooled)
+    else:
+        expected = backbone.fc(pooled)
+    torch.testing.assert_close(expected, backbone(normalized(pictures)), atol=1e-4, rtol=1e-4)
+
+
+def test_downloaded_weights_run_no_code(monkeypatch, tmp_path):
+    """A file in torch's cache is read like any other: as weights and nothing else."""
+
+    class Gadget:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    name = torchvision.models.ResNet18_Weights.DEFAULT.url.rsplit("/", 1)[1]
+    for content in (pickle_of({"conv1.weight": Gadget()}), b""):
+        (cache / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}: damaged; remove it"):
+            Encoder("resnet18", weights="default")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_wrong_names():
     with pytest.raises(CallError, match="--encoder resnet19: no such backbone .*resnet18"):
         Encoder("resnet19")
@@ -100,7 +141,7 @@ def test_wrong_names():
         Encoder("vit_b_16")
     with pytest.raises(CallError, match="resnet18 has no layer 'layer9'; it has conv1, .*layer4"):
         Encoder("resnet18", layer="layer9")
-    with pytest.raises(CallError, match="images of 8 px do not fit"):
+    with pytest.raises(CallError, match="gives no feature grid for images of 8 px"):
         Encoder("alexnet").grid_shape(8)
 
 

@@ -290,3 +290,21 @@ def test_the_kernel_checks_for_itself():
         op(features, keys, query[:5], score_weight, None, None, "tanh")
     with pytest.raises(RuntimeError, match='"tanh" or "relu", not "gelu"'):
         op(features, keys, query, score_weight, None, None, "gelu")
+
+
+@on_every_device
+def test_scores_that_overflow_are_not_hidden(device):
+    """Without a mask, a row whose scores are all -inf is NaN in both paths: an overflow must show in the loss."""
+    features, keys, query, score_weight, _ = make_inputs(1, 2, 3, 4, 5, device=device)
+    keys, score_weight = torch.full_like(keys, torch.inf), -torch.ones_like(score_weight)
+    for op in (soft_attention, soft_attention_reference):
+        context, weights = op(features, keys, query, score_weight, activation="relu")
+        assert context.isnan().all() and weights.isnan().all()
+
+
+def test_a_second_derivative_is_an_error():
+    inputs = make_inputs(2, 2, 3, 4, 5)[:4]
+    context, _ = soft_attention(*inputs)
+    (gradient,) = torch.autograd.grad(context.square().sum(), inputs[1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
