@@ -20,30 +20,15 @@ from attncap.pictures import save_attention
 
 
 @dataclass
-class CaptionConfig:
+class CaptionConfig(command.CaptioningConfig):
     images: tyro.conf.Positional[tuple[str, ...]]
     """Image files, and folders that are searched for images."""
     model: str
     """Folder of a trained model, as `python -m attncap.train` writes it."""
-    beam_size: int = 5
-    """Hypotheses followed at once; 1 is greedy."""
-    max_length: int = 50
-    """Steps of the search: the longest caption's words, its end counted."""
-    batch_size: int = 32
-    """Images that go through the model together."""
     format: Literal["text", "jsonl"] = "text"
     """Print `path: caption`, or a JSON object a line."""
     attention_dir: str | None = None
     """Folder for a picture of each caption: its words, each with the places the model looked at."""
-    workers: int | None = None
-    """Processes that read images, 0 for none beside the main one; by default 0 on a CPU, and on a GPU one a core, at
-    most 8."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
-    implementation: Literal["native", "torch"] = "native"
-    """The project's own kernels, or plain PyTorch."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 def main(config: CaptionConfig) -> None:
@@ -51,13 +36,10 @@ def main(config: CaptionConfig) -> None:
     if not paths:
         raise CallError(f"no images in {', '.join(config.images)}; give image files, or folders that hold some")
     device = command.find_device(config.device)
-    workers = command.find_workers(config.workers, device)
     model = Captioner.from_pretrained(config.model, config.implementation).to(device)
     examples = [Example(name=str(path), captions=(), path=path) for path in paths]
     written = 0
-    with contextlib.closing(
-        caption_examples(model, examples, config.beam_size, config.max_length, config.batch_size, workers)
-    ) as captions:
+    with contextlib.closing(caption_examples(model, examples, config)) as captions:
         for example, caption in captions:
             if config.format == "text":
                 tqdm.write(f"{example.name}: {caption.text}")
@@ -73,16 +55,18 @@ def main(config: CaptionConfig) -> None:
 
 
 def caption_examples(
-    model: Captioner, examples: Sequence, beam_size: int, max_length: int, batch_size: int, workers: int
+    model: Captioner, examples: Sequence, config: command.CaptioningConfig
 ) -> Iterator[tuple[Example, Caption]]:
     """Each example that can be read, with its caption, in order, under a progress bar; the others are reported and left
     out."""
     with tqdm(total=len(examples), desc="captioning", unit="image", leave=False) as bar:
-        for indices, images, errors in batches(Pictures(examples, model.config.image_size), batch_size, workers):
+        pictures = Pictures(examples, model.config.image_size)
+        workers = command.find_workers(config.workers, model.device)
+        for indices, images, errors in batches(pictures, config.batch_size, workers):
             for error in errors:
                 report(str(error))
             if images is not None:
-                captions = model.caption(images, beam_size, max_length, batch_size)
+                captions = model.caption(images, config.beam_size, config.max_length, config.batch_size)
                 yield from ((examples[i], caption) for i, caption in zip(indices, captions, strict=True))
             bar.update(len(indices) + len(errors))
 

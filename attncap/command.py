@@ -6,7 +6,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 import tyro
@@ -15,6 +16,27 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from attncap.errors import CallError, UserError
 
 Config = TypeVar("Config")
+
+
+@dataclass(kw_only=True)
+class CaptioningConfig:
+    """The flags of every command that captions images."""
+
+    beam_size: int = 5
+    """Hypotheses followed at once; 1 is greedy."""
+    max_length: int = 50
+    """Steps of the search: the longest caption's words, its end counted."""
+    batch_size: int = 32
+    """Images that go through the model together."""
+    workers: int | None = None
+    """Processes that read images, 0 for none beside the main one; by default 0 on a CPU, and on a GPU one a core, at
+    most 8."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    implementation: Literal["native", "torch"] = "native"
+    """The project's own kernels, or plain PyTorch."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 def run(name: str, main: Callable[[Config], None], config: type[Config] | Config, description: str) -> None:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from attncap import command, metrics
 from attncap.caption import caption_examples
@@ -22,7 +21,7 @@ from attncap.files import write_atomically
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(command.CaptioningConfig):
     model: str | None = None
     """Folder of a trained model; goes with --data."""
     data: str | None = None
@@ -35,23 +34,8 @@ class EvaluateConfig:
     """COCO's caption JSON that holds the references of the same image ids."""
     output: str | None = None
     """Also write the figures to this JSON file, NAME.json, and a model's captions to NAME.results.json."""
-    beam_size: int = 5
-    """Hypotheses followed at once; 1 is greedy."""
-    max_length: int = 50
-    """Steps of the search: the longest caption's words, its end counted."""
-    batch_size: int = 32
-    """Images that go through the model together."""
     seed: int | None = None
     """Seed of `shapes`, and of splits that the data set leaves open; by default the one the model was trained with."""
-    workers: int | None = None
-    """Processes that read images, 0 for none beside the main one; by default 0 on a CPU, and on a GPU one a core, at
-    most 8."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
-    implementation: Literal["native", "torch"] = "native"
-    """The project's own kernels, or plain PyTorch."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 def main(config: EvaluateConfig) -> None:
@@ -63,14 +47,7 @@ def main(config: EvaluateConfig) -> None:
             splits = open_dataset(config.data, training_seed(config.model) if config.seed is None else config.seed)
             if config.split not in splits:
                 raise CallError(f"--split {config.split}: {config.data} has only {', '.join(splits)}")
-            figures, results = evaluate(
-                model,
-                splits[config.split],
-                config.beam_size,
-                config.max_length,
-                config.batch_size,
-                command.find_workers(config.workers, device),
-            )
+            figures, results = evaluate(model, splits[config.split], config)
         case [False, False, True, True]:
             predictions, references = read_results(config.predictions), read_captions(config.references)
             if len(predictions) < len(references):
@@ -87,14 +64,14 @@ def main(config: EvaluateConfig) -> None:
 
 
 def evaluate(
-    model: Captioner, examples: Sequence, beam_size: int, max_length: int, batch_size: int, workers: int
+    model: Captioner, examples: Sequence, config: command.CaptioningConfig
 ) -> tuple[dict[str, float], list[dict[str, int | str]]]:
     """Caption every example freely, each image once, and score the captions against all its references.
 
     Returns the figures (see `metrics.score`; on `shapes` also `true`, the share of captions exactly true of their
     scene) and the captions in COCO's results format.
     """
-    written = list(caption_examples(model, examples, beam_size, max_length, batch_size, workers))
+    written = list(caption_examples(model, examples, config))
     if not written:
         raise UserError("none of the images to be scored could be read")
     figures = metrics.score(

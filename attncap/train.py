@@ -35,8 +35,8 @@ from attncap.info import versions
 from attncap.pictures import save_attention
 
 
-@dataclass
-class TrainConfig:
+@dataclass(kw_only=True)
+class TrainConfig(command.CaptioningConfig):
     data: str = "shapes"
     """shapes, a folder in Flickr8k's layout (captions.txt, Images/), or one with COCO's annotations/ and images."""
     output: str | None = None
@@ -67,25 +67,12 @@ class TrainConfig:
     """Train the encoder from this layer on (torchvision's name, e.g. layer3); all of it, or none of it."""
     min_count: int = 2
     """Words seen less often in the training captions become <unk>."""
-    max_length: int = 50
-    """Longest caption, in words."""
-    beam_size: int = 5
-    """Hypotheses followed at once in validation and test."""
     best_by: Literal["CIDEr", "BLEU-4"] = "CIDEr"
     """The validation figure that decides which model is kept."""
     seed: int = 0
     """Of the weights, the order, and the splits where the data set has none."""
-    workers: int | None = None
-    """Processes that read images, 0 for none beside the main one; by default 0 on a CPU, and on a GPU one a core, at
-    most 8."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
-    implementation: Literal["native", "torch"] = "native"
-    """The project's own kernels, or plain PyTorch."""
     resume: bool = False
     """Go on after the last whole epoch of the run in --output."""
-    debug: bool = False
-    """Show the traceback of an error."""
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
 
 
@@ -194,7 +181,7 @@ class Trainer:
             start = time.time()
             losses = self.train_epoch()
             seconds = time.time() - start
-            figures = self.evaluate("val")[0]
+            figures, _ = evaluate(self.model, self.splits["val"], self.config)
             self.epoch += 1
             line = {"epoch": self.epoch, **losses, "seconds": round(seconds, 1), **figures}
             with open(self.output / "metrics.jsonl", "a", encoding="utf-8") as log:
@@ -269,16 +256,10 @@ class Trainer:
             return (done + 0.001) / 0.101
         return 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
 
-    def evaluate(self, split: str) -> tuple[dict[str, float], list[dict[str, int | str]]]:
-        config = self.config
-        return evaluate(
-            self.model, self.splits[split], config.beam_size, config.max_length, config.batch_size, self.workers
-        )
-
     def test(self) -> None:
         """Caption the test images with the best model; write the figures, the captions, and a picture of attention."""
         self.model = Captioner.from_pretrained(self.output, self.config.implementation).to(self.model.device)
-        figures, results = self.evaluate("test")
+        figures, results = evaluate(self.model, self.splits["test"], self.config)
         write_atomically(self.output / "test.json", json.dumps(figures, indent=2) + "\n")
         write_atomically(self.output / "results.json", json.dumps(results, indent=1) + "\n")
         print(f"test split, beam {self.config.beam_size}\n{table(figures)}")
