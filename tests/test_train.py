@@ -17,6 +17,18 @@ from attncap.data.vocabulary import Vocabulary
 from attncap.train import SHAPES, Trainer, caption_losses
 
 
+def test_moving_average_by_hand():
+    """At step 0 the average is the weights; at step 10 half of the way is gone, at step 5,000 a two-hundredth."""
+    trainer = Trainer.__new__(Trainer)
+    trainer.model, trainer.average = torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1)
+    for step, value, expected in ((0, 8.0, 8.0), (10, 4.0, 6.0), (5000, 206.0, 7.0)):
+        torch.nn.init.constant_(trainer.model.weight, value)
+        trainer.model.num_batches_tracked.fill_(step)
+        trainer.update_average(step)
+        assert trainer.average.weight.item() == pytest.approx(expected)
+        assert trainer.average.num_batches_tracked.item() == step
+
+
 def test_losses_by_hand():
     """Two rows over V=5 words and P=2 cells; the second row's last word is padding."""
     logits = torch.zeros(2, 2, 5)
