@@ -255,8 +255,8 @@ class Trainer:
 
     @torch.no_grad()
     def update_average(self, step: int) -> None:
-        """Exponential moving average of the weights, over a tenth of the steps so far and at most 200: validation
-        figures that jump less from epoch to epoch, so that the best epoch is best by merit and not by luck."""
+        """Exponential moving average of the weights, over a tenth of the steps so far and at most 200. Its aim is
+        validation figures that jump less from one epoch to the next than those of the weights themselves."""
         share = max(1 / 200, 1 / (1 + step / 10))
         weights = self.model.state_dict()
         for name, average in self.average.state_dict().items():
