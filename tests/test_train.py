@@ -98,27 +98,40 @@ def test_resume_continues_as_if_never_stopped(attncap, flickr8k, tmp_path):
     assert all(value.equal(best[1][name]) for name, value in best[0].items())
 
 
-def test_ctrl_c_in_the_first_epoch_leaves_a_model(attncap, flickr8k, tmp_path):
-    command = [sys.executable, "-m", "attncap.train", "--data", flickr8k, "--output", tmp_path / "run", *TINY]
-    process = subprocess.Popen(
-        list(map(str, [*command, "--epochs", 500])), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def test_ctrl_c_in_the_first_epoch_leaves_a_model(attncap, flickr8k, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    arguments = ["--data", flickr8k, "--output", tmp_path / "run", *TINY, "--epochs", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupt)
+        assert attncap("train", *arguments)[0] == 130
+    Captioner.from_pretrained(tmp_path / "run")
+    # And --resume does go on, from the start of the epoch; settings other than the number of epochs must be the same.
+    status, _, err = attncap("train", *arguments, "--resume", "--hidden-size", 48, "--seed", 3)
+    assert status == 2 and "--hidden-size 48 (was 32)" in err and "--seed 3 (was 0)" in err
+    assert attncap("train", *arguments, "--resume")[0] == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_ctrl_c_at_any_moment(attncap, flickr8k, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--data", flickr8k, "--output", run, *TINY]
+    command = [sys.executable, "-m", "attncap.train", *arguments, "--epochs", 5000]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(1200):
-        if (tmp_path / "run" / "settings.json").exists():
+        if (run / "checkpoint.pt").exists():
             break
         time.sleep(0.05)
     time.sleep(0.5)
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err
-    Captioner.from_pretrained(tmp_path / "run")
-    assert not list((tmp_path / "run").glob(".*.tmp"))
-    # And --resume does go on, from the start of the epoch; settings other than the number of epochs must be the same.
-    arguments = ["--data", flickr8k, "--output", tmp_path / "run", *TINY, "--resume", "--epochs", 2]
-    status, _, err = attncap("train", *arguments, "--hidden-size", 48, "--seed", 3)
-    assert status == 2 and "--hidden-size 48 (was 32)" in err and "--seed 3 (was 0)" in err
-    assert attncap("train", *arguments)[0] == 0
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    Captioner.from_pretrained(run)
+    assert not list(run.glob(".*.tmp"))
+    done = torch.load(run / "checkpoint.pt", weights_only=True)["epoch"]
+    assert attncap("train", *arguments, "--resume", "--epochs", done + 1)[0] == 0
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == done + 1
 
 
 def test_broken_images_are_reported_once_and_left_out(attncap, tmp_path):
