@@ -12,7 +12,7 @@ STABLE_TORCH_LIBRARY(attncap, library) {
       "soft_attention_backward(Tensor context_grad, Tensor weights_grad, Tensor features, Tensor "
       "keys, "
       "Tensor query, "
-      "Tensor score_weight, Tensor? gate, Tensor weights, str activation, bool features_need_grad) "
+      "Tensor score_weight, Tensor? gate, Tensor context, Tensor weights, str activation, bool features_need_grad) "
       "-> "
       "(Tensor features_grad, Tensor keys_grad, Tensor query_grad, Tensor score_weight_grad, "
       "Tensor "

@@ -150,7 +150,7 @@ def _fake(features, keys, query, score_weight, mask, gate, activation):
 
 
 def _fake_backward(
-    context_grad, weights_grad, features, keys, query, score_weight, gate, weights, activation,
+    context_grad, weights_grad, features, keys, query, score_weight, gate, context, weights, activation,
     features_need_grad,
 ):  # fmt: skip
     return (
@@ -164,8 +164,7 @@ def _fake_backward(
 
 def _setup_context(ctx, inputs, output) -> None:
     features, keys, query, score_weight, _, gate, activation = inputs
-    _, weights = output
-    ctx.save_for_backward(features, keys, query, score_weight, gate, weights)
+    ctx.save_for_backward(features, keys, query, score_weight, gate, *output)
     ctx.activation = activation
 
 

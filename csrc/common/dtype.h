@@ -9,7 +9,7 @@
 #include <cuda_fp16.h>
 #define ATTNCAP_HOST_DEVICE __host__ __device__
 #else
-#define ATTNCAP_HOST_DEVICE
+#define ATTNCAP_HOST_DEVICE __attribute__((always_inline))  // see simd.h
 #endif
 
 namespace attncap {

@@ -9,7 +9,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <functional>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -17,6 +16,7 @@
 #include <vector>
 
 #include "dtype.h"
+#include "isa.h"
 
 #ifdef USE_CUDA
 #include <cuda_runtime_api.h>
@@ -92,10 +92,25 @@ void launch_on_device(const Tensor& tensor, const Launch& launch) {
         std::string("CUDA refused a kernel of attncap: ") + cudaGetErrorString(error));
 }
 #else
-// torch's threads, one piece of work at a time.
-inline void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& work) {
-  torch::stable::parallel_for(0, count, 1, work);
+// torch's threads, for the CPU kernels.
+inline Threads threads() {
+  return {torch::stable::get_num_threads(),
+          [](int64_t count, void (*work)(int64_t, int64_t, void*), void* context) {
+            STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, work, context));
+          }};
 }
+
+// Calls a CPU kernel, function<T>(...), in the widest instruction set that the processor has.
+#ifdef ATTNCAP_X86
+#define ATTNCAP_CALL_BEST_ISA(function, ...)                      \
+  switch (best_isa()) {                                           \
+    case Isa::avx512: avx512::function(__VA_ARGS__); break;       \
+    case Isa::avx2: avx2::function(__VA_ARGS__); break;           \
+    case Isa::baseline: baseline::function(__VA_ARGS__); break;   \
+  }
+#else
+#define ATTNCAP_CALL_BEST_ISA(function, ...) baseline::function(__VA_ARGS__)
+#endif
 #endif
 
 }  // namespace attncap

@@ -6,16 +6,16 @@
 //   context[n,d] = sigmoid(gate[n,d]) * sum_p weights[n,p] * features[b,p,d]
 //
 // B images, K rows an image, N = B*K rows (the rows of an image are neighbours), P cells, D
-// channels, A attention. All arrays are contiguous, of one type T (float, double, bfloat16,
-// float16); sums are kept in accumulate_t<T>. A row whose cells are all masked has weights, context
-// and gradients 0. B and K may be 0; P, D, A are at least 1.
+// channels, A attention. All arrays are of one type T (float, double, bfloat16, float16); sums are
+// kept in accumulate_t<T>. They are contiguous, but the features and keys of an image may begin any
+// number of elements after those of the image before. A row whose cells are all masked has weights,
+// context and gradients 0. B and K may be 0; P, D, A are at least 1.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
-#include <functional>
 
 #include "../common/dtype.h"
+#include "../common/isa.h"
 
 #ifdef USE_CUDA
 #include <cuda_runtime_api.h>
@@ -33,14 +33,16 @@ template <typename T>
 struct SoftAttentionForward {
   SoftAttentionSizes sizes;
   Activation activation;
-  const T* features;      // [B, P, D]
-  const T* keys;          // [B, P, A]
-  const T* query;         // [N, A]
-  const T* score_weight;  // [A]
-  const bool* mask;       // [B, P], true = the cell counts; null = all count
-  const T* gate;          // [N, D], before the sigmoid; null = no gate
-  T* context;             // [N, D]
-  T* weights;             // [N, P]
+  int64_t features_stride, keys_stride;  // from image to image, in elements
+  const T* features;                     // [B, P, D]
+  const T* keys;                         // [B, P, A]
+  const T* query;                        // [N, A]
+  const T* score_weight;                 // [A]
+  const bool* mask;                      // [B, P], true = the cell counts; null = all count
+  const T* gate;                         // [N, D], before the sigmoid; null = no gate
+  T* context;                            // [N, D]
+  T* weights;                            // [N, P]
+  accumulate_t<T>* scores;               // [N, P] scratch
 };
 
 // The mask is not needed: a masked cell's weight is 0, and with it every gradient of that cell.
@@ -49,6 +51,7 @@ template <typename T>
 struct SoftAttentionBackward {
   SoftAttentionSizes sizes;
   Activation activation;
+  int64_t features_stride, keys_stride;
   const T* context_grad;               // [N, D]
   const T* weights_grad;               // [N, P]
   const T* features;                   // [B, P, D]
@@ -56,33 +59,32 @@ struct SoftAttentionBackward {
   const T* query;                      // [N, A]
   const T* score_weight;               // [A]
   const T* gate;                       // [N, D] or null
+  const T* context;                    // [N, D], the forward's output
   const T* weights;                    // [N, P], the forward's output
   T* features_grad;                    // [B, P, D], null = not wanted
   T* keys_grad;                        // [B, P, A]
-  T* query_grad;                       // [N, A]
   T* gate_grad;                        // [N, D], null when gate is
+  accumulate_t<T>* query_grad;         // [N, A]
   accumulate_t<T>* score_weight_grad;  // [B, A], each image's part; the caller sums over B, so the
                                        // order is fixed
   accumulate_t<T>* gated_grad;         // [N, D] scratch: context_grad * sigmoid(gate)
   accumulate_t<T>* score_grad;         // [N, P] scratch: the gradient of score
 };
 
-// parallel_for(count, work) calls work(begin, end) on ranges that cover [0, count), perhaps at the
-// same time.
-using ParallelFor =
-    std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>& work)>;
+// Both exist once for each instruction set.
+#define DECLARE(isa)                                                                       \
+  namespace isa {                                                                          \
+  template <typename T>                                                                    \
+  void soft_attention_forward_cpu(const SoftAttentionForward<T>& params, Threads threads);  \
+  template <typename T>                                                                    \
+  void soft_attention_backward_cpu(const SoftAttentionBackward<T>& params, Threads threads); \
+  }
+ATTNCAP_FOR_EACH_ISA(DECLARE)
+#undef DECLARE
 
+// The context kernel on CUDA keeps the weights of at least one row in shared memory, 40 KiB.
 template <typename T>
-void soft_attention_forward_cpu(const SoftAttentionForward<T>& params,
-                                const ParallelFor& parallel_for);
-template <typename T>
-void soft_attention_backward_cpu(const SoftAttentionBackward<T>& params,
-                                 const ParallelFor& parallel_for);
-
-// The forward kernel on CUDA keeps a row's scores in shared memory.
-constexpr int64_t kSharedBytes = 48 * 1024 - 1024;
-template <typename T>
-constexpr int64_t kMaxCellsCuda = kSharedBytes / sizeof(accumulate_t<T>);
+constexpr int64_t kMaxCellsCuda = 40 * 1024 / sizeof(accumulate_t<T>);
 
 #ifdef USE_CUDA
 // Both return the first error of their launches.
@@ -92,23 +94,5 @@ template <typename T>
 cudaError_t soft_attention_backward_cuda(const SoftAttentionBackward<T>& params,
                                          cudaStream_t stream);
 #endif
-
-template <typename T>
-ATTNCAP_HOST_DEVICE inline T activate(T x, Activation activation) {
-  if (activation == Activation::tanh) return std::tanh(x);
-  return x < 0 ? T(0) : x;  // this way round a NaN stays one
-}
-
-// The derivative, from y = activate(x).
-template <typename T>
-ATTNCAP_HOST_DEVICE inline T activate_grad(T y, Activation activation) {
-  if (activation == Activation::tanh) return 1 - y * y;
-  return y > 0 ? T(1) : T(0);
-}
-
-template <typename T>
-ATTNCAP_HOST_DEVICE inline T sigmoid(T x) {
-  return 1 / (1 + std::exp(-x));
-}
 
 }  // namespace attncap

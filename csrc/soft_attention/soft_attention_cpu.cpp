@@ -1,195 +1,344 @@
-// The CPU kernel: rows in parallel forward, images in parallel backward (an image's rows add to the
-// same gradients).
-#include <algorithm>
-#include <limits>
-#include <vector>
-
+// The CPU kernel; compiled once for each instruction set, ATTNCAP_ISA being its name.
+//
+// Memory is the limit, so an image's keys and features are read once, in stretches of neighbours, and all K rows of
+// the image use them while they are in the cache. Cells are taken four at a time: what belongs to the rows is then
+// loaded once for four cells.
 #include "soft_attention.h"
 
-namespace attncap {
+#include "../common/simd.h"
+
+namespace attncap::ATTNCAP_ISA {
 namespace {
 
-// The sum of term(0) .. term(count - 1) in 16 partial sums: the compiler turns them into vectors,
-// and rounding errors stay small.
-template <typename acc_t, typename Term>
-acc_t sum_of(int64_t count, const Term& term) {
-  constexpr int64_t lanes = 16;
-  acc_t partial[lanes] = {};
-  const int64_t whole = count - count % lanes;
-  for (int64_t i = 0; i < whole; i += lanes) {
-    for (int64_t lane = 0; lane < lanes; ++lane) partial[lane] += term(i + lane);
-  }
-  for (int64_t i = whole; i < count; ++i) partial[i - whole] += term(i);
-  for (int64_t half = lanes / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) partial[lane] += partial[lane + half];
-  }
-  return partial[0];
+constexpr int64_t kTile = 4;           // cells at a time
+constexpr int64_t kAhead = 2 * kTile;  // cells between the one in use and the one fetched into the cache
+constexpr int64_t kRows = 5;             // rows whose sums are kept at a time
+constexpr int64_t kChannels = 512;       // channels whose sums are kept at a time
+constexpr int64_t kCellsOfATask = 32;    // when an image is shared out to threads
+
+// Calls body(p, count as a constant) for the cells from begin to end: tiles, then single cells.
+template <typename Body>
+inline void for_each_tile(int64_t begin, int64_t end, const Body& body) {
+  int64_t p = begin;
+  for (; p + kTile <= end; p += kTile) body.template operator()<kTile>(p);
+  for (; p < end; ++p) body.template operator()<1>(p);
 }
 
-// context[d] = sum_p weights[p] * features[p,d]
-template <typename T, typename W, typename acc_t>
-void weighted_sum(const W* weights, const T* features, int64_t P, int64_t D, acc_t* context) {
-  std::fill_n(context, D, acc_t(0));
-  for (int64_t p = 0; p < P; ++p) {
-    const acc_t weight = weights[p];
-    const T* cell = features + p * D;
-    for (int64_t d = 0; d < D; ++d) context[d] += weight * static_cast<acc_t>(cell[d]);
-  }
+template <Activation activation, typename Number>
+inline Vector<Number> activate(Vector<Number> x) {
+  return activation == Activation::tanh ? tanh(x) : relu<Number>(x);
 }
 
-template <typename T>
-void forward_row(const SoftAttentionForward<T>& params, int64_t n, accumulate_t<T>* scores,
-                 accumulate_t<T>* context) {
-  using acc_t = accumulate_t<T>;
+// The derivative, from y = activate(x), times a factor.
+template <Activation activation, typename Number>
+inline Vector<Number> times_activate_grad(Vector<Number> factor, Vector<Number> y) {
+  if constexpr (activation == Activation::tanh) return factor - factor * y * y;
+  return y > Number(0) ? factor : Vector<Number>{};
+}
+
+template <typename Number>
+inline Vector<Number> sigmoid(Vector<Number> x) {
+  return Number(1) / (Number(1) + exp(-x));
+}
+
+// The scores of cells [begin, end) of image b; -infinity where masked.
+template <Activation activation, typename T>
+void score_cells(const SoftAttentionForward<T>& params, int64_t b, int64_t begin, int64_t end) {
+  using Number = accumulate_t<T>;
   const auto [B, K, P, D, A] = params.sizes;
-  const int64_t b = n / K;
-  const T* query = params.query + n * A;
-  constexpr acc_t masked = -std::numeric_limits<acc_t>::infinity();
+  const T* keys = params.keys + b * params.keys_stride;
+  for_each_tile(begin, end, [&]<int64_t count>(int64_t p) {
+    for (int64_t n = b * K; n < b * K + K; ++n) {
+      const T* query = params.query + n * A;
+      Vector<Number> sums[count] = {};
+      for_each_vector<Number>(A, [&](int64_t a, auto... rest) {
+        const Vector<Number> q = load(query + a, rest...);
+        const Vector<Number> score_weight = load(params.score_weight + a, rest...);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < count; ++i) {
+          const Vector<Number> key = load(keys + (p + i) * A + a, rest...);
+          __builtin_prefetch(keys + (p + i + kAhead) * A + a);
+          sums[i] += score_weight * activate<activation, Number>(key + q);
+        }
+      });
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < count; ++i) {
+        const bool counts = !params.mask || params.mask[b * P + p + i];
+        params.scores[n * P + p + i] = counts ? sum_of_lanes<Number>(sums[i]) : -INFINITY;
+      }
+    }
+  });
+}
 
-  acc_t largest = masked;
-  for (int64_t p = 0; p < P; ++p) {
-    scores[p] = masked;
-    if (params.mask && !params.mask[b * P + p]) continue;
-    const T* key = params.keys + (b * P + p) * A;
-    scores[p] = sum_of<acc_t>(A, [&](int64_t a) {
-      const acc_t x = static_cast<acc_t>(key[a]) + static_cast<acc_t>(query[a]);
-      return static_cast<acc_t>(params.score_weight[a]) * activate(x, params.activation);
-    });
-    largest = std::max(largest, scores[p]);
-  }
+// Turns the scores of row n into weights.
+template <typename T>
+void softmax(const SoftAttentionForward<T>& params, int64_t n) {
+  using Number = accumulate_t<T>;
+  const auto [B, K, P, D, A] = params.sizes;
+  Number* scores = params.scores + n * P;
+  const bool* mask = params.mask ? params.mask + n / K * P : nullptr;
 
-  acc_t total = 0;
+  Number largest = -INFINITY;
+  for (int64_t p = 0; p < P; ++p) largest = scores[p] > largest ? scores[p] : largest;
+  Vector<Number> totals{};
+  for_each_vector<Number>(P, [&](int64_t p, auto... rest) {
+    store(scores + p, exp(load(scores + p, rest...) - largest), rest...);
+    totals += load(scores + p, rest...);
+  });
+  Number total = sum_of_lanes<Number>(totals);
+  bool any = !mask;
+  for (int64_t p = 0; mask && p < P; ++p) any |= mask[p];
   for (int64_t p = 0; p < P; ++p) {
-    const bool counts = !params.mask || params.mask[b * P + p];
-    scores[p] = counts ? std::exp(scores[p] - largest) : 0;
-    total += scores[p];
-  }
-  for (int64_t p = 0; p < P; ++p) {
-    scores[p] = total == 0 ? 0 : scores[p] / total;
+    scores[p] = any ? scores[p] / total : 0;
     params.weights[n * P + p] = static_cast<T>(scores[p]);
   }
-
-  weighted_sum(scores, params.features + b * P * D, P, D, context);
-  for (int64_t d = 0; d < D; ++d) {
-    const acc_t gate = params.gate ? sigmoid(static_cast<acc_t>(params.gate[n * D + d])) : acc_t(1);
-    params.context[n * D + d] = static_cast<T>(gate * context[d]);
-  }
 }
 
-// gated_grad, gate_grad and score_grad of row n; scratch is [D].
-template <typename T>
-void backward_row(const SoftAttentionBackward<T>& params, int64_t n, accumulate_t<T>* scratch) {
-  using acc_t = accumulate_t<T>;
+// The contexts of `rows` neighbouring rows of image b, at most kChannels channels [first, end).
+template <int64_t rows, typename T>
+void sum_channels_of_rows(const SoftAttentionForward<T>& params, int64_t b, int64_t first_row, int64_t first,
+                          int64_t end) {
+  using Number = accumulate_t<T>;
   const auto [B, K, P, D, A] = params.sizes;
-  const T* features = params.features + n / K * P * D;
-  const T* weights = params.weights + n * P;
-  const T* context_grad = params.context_grad + n * D;
-  acc_t* gated_grad = params.gated_grad + n * D;
-  acc_t* score_grad = params.score_grad + n * P;
-
-  if (params.gate) {
-    acc_t* context = scratch;  // before the gate
-    weighted_sum(weights, features, P, D, context);
-    for (int64_t d = 0; d < D; ++d) {
-      const acc_t gate = sigmoid(static_cast<acc_t>(params.gate[n * D + d]));
-      gated_grad[d] = static_cast<acc_t>(context_grad[d]) * gate;
-      params.gate_grad[n * D + d] = static_cast<T>(gated_grad[d] * (1 - gate) * context[d]);
+  const T* features = params.features + b * params.features_stride + first;
+  const Number* weights = params.scores + first_row * P;
+  Number sums[rows][kChannels] = {};
+  for_each_tile(0, P, [&]<int64_t count>(int64_t p) {
+    Vector<Number> weight[rows][count];
+#pragma GCC unroll 8
+    for (int64_t row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < count; ++i) weight[row][i] = Vector<Number>{} + weights[row * P + p + i];
     }
-  } else {
-    std::copy_n(context_grad, D, gated_grad);
-  }
-
-  acc_t mean = 0;  // of the weights' gradient, by weight
-  for (int64_t p = 0; p < P; ++p) {
-    const T* cell = features + p * D;
-    const acc_t weight_grad =
-        static_cast<acc_t>(params.weights_grad[n * P + p]) +
-        sum_of<acc_t>(D, [&](int64_t d) { return gated_grad[d] * static_cast<acc_t>(cell[d]); });
-    score_grad[p] = weight_grad;
-    mean += static_cast<acc_t>(weights[p]) * weight_grad;
-  }
-  for (int64_t p = 0; p < P; ++p) {
-    score_grad[p] = static_cast<acc_t>(weights[p]) * (score_grad[p] - mean);
-  }
-}
-
-// What one cell gives row n: its parts of the gradients of score_weight, query and key, each [A].
-// No two arrays overlap; saying so lets the compiler turn the loop into vectors.
-template <typename T, typename acc_t>
-void add_cell_grads(acc_t score_grad, Activation activation, int64_t A, const T* __restrict key,
-                    const T* __restrict query, const T* __restrict score_weight,
-                    acc_t* __restrict score_weight_grad, acc_t* __restrict query_grad,
-                    acc_t* __restrict key_grad) {
-  for (int64_t a = 0; a < A; ++a) {
-    const acc_t y = activate(static_cast<acc_t>(key[a]) + static_cast<acc_t>(query[a]), activation);
-    const acc_t grad =
-        score_grad * static_cast<acc_t>(score_weight[a]) * activate_grad(y, activation);
-    score_weight_grad[a] += score_grad * y;
-    query_grad[a] += grad;
-    key_grad[a] += grad;
+    for_each_vector<Number>(end - first, [&](int64_t d, auto... rest) {
+      Vector<Number> cells[count];
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < count; ++i) {
+        cells[i] = load(features + (p + i) * D + d, rest...);
+        __builtin_prefetch(features + (p + i + kAhead) * D + d);
+      }
+#pragma GCC unroll 8
+      for (int64_t row = 0; row < rows; ++row) {
+        Vector<Number> sum = weight[row][0] * cells[0];  // of the tile first: fewer roundings in a row
+#pragma GCC unroll 4
+        for (int64_t i = 1; i < count; ++i) sum += weight[row][i] * cells[i];
+        store(sums[row] + d, load(sums[row] + d) + sum);
+      }
+    });
+  });
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t at = (first_row + row) * D + first;
+    for_each_vector<Number>(end - first, [&](int64_t d, auto... rest) {
+      Vector<Number> sum = load(sums[row] + d);
+      if (params.gate) sum *= sigmoid<Number>(load(params.gate + at + d, rest...));
+      store(params.context + at + d, sum, rest...);
+    });
   }
 }
 
+// The contexts of image b's rows, channels [first, end).
 template <typename T>
-void backward_image(const SoftAttentionBackward<T>& params, int64_t b) {
-  using acc_t = accumulate_t<T>;
-  const auto [B, K, P, D, A] = params.sizes;
-  std::vector<acc_t> cell_grad(std::max(A, D));
-  std::vector<acc_t> query_grad(K * A, 0);
-  acc_t* score_weight_grad = params.score_weight_grad + b * A;
-  std::fill_n(score_weight_grad, A, acc_t(0));
-
-  for (int64_t k = 0; k < K; ++k) backward_row(params, b * K + k, cell_grad.data());
-
-  for (int64_t p = 0; p < P; ++p) {
-    const T* key = params.keys + (b * P + p) * A;
-    std::fill_n(cell_grad.begin(), A, acc_t(0));
-    for (int64_t k = 0; k < K; ++k) {
-      const int64_t n = b * K + k;
-      add_cell_grads(params.score_grad[n * P + p], params.activation, A, key, params.query + n * A,
-                     params.score_weight, score_weight_grad, query_grad.data() + k * A,
-                     cell_grad.data());
+void sum_channels(const SoftAttentionForward<T>& params, int64_t b, int64_t first, int64_t end) {
+  const int64_t K = params.sizes.K, end_row = b * K + K;
+  for (int64_t n = b * K; n < end_row; n += kRows) {
+    switch (end_row - n) {
+      case 1:
+        sum_channels_of_rows<1>(params, b, n, first, end);
+        break;
+      case 2:
+        sum_channels_of_rows<2>(params, b, n, first, end);
+        break;
+      case 3:
+        sum_channels_of_rows<3>(params, b, n, first, end);
+        break;
+      case 4:
+        sum_channels_of_rows<4>(params, b, n, first, end);
+        break;
+      default:
+        sum_channels_of_rows<kRows>(params, b, n, first, end);
     }
-    std::copy_n(cell_grad.begin(), A, params.keys_grad + (b * P + p) * A);
+  }
+}
 
-    if (!params.features_grad) continue;
-    std::fill_n(cell_grad.begin(), D, acc_t(0));
+// gated_grad and gate_grad of row n.
+template <typename T>
+void gate_row(const SoftAttentionBackward<T>& params, int64_t n) {
+  using Number = accumulate_t<T>;
+  const int64_t D = params.sizes.D;
+  for_each_vector<Number>(D, [&](int64_t d, auto... rest) {
+    const int64_t at = n * D + d;
+    Vector<Number> grad = load(params.context_grad + at, rest...);
+    if (params.gate) {
+      const Vector<Number> gate = sigmoid<Number>(load(params.gate + at, rest...));
+      const Vector<Number> context = load(params.context + at, rest...);  // the gate is in it
+      store(params.gate_grad + at, grad * context * (Number(1) - gate), rest...);
+      grad *= gate;
+    }
+    store(params.gated_grad + at, grad, rest...);
+  });
+}
+
+// From the cells of image b: the gradients of its rows' weights, into score_grad, and features_grad.
+template <typename T>
+void through_features(const SoftAttentionBackward<T>& params, int64_t b) {
+  using Number = accumulate_t<T>;
+  const auto [B, K, P, D, A] = params.sizes;
+  const T* features = params.features + b * params.features_stride;
+  for_each_tile(0, P, [&]<int64_t count>(int64_t p) {
     for (int64_t n = b * K; n < b * K + K; ++n) {
-      const acc_t weight = params.weights[n * P + p];
-      for (int64_t d = 0; d < D; ++d) cell_grad[d] += weight * params.gated_grad[n * D + d];
+      Vector<Number> sums[count] = {};
+      for_each_vector<Number>(D, [&](int64_t d, auto... rest) {
+        const Vector<Number> grad = load(params.gated_grad + n * D + d, rest...);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < count; ++i) sums[i] += grad * load(features + (p + i) * D + d, rest...);
+      });
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = n * P + p + i;
+        params.score_grad[at] = sum_of_lanes<Number>(sums[i]) + static_cast<Number>(params.weights_grad[at]);
+      }
     }
-    std::copy_n(cell_grad.begin(), D, params.features_grad + (b * P + p) * D);
+    if (!params.features_grad) return;
+    for_each_vector<Number>(D, [&](int64_t d, auto... rest) {
+      Vector<Number> sums[count] = {};
+      for (int64_t n = b * K; n < b * K + K; ++n) {
+        const Vector<Number> grad = load(params.gated_grad + n * D + d, rest...);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < count; ++i) {
+          sums[i] += static_cast<Number>(params.weights[n * P + p + i]) * grad;
+        }
+      }
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < count; ++i) {
+        store(params.features_grad + (b * P + p + i) * D + d, sums[i], rest...);
+      }
+    });
+  });
+}
+
+// Turns the gradient of row n's weights into that of its scores.
+template <typename T>
+void softmax_grad(const SoftAttentionBackward<T>& params, int64_t n) {
+  using Number = accumulate_t<T>;
+  const int64_t P = params.sizes.P;
+  const T* weights = params.weights + n * P;
+  Number* grad = params.score_grad + n * P;
+  Vector<Number> means{};
+  for_each_vector<Number>(P, [&](int64_t p, auto... rest) {
+    means += load(weights + p, rest...) * load(grad + p, rest...);
+  });
+  const Number mean = sum_of_lanes<Number>(means);  // by weight
+  for (int64_t p = 0; p < P; ++p) grad[p] = static_cast<Number>(weights[p]) * (grad[p] - mean);
+}
+
+// From the scores' gradients of image b: keys_grad, query_grad and the image's part of score_weight_grad.
+template <Activation activation, typename T>
+void through_keys(const SoftAttentionBackward<T>& params, int64_t b) {
+  using Number = accumulate_t<T>;
+  const auto [B, K, P, D, A] = params.sizes;
+  const T* keys = params.keys + b * params.keys_stride;
+  Number* score_weight_grad = params.score_weight_grad + b * A;
+  for (int64_t a = 0; a < A; ++a) score_weight_grad[a] = 0;
+  for (int64_t i = b * K * A; i < (b + 1) * K * A; ++i) params.query_grad[i] = 0;
+
+  for_each_tile(0, P, [&]<int64_t count>(int64_t p) {
+    for_each_vector<Number>(A, [&](int64_t a, auto... rest) {
+      Vector<Number> key[count], key_grad[count] = {};
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < count; ++i) key[i] = load(keys + (p + i) * A + a, rest...);
+      Vector<Number> weight_grad = load(score_weight_grad + a, rest...);
+      for (int64_t n = b * K; n < b * K + K; ++n) {
+        const Vector<Number> query = load(params.query + n * A + a, rest...);
+        Vector<Number> query_grad{}, score_weight_part{};
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < count; ++i) {
+          const Number score_grad = params.score_grad[n * P + p + i];
+          const Vector<Number> y = activate<activation, Number>(key[i] + query);
+          const Vector<Number> x_grad = times_activate_grad<activation, Number>(Vector<Number>{} + score_grad, y);
+          score_weight_part += score_grad * y;
+          query_grad += x_grad;
+          key_grad[i] += x_grad;
+        }
+        weight_grad += score_weight_part;
+        Number* to = params.query_grad + n * A + a;
+        store(to, load(to, rest...) + query_grad, rest...);
+      }
+      store(score_weight_grad + a, weight_grad, rest...);
+      const Vector<Number> score_weight = load(params.score_weight + a, rest...);
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < count; ++i) {
+        store(params.keys_grad + (b * P + p + i) * A + a, score_weight * key_grad[i], rest...);
+      }
+    });
+  });
+
+  for (int64_t n = b * K; n < b * K + K; ++n) {
+    for_each_vector<Number>(A, [&](int64_t a, auto... rest) {
+      Number* grad = params.query_grad + n * A + a;
+      store(grad, load(grad, rest...) * load(params.score_weight + a, rest...), rest...);
+    });
   }
-  std::copy_n(query_grad.begin(), K * A, params.query_grad + b * K * A);
+}
+
+// Calls body(i) for i in [0, count), shared out to the threads.
+template <typename Body>
+void parallel_for(Threads threads, int64_t count, Body body) {
+  threads.run(
+      count,
+      [](int64_t begin, int64_t end, void* context) {
+        for (int64_t i = begin; i < end; ++i) (*static_cast<Body*>(context))(i);
+      },
+      &body);
+}
+
+template <Activation activation, typename T>
+void forward(const SoftAttentionForward<T>& params, Threads threads) {
+  const auto [B, K, P, D, A] = params.sizes;
+  const int64_t cell_tasks = (P + kCellsOfATask - 1) / kCellsOfATask;
+  parallel_for(threads, B * cell_tasks, [&](int64_t task) {
+    const int64_t begin = task % cell_tasks * kCellsOfATask, end = begin + kCellsOfATask;
+    score_cells<activation>(params, task / cell_tasks, begin, end < P ? end : P);
+  });
+  parallel_for(threads, B * K, [&](int64_t n) { softmax(params, n); });
+  const int64_t channel_tasks = (D + kChannels - 1) / kChannels;
+  parallel_for(threads, B * channel_tasks, [&](int64_t task) {
+    const int64_t begin = task % channel_tasks * kChannels, end = begin + kChannels;
+    sum_channels(params, task / channel_tasks, begin, end < D ? end : D);
+  });
+}
+
+template <Activation activation, typename T>
+void backward(const SoftAttentionBackward<T>& params, Threads threads) {
+  const int64_t K = params.sizes.K;
+  parallel_for(threads, params.sizes.B, [&](int64_t b) {
+    for (int64_t n = b * K; n < b * K + K; ++n) gate_row(params, n);
+    through_features(params, b);
+    for (int64_t n = b * K; n < b * K + K; ++n) softmax_grad(params, n);
+    through_keys<activation>(params, b);
+  });
 }
 
 }  // namespace
 
 template <typename T>
-void soft_attention_forward_cpu(const SoftAttentionForward<T>& params,
-                                const ParallelFor& parallel_for) {
-  const SoftAttentionSizes& sizes = params.sizes;
-  parallel_for(sizes.B * sizes.K, [&](int64_t begin, int64_t end) {
-    std::vector<accumulate_t<T>> scores(sizes.P), context(sizes.D);
-    for (int64_t n = begin; n < end; ++n) forward_row(params, n, scores.data(), context.data());
-  });
+void soft_attention_forward_cpu(const SoftAttentionForward<T>& params, Threads threads) {
+  params.activation == Activation::tanh ? forward<Activation::tanh>(params, threads)
+                                        : forward<Activation::relu>(params, threads);
 }
 
 template <typename T>
-void soft_attention_backward_cpu(const SoftAttentionBackward<T>& params,
-                                 const ParallelFor& parallel_for) {
-  parallel_for(params.sizes.B, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) backward_image(params, b);
-  });
+void soft_attention_backward_cpu(const SoftAttentionBackward<T>& params, Threads threads) {
+  params.activation == Activation::tanh ? backward<Activation::tanh>(params, threads)
+                                        : backward<Activation::relu>(params, threads);
 }
 
-#define INSTANTIATE(T)                                                                          \
-  template void soft_attention_forward_cpu(const SoftAttentionForward<T>&, const ParallelFor&); \
-  template void soft_attention_backward_cpu(const SoftAttentionBackward<T>&, const ParallelFor&);
+#define INSTANTIATE(T)                                                                   \
+  template void soft_attention_forward_cpu(const SoftAttentionForward<T>&, Threads);     \
+  template void soft_attention_backward_cpu(const SoftAttentionBackward<T>&, Threads);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(bfloat16)
 INSTANTIATE(float16)
 #undef INSTANTIATE
 
-}  // namespace attncap
+}  // namespace attncap::ATTNCAP_ISA

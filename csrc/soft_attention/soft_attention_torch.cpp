@@ -33,26 +33,35 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
   return torch::stable::contiguous(*tensor);
 }
 
+// [B, rows, columns] as it is when each image's part is contiguous, else a copy.
+Tensor contiguous_images(const Tensor& tensor) {
+  const bool fits = tensor.stride(2) == 1 && tensor.stride(1) == tensor.size(2);
+  return fits ? tensor : torch::stable::contiguous(tensor);
+}
+
 std::tuple<Tensor, Tensor> forward(Tensor features, Tensor keys, Tensor query, Tensor score_weight,
                                    std::optional<Tensor> mask, std::optional<Tensor> gate,
                                    std::string activation) {
   const SoftAttentionSizes sizes = check_inputs(features, keys, query, score_weight, gate);
   const auto [B, K, P, D, A] = sizes;
   if (mask) check_tensor("soft_attention: mask", *mask, features, {B, P}, ScalarType::Bool);
-  features = torch::stable::contiguous(features);
-  keys = torch::stable::contiguous(keys);
+  features = contiguous_images(features);
+  keys = contiguous_images(keys);
   query = torch::stable::contiguous(query);
   score_weight = torch::stable::contiguous(score_weight);
   mask = contiguous(mask);
   gate = contiguous(gate);
   const Tensor context = torch::stable::new_empty(features, {B * K, D});
   const Tensor weights = torch::stable::new_empty(features, {B * K, P});
+  const Tensor scores = torch::stable::new_empty(features, {B * K, P}, accumulate_dtype(features));
 
   dispatch_dtype(features, [&](auto type) {
     using T = decltype(type);
     const SoftAttentionForward<T> params{
         .sizes = sizes,
         .activation = parse_activation(activation),
+        .features_stride = features.stride(0),
+        .keys_stride = keys.stride(0),
         .features = data<T>(features),
         .keys = data<T>(keys),
         .query = data<T>(query),
@@ -61,6 +70,7 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor keys, Tensor query, T
         .gate = gate ? data<T>(*gate) : nullptr,
         .context = mutable_data<T>(context),
         .weights = mutable_data<T>(weights),
+        .scores = mutable_data<accumulate_t<T>>(scores),
     };
 #ifdef USE_CUDA
     check(params.sizes.P <= kMaxCellsCuda<T>, "soft_attention on CUDA takes at most " +
@@ -69,7 +79,7 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor keys, Tensor query, T
     launch_on_device(
         features, [&](cudaStream_t stream) { return soft_attention_forward_cuda(params, stream); });
 #else
-    soft_attention_forward_cpu(params, parallel_for);
+    ATTNCAP_CALL_BEST_ISA(soft_attention_forward_cpu, params, threads());
 #endif
   });
   return {context, weights};
@@ -78,29 +88,31 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor keys, Tensor query, T
 // features_grad is empty when not wanted, gate_grad without a gate.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor context_grad, Tensor weights_grad, Tensor features, Tensor keys, Tensor query,
-    Tensor score_weight, std::optional<Tensor> gate, Tensor weights, std::string activation,
+    Tensor score_weight, std::optional<Tensor> gate, Tensor context, Tensor weights, std::string activation,
     bool features_need_grad) {
   const SoftAttentionSizes sizes = check_inputs(features, keys, query, score_weight, gate);
   const auto [B, K, P, D, A] = sizes;
   const int64_t N = B * K;
   check_tensor("soft_attention_backward: context_grad", context_grad, features, {N, D});
   check_tensor("soft_attention_backward: weights_grad", weights_grad, features, {N, P});
+  check_tensor("soft_attention_backward: context", context, features, {N, D});
   check_tensor("soft_attention_backward: weights", weights, features, {N, P});
   context_grad = torch::stable::contiguous(context_grad);
   weights_grad = torch::stable::contiguous(weights_grad);
-  features = torch::stable::contiguous(features);
-  keys = torch::stable::contiguous(keys);
+  features = contiguous_images(features);
+  keys = contiguous_images(keys);
   query = torch::stable::contiguous(query);
   score_weight = torch::stable::contiguous(score_weight);
   gate = contiguous(gate);
+  context = torch::stable::contiguous(context);
   weights = torch::stable::contiguous(weights);
   const Tensor features_grad = features_need_grad ? torch::stable::new_empty(features, {B, P, D})
                                                   : torch::stable::new_empty(features, {0});
   const Tensor keys_grad = torch::stable::new_empty(features, {B, P, A});
-  const Tensor query_grad = torch::stable::new_empty(features, {N, A});
   const Tensor gate_grad =
       gate ? torch::stable::new_empty(features, {N, D}) : torch::stable::new_empty(features, {0});
   const ScalarType accumulate = accumulate_dtype(features);
+  const Tensor query_grad = torch::stable::new_empty(features, {N, A}, accumulate);
   const Tensor score_weight_grad = torch::stable::new_empty(features, {B, A}, accumulate);
   const Tensor gated_grad = torch::stable::new_empty(features, {N, D}, accumulate);
   const Tensor score_grad = torch::stable::new_empty(features, {N, P}, accumulate);
@@ -111,6 +123,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const SoftAttentionBackward<T> params{
         .sizes = sizes,
         .activation = parse_activation(activation),
+        .features_stride = features.stride(0),
+        .keys_stride = keys.stride(0),
         .context_grad = data<T>(context_grad),
         .weights_grad = data<T>(weights_grad),
         .features = data<T>(features),
@@ -118,11 +132,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         .query = data<T>(query),
         .score_weight = data<T>(score_weight),
         .gate = gate ? data<T>(*gate) : nullptr,
+        .context = data<T>(context),
         .weights = data<T>(weights),
         .features_grad = features_need_grad ? mutable_data<T>(features_grad) : nullptr,
         .keys_grad = mutable_data<T>(keys_grad),
-        .query_grad = mutable_data<T>(query_grad),
         .gate_grad = gate ? mutable_data<T>(gate_grad) : nullptr,
+        .query_grad = mutable_data<acc_t>(query_grad),
         .score_weight_grad = mutable_data<acc_t>(score_weight_grad),
         .gated_grad = mutable_data<acc_t>(gated_grad),
         .score_grad = mutable_data<acc_t>(score_grad),
@@ -132,13 +147,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       return soft_attention_backward_cuda(params, stream);
     });
 #else
-    soft_attention_backward_cpu(params, parallel_for);
+    ATTNCAP_CALL_BEST_ISA(soft_attention_backward_cpu, params, threads());
 #endif
   });
   const std::array<int64_t, 1> over_images = {0};
   const Tensor total = torch::stable::sum(score_weight_grad, over_images);
-  return {features_grad, keys_grad, query_grad, torch::stable::to(total, features.scalar_type()),
-          gate_grad};
+  const ScalarType dtype = features.scalar_type();
+  return {features_grad, keys_grad, torch::stable::to(query_grad, dtype), torch::stable::to(total, dtype), gate_grad};
 }
 
 }  // namespace

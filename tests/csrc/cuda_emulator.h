@@ -34,6 +34,8 @@
 #define __global__
 #define __device__
 #define __host__
+#define __noinline__
+#define __launch_bounds__(threads)
 // One thread of the host runs all fibers, so what is thread_local belongs to the block: static
 // arrays in a kernel and, outside of kernels, `extern __shared__ double dynamic_shared[]` work as
 // they stand.

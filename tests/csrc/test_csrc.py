@@ -1,5 +1,7 @@
-"""Builds and runs the C++ tests: device code in the emulator, without torch and without a GPU."""
+"""Builds and runs the C++ tests: CPU kernels in every instruction set, device code in the emulator; without torch and
+without a GPU."""
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -34,6 +36,25 @@ def build(tmp_path_factory) -> Path:
 def test_passes(build, name):
     done = run(build / name)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one instruction set only")
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_simd(build, isa):
+    if isa != "baseline" and not {"avx2": "avx2", "avx512": "avx512dq"}[isa] in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {isa}")
+    done = run(build / f"test_simd_{isa}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_nothing_compiled_for_a_newer_processor_can_be_shared(build):
+    """A function of the headers that two object files both define is taken from either of them; were it the one with
+    AVX-512, the program would crash on a processor without."""
+    objects = [str(path) for path in build.glob("CMakeFiles/cpu_kernels_*/**/*.o")]
+    assert objects
+    symbols = run("nm", "-C", "--defined-only", *objects).stdout.splitlines()
+    weak = [line for line in symbols if line.split()[1:2] in (["W"], ["V"], ["u"])]
+    assert weak and all("::soft_attention_" in line and "attncap::" in line for line in weak), weak
 
 
 @pytest.mark.parametrize("planted", ["read-behind-array", "read-behind-shared"])

@@ -1,10 +1,12 @@
-// The device code of soft_attention in the emulator, and the short number types, on the host.
+// soft_attention's kernels without torch: the device code in the emulator, the CPU code of every instruction set that
+// this processor has, and the short number types.
 //
-// Truth is the CPU kernel in float64 (which tests/ops compares with plain PyTorch and with finite
-// differences) on the same rounded inputs.
+// Truth is the formula of soft_attention.h and its derivatives, written down plainly in float64 below (tests/ops
+// compares the op with plain PyTorch and with finite differences too), on the same rounded inputs.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -19,72 +21,167 @@ using cuda_emulator::Schedule;
 
 namespace {
 
-constexpr unsigned kThreads = 64;  // two warps: enough to disagree
+constexpr int kFewThreads = 64;  // two warps: enough to disagree
 int failures = 0;
 
-void serial(int64_t count, const std::function<void(int64_t, int64_t)>& work) { work(0, count); }
+const Threads kSerial = {
+    1, [](int64_t count, void (*work)(int64_t, int64_t, void*), void* context) { work(0, count, context); }};
+// Every piece by itself, the last one first: no piece may count on another.
+const Threads kBackwards = {4, [](int64_t count, void (*work)(int64_t, int64_t, void*), void* context) {
+                              while (count-- > 0) work(count, count + 1, context);
+                            }};
 
-// All arrays of one forward and backward pass. Outputs start as NaN, so that what is never written
-// shows.
+// All arrays of one forward and backward pass. Outputs start as NaN, so that what is never written shows. `gap` numbers
+// lie between the features, and the keys, of one image and the next.
 template <typename T>
 struct Problem {
+  using Number = accumulate_t<T>;
   SoftAttentionSizes sizes;
   Activation activation;
   bool masked, gated;
+  int64_t gap;
   std::vector<T> features, keys, query, score_weight, gate, context_grad, weights_grad;
   std::unique_ptr<bool[]> mask;
-  std::vector<T> context, weights, features_grad, keys_grad, query_grad, gate_grad;
-  std::vector<accumulate_t<T>> score_weight_grad, gated_grad, score_grad;
+  std::vector<T> context, weights, features_grad, keys_grad, gate_grad;
+  std::vector<Number> scores, query_grad, score_weight_grad, gated_grad, score_grad;
 
   void allocate() {
     const auto [B, K, P, D, A] = sizes;
     const T nan = static_cast<T>(NAN);
-    context.assign(B * K * D, nan), weights.assign(B * K * P, nan);
+    context.assign(B * K * D, nan), weights.assign(B * K * P, nan), gate_grad.assign(gated ? B * K * D : 0, nan);
     features_grad.assign(B * P * D, nan), keys_grad.assign(B * P * A, nan);
-    query_grad.assign(B * K * A, nan), gate_grad.assign(gated ? B * K * D : 0, nan);
-    score_weight_grad.assign(B * A, NAN), gated_grad.assign(B * K * D, NAN),
-        score_grad.assign(B * K * P, NAN);
+    query_grad.assign(B * K * A, NAN), score_weight_grad.assign(B * A, NAN);
+    scores.assign(B * K * P, NAN), gated_grad.assign(B * K * D, NAN), score_grad.assign(B * K * P, NAN);
   }
 
   SoftAttentionForward<T> forward() {
-    return {sizes,          activation,          features.data(), keys.data(),
-            query.data(),   score_weight.data(), mask.get(),      gated ? gate.data() : nullptr,
-            context.data(), weights.data()};
+    return {.sizes = sizes,
+            .activation = activation,
+            .features_stride = sizes.P * sizes.D + gap,
+            .keys_stride = sizes.P * sizes.A + gap,
+            .features = features.data(),
+            .keys = keys.data(),
+            .query = query.data(),
+            .score_weight = score_weight.data(),
+            .mask = mask.get(),
+            .gate = gated ? gate.data() : nullptr,
+            .context = context.data(),
+            .weights = weights.data(),
+            .scores = scores.data()};
   }
 
   SoftAttentionBackward<T> backward() {
-    return {sizes,
-            activation,
-            context_grad.data(),
-            weights_grad.data(),
-            features.data(),
-            keys.data(),
-            query.data(),
-            score_weight.data(),
-            gated ? gate.data() : nullptr,
-            weights.data(),
-            features_grad.data(),
-            keys_grad.data(),
-            query_grad.data(),
-            gated ? gate_grad.data() : nullptr,
-            score_weight_grad.data(),
-            gated_grad.data(),
-            score_grad.data()};
+    return {.sizes = sizes,
+            .activation = activation,
+            .features_stride = sizes.P * sizes.D + gap,
+            .keys_stride = sizes.P * sizes.A + gap,
+            .context_grad = context_grad.data(),
+            .weights_grad = weights_grad.data(),
+            .features = features.data(),
+            .keys = keys.data(),
+            .query = query.data(),
+            .score_weight = score_weight.data(),
+            .gate = gated ? gate.data() : nullptr,
+            .context = context.data(),
+            .weights = weights.data(),
+            .features_grad = features_grad.data(),
+            .keys_grad = keys_grad.data(),
+            .gate_grad = gated ? gate_grad.data() : nullptr,
+            .query_grad = query_grad.data(),
+            .score_weight_grad = score_weight_grad.data(),
+            .gated_grad = gated_grad.data(),
+            .score_grad = score_grad.data()};
   }
 
-  void run_on_cpu() {
-    soft_attention_forward_cpu(forward(), serial);
-    soft_attention_backward_cpu(backward(), serial);
-  }
-
-  // The same launches as soft_attention.cu.
-  void run_emulated(Schedule schedule) {
+  // The formula, a row at a time.
+  void run_plainly() {
     const auto [B, K, P, D, A] = sizes;
-    const size_t shared_bytes = P * sizeof(accumulate_t<T>);
-    launch(schedule, B * K, kThreads, shared_bytes, soft_attention_forward_kernel<T>, forward());
-    launch(schedule, B * K, kThreads, 0, soft_attention_score_grad_kernel<T>, backward());
-    launch(schedule, B, kThreads, 0, soft_attention_keys_grad_kernel<T>, backward());
-    launch(schedule, B * P, kThreads, 0, soft_attention_features_grad_kernel<T>, backward());
+    for (auto* gradient : {&features_grad, &keys_grad, &query_grad, &score_weight_grad}) {
+      std::fill(gradient->begin(), gradient->end(), 0);
+    }
+    for (int64_t n = 0; n < B * K; ++n) {
+      const int64_t b = n / K;
+      const T *f = &features[b * (P * D + gap)], *k = &keys[b * (P * A + gap)], *q = &query[n * A];
+      const auto x = [&](int64_t p, int64_t a) { return k[p * A + a] + q[a]; };
+      const auto y = [&](int64_t p, int64_t a) {
+        return activation == Activation::tanh ? std::tanh(x(p, a)) : std::max(x(p, a), T(0));
+      };
+      const auto y_grad = [&](int64_t p, int64_t a) {
+        return activation == Activation::tanh ? 1 - y(p, a) * y(p, a) : T(x(p, a) > 0);
+      };
+      const auto counts = [&](int64_t p) { return !masked || mask[b * P + p]; };
+      const auto sigmoid = [&](int64_t d) { return gated ? 1 / (1 + std::exp(-gate[n * D + d])) : 1; };
+      T largest = -INFINITY, total = 0;
+      std::vector<T> score(P, 0), sum(D, 0), weight_grad(P);
+      for (int64_t p = 0; p < P; ++p) {
+        for (int64_t a = 0; a < A; ++a) score[p] += score_weight[a] * y(p, a);
+        if (counts(p)) largest = std::max(largest, score[p]);
+      }
+      for (int64_t p = 0; p < P; ++p) total += counts(p) ? std::exp(score[p] - largest) : 0;
+      T mean = 0;
+      for (int64_t p = 0; p < P; ++p) {
+        const T weight = weights[n * P + p] = counts(p) ? std::exp(score[p] - largest) / total : 0;
+        weight_grad[p] = weights_grad[n * P + p];
+        for (int64_t d = 0; d < D; ++d) {
+          const T grad = context_grad[n * D + d] * sigmoid(d);
+          sum[d] += weight * f[p * D + d];
+          weight_grad[p] += grad * f[p * D + d];
+          features_grad[(b * P + p) * D + d] += weight * grad;
+        }
+        mean += weight * weight_grad[p];
+      }
+      for (int64_t d = 0; d < D; ++d) {
+        context[n * D + d] = sum[d] * sigmoid(d);
+        if (gated) gate_grad[n * D + d] = context_grad[n * D + d] * sigmoid(d) * (1 - sigmoid(d)) * sum[d];
+      }
+      for (int64_t p = 0; p < P; ++p) {
+        const T grad = weights[n * P + p] * (weight_grad[p] - mean);
+        for (int64_t a = 0; a < A; ++a) {
+          const T x_grad = grad * score_weight[a] * y_grad(p, a);
+          score_weight_grad[b * A + a] += grad * y(p, a);
+          query_grad[n * A + a] += x_grad;
+          keys_grad[(b * P + p) * A + a] += x_grad;
+        }
+      }
+    }
+  }
+
+  void run_on_cpu(Isa isa, Threads threads) {
+    switch (isa) {
+#define CASE(isa)                                          \
+  case Isa::isa:                                           \
+    isa::soft_attention_forward_cpu(forward(), threads);   \
+    isa::soft_attention_backward_cpu(backward(), threads); \
+    break;
+      ATTNCAP_FOR_EACH_ISA(CASE)
+#undef CASE
+      default:
+        break;
+    }
+  }
+
+  // The launches of soft_attention.cu, with blocks of `threads`, `rows` rows of an image in a block, and `columns`
+  // columns in a block.
+  template <int rows>
+  void run_emulated(Schedule schedule, int threads, int columns) {
+    const auto [B, K, P, D, A] = sizes;
+    constexpr int width = kWidth<T>;
+    const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+    const auto aligned = [&](int64_t length) { return (length * sizeof(T)) % 16 == 0 && gap * sizeof(T) % 16 == 0; };
+    const int64_t images_and_rows = B * ceil_div(K, rows);
+    const int64_t cell_blocks = images_and_rows * ceil_div(P, threads / kWarpSize * kCells);
+    const size_t scratch = threads * width * sizeof(Number);
+    launch(schedule, cell_blocks, threads, 0, soft_attention_score_kernel<T, rows>, forward(), aligned(A));
+    launch(schedule, images_and_rows * ceil_div(D, columns * width), threads, rows * P * sizeof(Number) + scratch,
+           soft_attention_context_kernel<T, rows>, forward(), aligned(D), columns);
+    launch(schedule, ceil_div(B * K * D, threads), threads, 0, soft_attention_gate_grad_kernel<T>, backward());
+    launch(schedule, cell_blocks, threads, 0, soft_attention_weights_grad_kernel<T, rows>, backward(), aligned(D));
+    launch(schedule, ceil_div(B * K, threads / kWarpSize), threads, 0, soft_attention_softmax_grad_kernel<T>,
+           backward());
+    launch(schedule, B * ceil_div(A, columns * width), threads, scratch, soft_attention_keys_grad_kernel<T, rows>,
+           backward(), aligned(A), columns);
+    launch(schedule, B * ceil_div(D, columns * width), threads, 0, soft_attention_features_grad_kernel<T, rows>,
+           backward(), aligned(D), columns);
   }
 };
 
@@ -97,14 +194,14 @@ std::vector<T> normal(int64_t count, double scale, std::mt19937& random) {
 }
 
 template <typename T>
-Problem<T> make_problem(SoftAttentionSizes sizes, Activation activation, bool masked, bool gated,
+Problem<T> make_problem(SoftAttentionSizes sizes, Activation activation, bool masked, bool gated, int64_t gap,
                         double scale) {
   const auto [B, K, P, D, A] = sizes;
   const int64_t N = B * K;
   std::mt19937 random(P * 1000 + D);
-  Problem<T> problem{.sizes = sizes, .activation = activation, .masked = masked, .gated = gated};
-  problem.features = normal<T>(B * P * D, 1, random);
-  problem.keys = normal<T>(B * P * A, 1, random);
+  Problem<T> problem{.sizes = sizes, .activation = activation, .masked = masked, .gated = gated, .gap = gap};
+  problem.features = normal<T>(B * (P * D + gap), 1, random);
+  problem.keys = normal<T>(B * (P * A + gap), 1, random);
   problem.query = normal<T>(N * A, 1, random);
   problem.score_weight = normal<T>(A, scale / std::sqrt(A), random);
   problem.gate = normal<T>(gated ? N * D : 0, 1, random);
@@ -129,7 +226,8 @@ Problem<double> widen(const Problem<T>& problem) {
   Problem<double> wide{.sizes = problem.sizes,
                        .activation = problem.activation,
                        .masked = problem.masked,
-                       .gated = problem.gated};
+                       .gated = problem.gated,
+                       .gap = problem.gap};
   wide.features = widen(problem.features), wide.keys = widen(problem.keys),
   wide.query = widen(problem.query);
   wide.score_weight = widen(problem.score_weight), wide.gate = widen(problem.gate);
@@ -158,50 +256,72 @@ void compare(const std::string& name, const std::vector<T>& actual,
   ++failures;
 }
 
-// Every activation, with and without mask and gate.
 template <typename T>
-void test_sizes(const char* dtype, double tolerance,
-                std::initializer_list<SoftAttentionSizes> table) {
+void compare(const std::string& name, const Problem<T>& problem, const Problem<double>& truth, double tolerance) {
+  compare(name + ": context", problem.context, truth.context, tolerance);
+  compare(name + ": weights", problem.weights, truth.weights, tolerance);
+  compare(name + ": features_grad", problem.features_grad, truth.features_grad, tolerance);
+  compare(name + ": keys_grad", problem.keys_grad, truth.keys_grad, tolerance);
+  compare(name + ": query_grad", problem.query_grad, truth.query_grad, tolerance);
+  compare(name + ": gate_grad", problem.gate_grad, truth.gate_grad, tolerance);
+  compare(name + ": score_weight_grad", problem.score_weight_grad, truth.score_weight_grad, tolerance);
+}
+
+bool has(Isa isa) { return isa <= best_isa(); }
+
+// Every activation, with and without mask, gate and gap.
+template <typename T>
+void test_sizes(const char* dtype, double tolerance, std::initializer_list<SoftAttentionSizes> table) {
   for (const SoftAttentionSizes& sizes : table) {
     for (const int variant : {0, 1, 2, 3}) {
       const Activation activation = variant % 2 ? Activation::relu : Activation::tanh;
       const bool masked = variant >= 2, gated = variant == 1 || variant == 2;
-      Problem<T> problem = make_problem<T>(sizes, activation, masked, gated, 1);
+      const int64_t gap = variant == 0 ? 0 : variant == 1 ? 16 : 3;
+      Problem<T> problem = make_problem<T>(sizes, activation, masked, gated, gap, 1);
       Problem<double> truth = widen(problem);
-      truth.run_on_cpu();
+      truth.run_plainly();
+      char buffer[200];
+      std::snprintf(buffer, sizeof(buffer), "%s B=%d K=%d P=%d D=%d A=%d variant %d ", dtype, int(sizes.B),
+                    int(sizes.K), int(sizes.P), int(sizes.D), int(sizes.A), variant);
+      const std::string name = buffer;
+
+      for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+        for (const Threads& threads : {kSerial, kBackwards}) {
+          if (!has(isa)) continue;
+          problem.allocate();
+          problem.run_on_cpu(isa, threads);
+          compare(name + "CPU " + std::to_string(int(isa)), problem, truth, tolerance);
+        }
+      }
       for (const Schedule schedule : cuda_emulator::kSchedules) {
         problem.allocate();
-        problem.run_emulated(schedule);
-        char name[200];
-        std::snprintf(name, sizeof(name),
-                      "%s B=%d K=%d P=%d D=%d A=%d variant %d schedule %d: ", dtype, int(sizes.B),
-                      int(sizes.K), int(sizes.P), int(sizes.D), int(sizes.A), variant,
-                      int(schedule));
-        const std::string prefix = name;
-        compare(prefix + "context", problem.context, truth.context, tolerance);
-        compare(prefix + "weights", problem.weights, truth.weights, tolerance);
-        compare(prefix + "features_grad", problem.features_grad, truth.features_grad, tolerance);
-        compare(prefix + "keys_grad", problem.keys_grad, truth.keys_grad, tolerance);
-        compare(prefix + "query_grad", problem.query_grad, truth.query_grad, tolerance);
-        compare(prefix + "gate_grad", problem.gate_grad, truth.gate_grad, tolerance);
-        compare(prefix + "score_weight_grad", problem.score_weight_grad, truth.score_weight_grad,
-                tolerance);
+        problem.template run_emulated<5>(schedule, kFewThreads, 8);
+        compare(name + "schedule " + std::to_string(int(schedule)), problem, truth, tolerance);
       }
+      problem.allocate();
+      problem.template run_emulated<1>(Schedule::random, kThreads, 16);
+      compare(name + "rows 1", problem, truth, tolerance);
+      problem.allocate();
+      problem.template run_emulated<10>(Schedule::random, 4 * kWarpSize, 32);
+      compare(name + "rows 10", problem, truth, tolerance);
     }
   }
 }
 
 void test_large_scores() {
-  Problem<float> problem =
-      make_problem<float>({1, 2, 65, 4, 64}, Activation::relu, false, false, 1e4);
+  Problem<float> problem = make_problem<float>({1, 2, 65, 4, 64}, Activation::relu, false, false, 0, 1e4);
   Problem<double> truth = widen(problem);
-  truth.run_on_cpu();
-  for (const Schedule schedule : cuda_emulator::kSchedules) {
-    problem.allocate();
-    problem.run_emulated(schedule);
-    compare("scores of 1e4: weights", problem.weights, truth.weights, 0.01);
-    compare("scores of 1e4: context", problem.context, truth.context, 0.01);
-  }
+  truth.run_plainly();
+  const auto check = [&](const char* name) {
+    compare(std::string(name) + ", scores of 1e4: weights", problem.weights, truth.weights, 0.01);
+    compare(std::string(name) + ", scores of 1e4: context", problem.context, truth.context, 0.01);
+  };
+  problem.allocate();
+  problem.run_on_cpu(best_isa(), kSerial);
+  check("CPU");
+  problem.allocate();
+  problem.run_emulated<5>(Schedule::random, kFewThreads, 8);
+  check("emulated");
 }
 
 void expect(bool condition, const char* what) {
@@ -236,17 +356,19 @@ void test_short_types() {
 
 int main() {
   test_short_types();
-  // B, K, P, D, A; 64 threads: sizes below, at and above a warp and a block
+  // B, K, P, D, A: below, at and above a vector, a warp, a tile of cells, a block and the rows of a block
   test_sizes<float>("float32", 1e-5,
                     {{1, 1, 1, 1, 1},
                      {2, 3, 7, 8, 5},
                      {1, 1, 49, 33, 100},
                      {3, 2, 8, 64, 64},
                      {2, 10, 5, 3, 8},
+                     {1, 5, 4, 520, 16},
+                     {1, 12, 6, 20, 12},
                      {1, 1, 197, 65, 33}});
-  test_sizes<double>("float64", 1e-12, {{2, 3, 7, 8, 5}, {1, 2, 33, 65, 100}});
-  test_sizes<bfloat16>("bfloat16", 0.02, {{2, 3, 7, 8, 5}, {1, 2, 33, 65, 100}});
-  test_sizes<float16>("float16", 0.002, {{2, 3, 7, 8, 5}, {1, 2, 33, 65, 100}});
+  test_sizes<double>("float64", 1e-12, {{2, 3, 7, 8, 5}, {1, 2, 33, 65, 100}, {1, 11, 3, 4, 6}});
+  test_sizes<bfloat16>("bfloat16", 0.02, {{2, 3, 7, 8, 5}, {1, 2, 33, 65, 100}, {2, 6, 9, 72, 16}});
+  test_sizes<float16>("float16", 0.002, {{2, 3, 7, 8, 5}, {1, 2, 33, 65, 100}, {2, 6, 9, 72, 16}});
   test_large_scores();
   if (failures == 0) std::printf("ok\n");
   return failures != 0;

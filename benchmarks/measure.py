@@ -1,0 +1,88 @@
+"""What every benchmark needs: fair timing, the machine's bandwidth, peak memory, and a record of where it ran."""
+
+import datetime
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attncap.files import write_atomically
+from attncap.info import versions
+
+
+def interleaved(functions: dict[str, Callable], device: torch.device, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each function. In every round each runs once, so that a slow spell of the machine meets
+    all of them; the first two rounds are not counted."""
+    times = {name: [] for name in functions}
+    for index in range(rounds + 2):
+        for name, function in functions.items():
+            elapsed = _milliseconds(function, device)
+            if index >= 2:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _milliseconds(function: Callable, device: torch.device) -> float:
+    if device.type == "cpu":
+        start = time.perf_counter()
+        function()
+        return 1000 * (time.perf_counter() - start)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def bandwidth(device: torch.device, rounds: int) -> dict[str, float]:
+    """GB/s of copying (bytes read and written) and of reading arrays far larger than the caches."""
+    source = torch.ones((64 if device.type == "cpu" else 1024) * 2**20, device=device)
+    target = torch.empty_like(source)
+    times = interleaved({"copy": lambda: target.copy_(source), "read": source.sum}, device, rounds)
+    gigabytes = source.numel() * source.element_size() / 1e9
+    return {"copy": 2 * gigabytes / times["copy"] * 1000, "read": gigabytes / times["read"] * 1000}
+
+
+def peak_memory(function: Callable, device: torch.device) -> float:
+    """MiB that a call needs at its worst beyond what is there before it; on the CPU from the process' peak (Linux)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    function()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    """KiB, from the kernel's account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, versions and date, for the results."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        cpu = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+        models = [line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")]
+        name = f"{models[0] if models else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+        name += f", {torch.get_num_threads()} threads"
+    return {"device": name, "date": datetime.date.today().isoformat(), **versions()}
+
+
+def save(path: Path, record: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    print(f"results: {path}")

@@ -1,0 +1,206 @@
+"""soft_attention: the native kernels beside plain PyTorch, eager and compiled. Results are checked before they are timed.
+
+python benchmarks/soft_attention.py                     # CPU
+python benchmarks/soft_attention.py --device cuda
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import measure
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from attncap.ops import soft_attention, soft_attention_reference
+
+
+@dataclass
+class Config:
+    device: Literal["cpu", "cuda"] = "cpu"
+    images: tuple[int, ...] | None = None
+    """B; by default 1 and 32, on CUDA 1, 64 and 256."""
+    beams: tuple[int, ...] = (1, 5)
+    """K, rows an image."""
+    cells: int = 196
+    """P."""
+    channels: int = 2048
+    """D."""
+    attention: int = 512
+    """A."""
+    dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32", "bfloat16")
+    activations: tuple[Literal["tanh", "relu"], ...] = ("relu", "tanh")
+    passes: tuple[Literal["forward", "frozen", "fine-tuned"], ...] = ("forward", "frozen", "fine-tuned")
+    """forward; forward and backward with a frozen encoder (no gradient for the features); the same fine-tuned."""
+    rounds: int = 15
+    """Timed calls of each provider."""
+    output: Path = Path(__file__).parent / "results"
+
+
+def tutorial(features, keys, query, score_weight, *, activation, gate, projection):
+    """As tutorials do it: the features repeated for each row, and projected in every step. (Only the shape of `keys` is
+    looked at: they are computed again.)"""
+    rows = len(query) // len(features)
+    features = features.repeat_interleave(rows, dim=0)  # [N,P,D]
+    keys = F.linear(features, projection)
+    hidden = getattr(torch, activation)(keys + query.unsqueeze(1))  # [N,P,A]
+    weights = (hidden @ score_weight).softmax(dim=1)
+    context = (features * weights.unsqueeze(2)).sum(dim=1)
+    return torch.sigmoid(gate) * context, weights
+
+
+def make_inputs(config: Config, B: int, K: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=random) * scale).to(config.device, dtype)
+
+    features = normal(B, config.cells, config.channels).relu()
+    projection = normal(config.attention, config.channels, scale=config.channels**-0.5)
+    return {
+        "features": features,
+        "keys": F.linear(features, projection),
+        "query": normal(B * K, config.attention),
+        "score_weight": normal(config.attention, scale=config.attention**-0.5),
+        "gate": normal(B * K, config.channels),
+        "projection": projection,
+    }
+
+
+def providers(inputs: dict[str, Tensor], activation: str, passes: str) -> dict[str, Callable]:
+    """Each a function without arguments: one forward, or one forward and backward."""
+    projection, tensors = inputs["projection"], {k: t for k, t in inputs.items() if k != "projection"}
+    torch.compiler.reset()
+    functions = {
+        "tutorial": lambda **arguments: tutorial(**arguments, projection=projection),
+        "eager": soft_attention_reference,
+        "compiled": torch.compile(soft_attention_reference, dynamic=False, fullgraph=True),
+        "native": soft_attention,
+    }
+    random = torch.Generator().manual_seed(1)
+    N, D, P = *inputs["gate"].shape, inputs["features"].shape[1]
+    context_grad = torch.randn(N, D, generator=random).to(inputs["gate"])
+    weights_grad = torch.randn(N, P, generator=random).to(inputs["gate"])
+
+    def forward(function):
+        with torch.inference_mode():
+            return function(**tensors, activation=activation)
+
+    def forward_and_backward(function):
+        leaves = {k: t.requires_grad_(k != "features" or passes == "fine-tuned") for k, t in tensors.items()}
+        outputs = function(**leaves, activation=activation)
+        wanted = [t for t in leaves.values() if t.requires_grad]
+        # The tutorial's keys come from the features within the call, so they get no gradient there.
+        gradients = torch.autograd.grad(outputs, wanted, [context_grad, weights_grad], allow_unused=True)
+        for tensor in tensors.values():
+            tensor.requires_grad_(False)
+        return *outputs, *gradients
+
+    run = forward if passes == "forward" else forward_and_backward
+    return {name: lambda function=function: run(function) for name, function in functions.items()}
+
+
+def check(functions: dict[str, Callable], truth: list[Tensor], dtype: torch.dtype) -> None:
+    """Every output and gradient against float64: at most twice the error of plain eager PyTorch."""
+    floor = {torch.float32: 1e-6, torch.bfloat16: 2**-9, torch.float16: 2**-12}[dtype]
+    native, eager = functions["native"](), functions["eager"]()
+    for index, (ours, theirs, true) in enumerate(zip(native, eager, truth, strict=True)):
+        error, allowed = (ours - true).abs().max(), 2 * (theirs - true).abs().max() + floor * true.abs().max()
+        assert error <= allowed, f"result {index}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def necessary_bytes(inputs: dict[str, Tensor], passes: str) -> int:
+    """What must be moved at least: forward reads features and keys, backward reads both again and writes the gradient of
+    the keys, and of the features where wanted. What belongs to the rows alone is counted once each way."""
+    features, keys = inputs["features"].nbytes, inputs["keys"].nbytes
+    rows = 2 * inputs["gate"].nbytes + inputs["query"].nbytes
+    forward = features + keys + rows
+    if passes == "forward":
+        return forward
+    return 2 * forward + keys + rows + (features if passes == "fine-tuned" else 0)
+
+
+def main(config: Config) -> None:
+    device = torch.device(config.device)
+    torch.manual_seed(0)
+    bandwidth = measure.bandwidth(device, config.rounds)
+    environment = measure.environment(device)
+    print(", ".join(f"{key} {value}" for key, value in environment.items()))
+    print("bandwidth: " + ", ".join(f"{key} {value:.1f} GB/s" for key, value in bandwidth.items()))
+    images = config.images or ((1, 32) if device.type == "cpu" else (1, 64, 256))
+    cases = [
+        (passes, B, K, dtype, activation)
+        for passes in config.passes
+        for B in images
+        for K in config.beams
+        for dtype in config.dtypes
+        for activation in config.activations
+    ]
+    results = []
+    for passes, B, K, dtype, activation in tqdm(cases, unit="case", leave=False):
+        inputs = make_inputs(config, B, K, getattr(torch, dtype))
+        functions = providers(inputs, activation, passes)
+        wide = {name: tensor.double() for name, tensor in inputs.items()}
+        check(functions, providers(wide, activation, passes)["eager"](), getattr(torch, dtype))
+        del wide
+        times = measure.interleaved(functions, device, config.rounds)
+        gigabytes = necessary_bytes(inputs, passes) / 1e9
+        case = {"passes": passes, "B": B, "K": K, "dtype": dtype, "activation": activation}
+        tqdm.write(f"{passes}, B {B}, K {K}, {dtype}, {activation}")
+        for name, milliseconds in times.items():
+            result = {
+                **case,
+                "provider": name,
+                "ms": milliseconds,
+                "GB/s": gigabytes / milliseconds * 1000,
+                "share of copy bandwidth": gigabytes / milliseconds * 1000 / bandwidth["copy"],
+                "peak MiB": measure.peak_memory(functions[name], device),
+                "native is faster by": milliseconds / times["native"],
+            }
+            results.append(result)
+            tqdm.write(
+                f"  {name:8} {result['ms']:9.3f} ms  {result['GB/s']:7.1f} GB/s  "
+                f"{result['share of copy bandwidth']:5.0%} of copy  {result['peak MiB']:7.1f} MiB  "
+                f"native is faster by {result['native is faster by']:.2f}"
+            )
+    path = config.output / f"soft_attention-{config.device}.json"
+    sizes = {"P": config.cells, "D": config.channels, "A": config.attention}
+    measure.save(path, {**environment, "sizes": sizes, "bandwidth GB/s": bandwidth, "results": results})
+    draw(results, f"soft_attention, {environment['device']}, {environment['date']}", path.with_suffix(".png"))
+
+
+def draw(results: list[dict], title: str, path: Path) -> None:
+    """How many times faster the native kernels are than each other provider, a panel for each pass."""
+    rivals = ["tutorial", "eager", "compiled"]
+    panels = list(dict.fromkeys(result["passes"] for result in results))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 5), squeeze=False, layout="constrained")
+    for axis, passes in zip(axes[0], panels, strict=True):
+        chosen = [result for result in results if result["passes"] == passes]
+        labels = list(dict.fromkeys(_label(result) for result in chosen))
+        for offset, rival in enumerate(rivals):
+            values = [result["native is faster by"] for result in chosen if result["provider"] == rival]
+            places = [index + (offset - 1) * 0.27 for index in range(len(labels))]
+            axis.barh(places, values, height=0.25, label=rival)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set(xscale="log", title=passes, xlabel="native is faster by", yticks=range(len(labels)), yticklabels=labels)
+        axis.invert_yaxis()
+    axes[0][0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    print(f"picture: {path}")
+
+
+def _label(result: dict) -> str:
+    return f"B={result['B']} K={result['K']}\n{result['dtype']} {result['activation']}"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,36 @@
+// How CPU kernels are run: the instruction sets that they are compiled for, each in a namespace of its own, of which one
+// is chosen at run time; and the threads.
+#pragma once
+
+#include <cstdint>
+
+namespace attncap {
+
+#ifdef ATTNCAP_X86
+#define ATTNCAP_FOR_EACH_ISA(apply) apply(baseline) apply(avx2) apply(avx512)
+#else
+#define ATTNCAP_FOR_EACH_ISA(apply) apply(baseline)
+#endif
+
+enum class Isa { baseline, avx2, avx512 };
+
+// The widest that this processor, and the operating system, can run.
+inline Isa best_isa() {
+#ifdef ATTNCAP_X86
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return Isa::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+// The caller's threads: run(count, work, context) calls work(begin, end, context) on ranges that
+// cover [0, count), perhaps at the same time.
+struct Threads {
+  int64_t count;
+  void (*run)(int64_t count, void (*work)(int64_t begin, int64_t end, void* context),
+              void* context);
+};
+
+}  // namespace attncap

@@ -1,0 +1,151 @@
+// Vectors as wide as the instruction set this file is compiled for, by the compilers' own vector types (GCC, Clang).
+//
+// A CPU kernel's source is compiled once for each instruction set of isa.h. Nothing compiled for a newer processor may
+// ever run on an older one, so all here is in an unnamed namespace (each object file has its own copy) or is inlined
+// always, and such a source includes no standard library templates. tests/csrc looks for copies that could be shared.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include "dtype.h"
+
+namespace attncap {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int64_t kVectorBytes = 32;
+#else
+constexpr int64_t kVectorBytes = 16;
+#endif
+
+template <typename Number>
+struct VectorOf {
+  typedef Number type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename Number>
+using Vector = typename VectorOf<Number>::type;
+template <typename Number>
+constexpr int64_t kLanes = kVectorBytes / sizeof(Number);
+
+// The first `count` of a vector of numbers, widened to what sums are kept in; the other lanes are 0.
+template <typename T>
+inline Vector<accumulate_t<T>> load(const T* from, int64_t count = kLanes<accumulate_t<T>>) {
+  accumulate_t<T> lanes[kLanes<accumulate_t<T>>] = {};
+  for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = static_cast<accumulate_t<T>>(from[lane]);
+  Vector<accumulate_t<T>> vector;
+  memcpy(&vector, lanes, sizeof(vector));
+  return vector;
+}
+
+template <typename T>
+inline void store(T* to, Vector<accumulate_t<T>> vector, int64_t count = kLanes<accumulate_t<T>>) {
+  accumulate_t<T> lanes[kLanes<accumulate_t<T>>];
+  memcpy(lanes, &vector, sizeof(vector));
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = static_cast<T>(lanes[lane]);
+}
+
+// Whole vectors of bfloat16, rounded as the type does it; the compiler does not find this by itself.
+inline void store(bfloat16* to, Vector<float> vector) {
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  Vector<uint32_t> x;
+  memcpy(&x, &vector, sizeof(x));
+  x = vector == vector ? (x + 0x7fff + ((x >> 16) & 1)) >> 16 : Vector<uint32_t>{} + 0x7fc0;
+  const Halves halves = __builtin_convertvector(x, Halves);
+  memcpy(to, &halves, sizeof(halves));
+}
+
+template <typename Number>
+inline Number sum_of_lanes(Vector<Number> vector) {
+  Number lanes[kLanes<Number>];
+  memcpy(lanes, &vector, sizeof(vector));
+  for (int64_t half = kLanes<Number> / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
+
+// Calls body(i) for every whole vector of `count` numbers, then body(i, rest) for what is left.
+template <typename Number, typename Body>
+inline void for_each_vector(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes<Number> <= count; i += kLanes<Number>) body(i);
+  if (i < count) body(i, count - i);
+}
+
+inline Vector<float> broadcast(float value) { return Vector<float>{} + value; }
+
+// 2^t = power + power * rest, where power is a power of two and rest = 2^f - 1 for |f| <= 1/2; t = x * log2(e) * scale.
+// |t| is at most 126.
+struct PowerAndRest {
+  Vector<float> power, rest;
+};
+
+inline PowerAndRest split_exp(Vector<float> x, float log2_e) {
+  // Added, it leaves no bits behind the point, and the biased exponent of the power in the last bits.
+  const float to_exponent = 0x1.8p23f + 127;
+  const Vector<float> shifted = x * log2_e + to_exponent;
+  const Vector<float> f = x * log2_e - (shifted - to_exponent);
+  // (2^f - 1) / f with the least largest relative error, 1.1e-8, fitted for this file.
+  Vector<float> series = f * 0.000154034977f + 0.00133907353f;
+  series = series * f + 0.00961823761f;
+  series = series * f + 0.0555035733f;
+  series = series * f + 0.240226492f;
+  series = series * f + 0.693147182f;
+  Vector<int32_t> exponent;
+  memcpy(&exponent, &shifted, sizeof(exponent));
+  exponent <<= 23;
+  Vector<float> power;
+  memcpy(&power, &exponent, sizeof(power));
+  return {power, series * f};
+}
+
+inline Vector<float> clamp(Vector<float> x, float least, float largest) {  // NaN stays NaN
+  const Vector<float> low = broadcast(least), high = broadcast(largest);
+  x = low > x ? low : x;
+  return high < x ? high : x;
+}
+
+// exp(x) for |x| <= 87, and of the nearer end otherwise; 0 below. NaN stays NaN.
+inline Vector<float> exp(Vector<float> x) {
+  const PowerAndRest parts = split_exp(clamp(x, -87.0f, 87.0f), 1.44269504f);
+  const Vector<float> result = parts.power * parts.rest + parts.power;
+  return x < -87.0f ? Vector<float>{} : result;
+}
+
+// NaN stays NaN.
+inline Vector<float> tanh(Vector<float> x) {  // from exp(2 x) - 1
+  const PowerAndRest parts = split_exp(clamp(x, -9.1f, 9.1f), 2.88539008f);
+  const Vector<float> exp_minus_1 = parts.power * parts.rest + (parts.power - 1.0f);
+  return exp_minus_1 / (exp_minus_1 + 2.0f);
+}
+
+// float64 is for checking: a lane at a time.
+inline Vector<double> exp(Vector<double> x) {
+  for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::exp(x[lane]);
+  return x;
+}
+
+inline Vector<double> tanh(Vector<double> x) {
+  for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::tanh(x[lane]);
+  return x;
+}
+
+template <typename Number>
+inline Vector<Number> relu(Vector<Number> x) {
+  const Vector<Number> zero{};
+#ifdef __AVX512F__  // one instruction that GCC does not find by itself
+  if constexpr (sizeof(Number) == 4) return _mm512_max_ps(zero, x);
+#endif
+  return zero > x ? zero : x;  // either way round a NaN stays one
+}
+
+}  // namespace
+}  // namespace attncap

@@ -1,0 +1,66 @@
+// csrc/common/simd.h in one instruction set, against the C library in float64.
+#include <cmath>
+#include <cstdio>
+#include <vector>
+
+#include "common/simd.h"
+
+using namespace attncap;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool condition, const char* what, double x) {
+  if (condition) return;
+  std::printf("FAILED: %s at %.9g\n", what, x);
+  ++failures;
+}
+
+// The error in units of the last place of a float32.
+double units(float actual, double truth) { return std::fabs(actual - truth) / (std::fabs(truth) * 0x1p-23 + 0x1p-149); }
+
+void test_functions() {
+  for (uint32_t bits = 0; bits <= 0x7f800000u; bits += 4099) {  // from 0 to infinity
+    for (const float x : {bit_cast<float>(bits), -bit_cast<float>(bits)}) {
+      const float exp_x = exp(broadcast(x))[0], tanh_x = tanh(broadcast(x))[kLanes<float> - 1];
+      if (std::fabs(x) <= 87) expect(units(exp_x, std::exp(double(x))) <= 1 + std::fabs(x), "exp", x);
+      if (x < -87) expect(exp_x == 0, "exp below the normal numbers", x);
+      expect(units(tanh_x, std::tanh(double(x))) <= 2.5, "tanh", x);
+      expect(relu<float>(broadcast(x))[0] == std::fmax(x, 0.0f), "relu", x);
+    }
+  }
+  const Vector<float> nan = broadcast(NAN);
+  expect(std::isnan(exp(nan)[0]) && std::isnan(tanh(nan)[0]) && std::isnan(relu<float>(nan)[0]), "NaN stays", NAN);
+  expect(tanh(Vector<double>{} + 0.5)[0] == std::tanh(0.5), "tanh in float64", 0.5);
+}
+
+template <typename T>
+void test_loads() {
+  using Number = accumulate_t<T>;
+  const int64_t lanes = kLanes<Number>;
+  for (int64_t count = 0; count <= 3 * lanes; ++count) {  // arrays of just this length: AddressSanitizer watches
+    std::vector<T> values(count), copy(count);
+    double sum = 0, seen = 0;
+    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<T>(float(i - 5)), sum += i - 5;
+    for_each_vector<Number>(count, [&](int64_t i, auto... rest) {
+      const Vector<Number> vector = load(values.data() + i, rest...);
+      seen += sum_of_lanes<Number>(vector);
+      store(copy.data() + i, vector, rest...);
+    });
+    expect(seen == sum, "load and sum", count);
+    for (int64_t i = 0; i < count; ++i) expect(float(copy[i]) == i - 5, "store", i);
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_functions();
+  test_loads<float>();
+  test_loads<double>();
+  test_loads<bfloat16>();
+  test_loads<float16>();
+  if (failures == 0) std::printf("ok\n");
+  return failures != 0;
+}
