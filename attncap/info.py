@@ -24,6 +24,8 @@ def main(config: InfoConfig) -> None:
         devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
     status = library.status()
     kernels = {name: "in use" if status[name]["loaded"] else status[name]["reason"] for name in ("cpu", "cuda")}
+    if status["cpu"]["loaded"]:
+        kernels["cpu"] += f", {torch.ops.attncap.cpu_isa()}"
     for title, lines in (
         ("versions", versions()),
         ("devices", devices),

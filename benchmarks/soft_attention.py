@@ -1,4 +1,4 @@
-"""soft_attention: the native kernels beside plain PyTorch, eager and compiled. Results are checked before they are timed.
+"""soft_attention: the native kernels beside plain PyTorch, eager and compiled. Results are checked, then timed.
 
 python benchmarks/soft_attention.py                     # CPU
 python benchmarks/soft_attention.py --device cuda
@@ -118,8 +118,8 @@ def check(functions: dict[str, Callable], truth: list[Tensor], dtype: torch.dtyp
 
 
 def necessary_bytes(inputs: dict[str, Tensor], passes: str) -> int:
-    """What must be moved at least: forward reads features and keys, backward reads both again and writes the gradient of
-    the keys, and of the features where wanted. What belongs to the rows alone is counted once each way."""
+    """What must be moved at least: forward reads features and keys, backward reads both again and writes the gradient
+    of the keys, and of the features where wanted. What belongs to the rows alone is counted once each way."""
     features, keys = inputs["features"].nbytes, inputs["keys"].nbytes
     rows = 2 * inputs["gate"].nbytes + inputs["query"].nbytes
     forward = features + keys + rows
@@ -190,7 +190,9 @@ def draw(results: list[dict], title: str, path: Path) -> None:
             places = [index + (offset - 1) * 0.27 for index in range(len(labels))]
             axis.barh(places, values, height=0.25, label=rival)
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set(xscale="log", title=passes, xlabel="native is faster by", yticks=range(len(labels)), yticklabels=labels)
+        axis.set(
+            xscale="log", title=passes, xlabel="native is faster by", yticks=range(len(labels)), yticklabels=labels
+        )
         axis.invert_yaxis()
     axes[0][0].legend()
     figure.suptitle(title)

@@ -2,19 +2,35 @@
 // attncap/ops.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
+#include "common/isa.h"
+
 STABLE_TORCH_LIBRARY(attncap, library) {
+  library.def("cpu_isa() -> str");
   library.def(
-      "soft_attention(Tensor features, Tensor keys, Tensor query, Tensor score_weight, Tensor? "
-      "mask, Tensor? "
-      "gate, "
+      "soft_attention(Tensor features, Tensor keys, Tensor query, Tensor score_weight, Tensor? mask, Tensor? gate, "
       "str activation) -> (Tensor context, Tensor weights)");
   library.def(
-      "soft_attention_backward(Tensor context_grad, Tensor weights_grad, Tensor features, Tensor "
-      "keys, "
-      "Tensor query, "
-      "Tensor score_weight, Tensor? gate, Tensor context, Tensor weights, str activation, bool features_need_grad) "
-      "-> "
-      "(Tensor features_grad, Tensor keys_grad, Tensor query_grad, Tensor score_weight_grad, "
-      "Tensor "
-      "gate_grad)");
+      "soft_attention_backward(Tensor context_grad, Tensor weights_grad, Tensor features, Tensor keys, Tensor query, "
+      "Tensor score_weight, Tensor? gate, Tensor context, Tensor weights, str activation, bool features_need_grad) -> "
+      "(Tensor features_grad, Tensor keys_grad, Tensor query_grad, Tensor score_weight_grad, Tensor gate_grad)");
 }
+
+namespace {
+
+// The instruction set that the CPU kernels use on this processor.
+std::string cpu_isa() {
+  switch (attncap::best_isa()) {
+    case attncap::Isa::avx512:
+      return "AVX-512";
+    case attncap::Isa::avx2:
+      return "AVX2";
+    default:
+      return "no vector extension";
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(attncap, CompositeExplicitAutograd, library) { library.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }

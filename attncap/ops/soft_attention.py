@@ -41,7 +41,8 @@ def soft_attention(
         gate: [N, D], before its sigmoid (beta of section 4.2.1, one value a channel).
 
     All but the mask have one dtype: float32, bfloat16, float16 (both summed in float32) or float64.
-    Under autocast they are cast to its dtype. Any strides; what is not contiguous is copied.
+    Under autocast they are cast to its dtype. Any strides; features and keys are used where they lie when each
+    image's are contiguous, everything else that is not contiguous is copied.
 
     Returns:
         context [N, D] and weights [N, P] (alpha), of the same dtype. Both are differentiable once;

@@ -32,9 +32,7 @@ struct bfloat16 {
     const bool is_nan = (x & 0x7fffffffu) > 0x7f800000u;
     bits = is_nan ? 0x7fc0 : static_cast<uint16_t>((x + 0x7fffu + ((x >> 16) & 1u)) >> 16);
   }
-  ATTNCAP_HOST_DEVICE operator float() const {
-    return bit_cast<float>(static_cast<uint32_t>(bits) << 16);
-  }
+  ATTNCAP_HOST_DEVICE operator float() const { return bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 };
 
 // IEEE binary16; rounds to nearest, ties to even.

@@ -1,5 +1,5 @@
-// How CPU kernels are run: the instruction sets that they are compiled for, each in a namespace of its own, of which one
-// is chosen at run time; and the threads.
+// How CPU kernels are run: the instruction sets that they are compiled for, each in a namespace of its own, of which
+// one is chosen at run time; and the threads.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +29,7 @@ inline Isa best_isa() {
 // cover [0, count), perhaps at the same time.
 struct Threads {
   int64_t count;
-  void (*run)(int64_t count, void (*work)(int64_t begin, int64_t end, void* context),
-              void* context);
+  void (*run)(int64_t count, void (*work)(int64_t begin, int64_t end, void* context), void* context);
 };
 
 }  // namespace attncap

@@ -37,10 +37,8 @@ inline void check(bool condition, const std::string& sentence) {
 // Every tensor of an op has the sizes named and the device of `like`; dtype too, unless another is
 // named.
 inline void check_tensor(const std::string& name, const Tensor& tensor, const Tensor& like,
-                         std::initializer_list<int64_t> sizes,
-                         std::optional<ScalarType> dtype = std::nullopt) {
-  check(tensor.scalar_type() == dtype.value_or(like.scalar_type()),
-        name + " has another dtype than the op takes");
+                         std::initializer_list<int64_t> sizes, std::optional<ScalarType> dtype = std::nullopt) {
+  check(tensor.scalar_type() == dtype.value_or(like.scalar_type()), name + " has another dtype than the op takes");
   check(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(),
         name + " is on another device than the op's first tensor");
   const auto actual = tensor.sizes();
@@ -88,25 +86,29 @@ void launch_on_device(const Tensor& tensor, const Launch& launch) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   const cudaError_t error = launch(static_cast<cudaStream_t>(stream));
-  check(error == cudaSuccess,
-        std::string("CUDA refused a kernel of attncap: ") + cudaGetErrorString(error));
+  check(error == cudaSuccess, std::string("CUDA refused a kernel of attncap: ") + cudaGetErrorString(error));
 }
 #else
 // torch's threads, for the CPU kernels.
 inline Threads threads() {
-  return {torch::stable::get_num_threads(),
-          [](int64_t count, void (*work)(int64_t, int64_t, void*), void* context) {
+  return {torch::stable::get_num_threads(), [](int64_t count, void (*work)(int64_t, int64_t, void*), void* context) {
             STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, work, context));
           }};
 }
 
 // Calls a CPU kernel, function<T>(...), in the widest instruction set that the processor has.
 #ifdef ATTNCAP_X86
-#define ATTNCAP_CALL_BEST_ISA(function, ...)                      \
-  switch (best_isa()) {                                           \
-    case Isa::avx512: avx512::function(__VA_ARGS__); break;       \
-    case Isa::avx2: avx2::function(__VA_ARGS__); break;           \
-    case Isa::baseline: baseline::function(__VA_ARGS__); break;   \
+#define ATTNCAP_CALL_BEST_ISA(function, ...) \
+  switch (best_isa()) {                      \
+    case Isa::avx512:                        \
+      avx512::function(__VA_ARGS__);         \
+      break;                                 \
+    case Isa::avx2:                          \
+      avx2::function(__VA_ARGS__);           \
+      break;                                 \
+    case Isa::baseline:                      \
+      baseline::function(__VA_ARGS__);       \
+      break;                                 \
   }
 #else
 #define ATTNCAP_CALL_BEST_ISA(function, ...) baseline::function(__VA_ARGS__)

@@ -21,8 +21,8 @@ int64_t enough_blocks() {
 // of which still reads 128 neighbouring bytes) where there would be too few blocks or channels.
 int columns_for(int64_t images_and_rows, int64_t channels, int width) {
   int columns = kWarpSize;
-  while (columns > 8 && (images_and_rows * ceil_div(channels, columns * width) < enough_blocks() ||
-                         columns / 2 * width >= channels)) {
+  while (columns > 8 &&
+         (images_and_rows * ceil_div(channels, columns * width) < enough_blocks() || columns / 2 * width >= channels)) {
     columns /= 2;
   }
   return columns;
@@ -72,14 +72,17 @@ cudaError_t soft_attention_forward_cuda(const SoftAttentionForward<T>& params, c
 
   const bool features_aligned = is_aligned(params.features, D) && is_aligned(params.features, params.features_stride);
   const int64_t room = kMaxCellsCuda<T> / P;  // rows whose weights shared memory has room for
-  with_rows(room >= 10 ? K : room >= 5 && K > 1 ? 5 : 1, [&](auto rows) {
-    const int64_t images_and_rows = B * ceil_div(K, rows);
-    const int columns = columns_for(images_and_rows, D, kWidth<T>);
-    const int64_t blocks = images_and_rows * ceil_div(D, columns * kWidth<T>);
-    const size_t shared_bytes = (rows * P + kThreads * kWidth<T>)*sizeof(accumulate_t<T>);
-    soft_attention_context_kernel<T, rows>
-        <<<blocks, kThreads, shared_bytes, stream>>>(params, features_aligned, columns);
-  });
+  with_rows(room >= 10           ? K
+            : room >= 5 && K > 1 ? 5
+                                 : 1,
+            [&](auto rows) {
+              const int64_t images_and_rows = B * ceil_div(K, rows);
+              const int columns = columns_for(images_and_rows, D, kWidth<T>);
+              const int64_t blocks = images_and_rows * ceil_div(D, columns * kWidth<T>);
+              const size_t shared_bytes = (rows * P + kThreads * kWidth<T>)*sizeof(accumulate_t<T>);
+              soft_attention_context_kernel<T, rows>
+                  <<<blocks, kThreads, shared_bytes, stream>>>(params, features_aligned, columns);
+            });
   return cudaGetLastError();
 }
 

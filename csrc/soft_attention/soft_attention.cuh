@@ -194,8 +194,8 @@ __global__ void __launch_bounds__(kThreads) soft_attention_score_kernel(SoftAtte
                           });
 }
 
-// Which image, rows and column a thread of a kernel over channels has, and every how many-th cell is its. Blocks: image,
-// then rows, then columns; the block's threads: cells, then columns.
+// Which image, rows and column a thread of a kernel over channels has, and every how many-th cell is its. Blocks:
+// image, then rows, then columns; the block's threads: cells, then columns.
 struct ChannelsBlock {
   int64_t b, first_row, row_count, first_channel, channel, channel_count, first_cell, cell_step;
 
@@ -232,8 +232,8 @@ __device__ void sum_over_groups(const Pack<Number, width>& part, int columns, Nu
 
 // Over channels: weights and context. Shared memory: rows * P + blockDim.x * width numbers.
 template <typename T, int rows>
-__global__ void __launch_bounds__(kThreads) soft_attention_context_kernel(SoftAttentionForward<T> params, bool aligned,
-                                                                          int columns) {
+__global__ void __launch_bounds__(kThreads)
+    soft_attention_context_kernel(SoftAttentionForward<T> params, bool aligned, int columns) {
   using Number = accumulate_t<T>;
   constexpr int width = kWidth<T>;
   const int64_t P = params.sizes.P, D = params.sizes.D;
@@ -321,8 +321,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t P = params.sizes.P;
   const CellsBlock block(params.sizes, rows);
   if (block.first_cell >= P) return;
-  sum_over_channels<rows>(block, params.sizes.D, params.features + block.b * params.features_stride,
-                          params.gated_grad, aligned, ProductTerm(), [&](int64_t n, int64_t p, accumulate_t<T> sum) {
+  sum_over_channels<rows>(block, params.sizes.D, params.features + block.b * params.features_stride, params.gated_grad,
+                          aligned, ProductTerm(), [&](int64_t n, int64_t p, accumulate_t<T> sum) {
                             const int64_t at = n * P + p;
                             params.score_grad[at] = sum + static_cast<accumulate_t<T>>(params.weights_grad[at]);
                           });

@@ -72,11 +72,11 @@ struct SoftAttentionBackward {
 };
 
 // Both exist once for each instruction set.
-#define DECLARE(isa)                                                                       \
-  namespace isa {                                                                          \
-  template <typename T>                                                                    \
-  void soft_attention_forward_cpu(const SoftAttentionForward<T>& params, Threads threads);  \
-  template <typename T>                                                                    \
+#define DECLARE(isa)                                                                         \
+  namespace isa {                                                                            \
+  template <typename T>                                                                      \
+  void soft_attention_forward_cpu(const SoftAttentionForward<T>& params, Threads threads);   \
+  template <typename T>                                                                      \
   void soft_attention_backward_cpu(const SoftAttentionBackward<T>& params, Threads threads); \
   }
 ATTNCAP_FOR_EACH_ISA(DECLARE)
@@ -91,8 +91,7 @@ constexpr int64_t kMaxCellsCuda = 40 * 1024 / sizeof(accumulate_t<T>);
 template <typename T>
 cudaError_t soft_attention_forward_cuda(const SoftAttentionForward<T>& params, cudaStream_t stream);
 template <typename T>
-cudaError_t soft_attention_backward_cuda(const SoftAttentionBackward<T>& params,
-                                         cudaStream_t stream);
+cudaError_t soft_attention_backward_cuda(const SoftAttentionBackward<T>& params, cudaStream_t stream);
 #endif
 
 }  // namespace attncap

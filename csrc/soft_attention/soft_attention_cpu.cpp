@@ -12,9 +12,9 @@ namespace {
 
 constexpr int64_t kTile = 4;           // cells at a time
 constexpr int64_t kAhead = 2 * kTile;  // cells between the one in use and the one fetched into the cache
-constexpr int64_t kRows = 5;             // rows whose sums are kept at a time
-constexpr int64_t kChannels = 512;       // channels whose sums are kept at a time
-constexpr int64_t kCellsOfATask = 32;    // when an image is shared out to threads
+constexpr int64_t kRows = 5;           // rows whose sums are kept at a time
+constexpr int64_t kChannels = 512;     // channels whose sums are kept at a time
+constexpr int64_t kCellsOfATask = 32;  // when an image is shared out to threads
 
 // Calls body(p, count as a constant) for the cells from begin to end: tiles, then single cells.
 template <typename Body>
@@ -94,10 +94,11 @@ void softmax(const SoftAttentionForward<T>& params, int64_t n) {
   }
 }
 
-// The contexts of `rows` neighbouring rows of image b, at most kChannels channels [first, end).
+// The contexts of `row_count` neighbouring rows of image b, `rows` at most, for channels [first, end), kChannels at
+// most.
 template <int64_t rows, typename T>
-void sum_channels_of_rows(const SoftAttentionForward<T>& params, int64_t b, int64_t first_row, int64_t first,
-                          int64_t end) {
+void sum_channels_of_rows(const SoftAttentionForward<T>& params, int64_t b, int64_t first_row, int64_t row_count,
+                          int64_t first, int64_t end) {
   using Number = accumulate_t<T>;
   const auto [B, K, P, D, A] = params.sizes;
   const T* features = params.features + b * params.features_stride + first;
@@ -106,9 +107,10 @@ void sum_channels_of_rows(const SoftAttentionForward<T>& params, int64_t b, int6
   for_each_tile(0, P, [&]<int64_t count>(int64_t p) {
     Vector<Number> weight[rows][count];
 #pragma GCC unroll 8
-    for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {  // rows that are not there repeat the last one
+      const Number* of_row = weights + (row < row_count ? row : row_count - 1) * P + p;
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < count; ++i) weight[row][i] = Vector<Number>{} + weights[row * P + p + i];
+      for (int64_t i = 0; i < count; ++i) weight[row][i] = Vector<Number>{} + of_row[i];
     }
     for_each_vector<Number>(end - first, [&](int64_t d, auto... rest) {
       Vector<Number> cells[count];
@@ -126,7 +128,7 @@ void sum_channels_of_rows(const SoftAttentionForward<T>& params, int64_t b, int6
       }
     });
   });
-  for (int64_t row = 0; row < rows; ++row) {
+  for (int64_t row = 0; row < row_count; ++row) {
     const int64_t at = (first_row + row) * D + first;
     for_each_vector<Number>(end - first, [&](int64_t d, auto... rest) {
       Vector<Number> sum = load(sums[row] + d);
@@ -139,24 +141,11 @@ void sum_channels_of_rows(const SoftAttentionForward<T>& params, int64_t b, int6
 // The contexts of image b's rows, channels [first, end).
 template <typename T>
 void sum_channels(const SoftAttentionForward<T>& params, int64_t b, int64_t first, int64_t end) {
-  const int64_t K = params.sizes.K, end_row = b * K + K;
-  for (int64_t n = b * K; n < end_row; n += kRows) {
-    switch (end_row - n) {
-      case 1:
-        sum_channels_of_rows<1>(params, b, n, first, end);
-        break;
-      case 2:
-        sum_channels_of_rows<2>(params, b, n, first, end);
-        break;
-      case 3:
-        sum_channels_of_rows<3>(params, b, n, first, end);
-        break;
-      case 4:
-        sum_channels_of_rows<4>(params, b, n, first, end);
-        break;
-      default:
-        sum_channels_of_rows<kRows>(params, b, n, first, end);
-    }
+  const int64_t K = params.sizes.K;
+  for (int64_t k = 0; k < K; k += kRows) {
+    const int64_t row_count = K - k < kRows ? K - k : kRows;
+    row_count == 1 ? sum_channels_of_rows<1>(params, b, b * K + k, 1, first, end)
+                   : sum_channels_of_rows<kRows>(params, b, b * K + k, row_count, first, end);
   }
 }
 
@@ -224,9 +213,8 @@ void softmax_grad(const SoftAttentionBackward<T>& params, int64_t n) {
   const T* weights = params.weights + n * P;
   Number* grad = params.score_grad + n * P;
   Vector<Number> means{};
-  for_each_vector<Number>(P, [&](int64_t p, auto... rest) {
-    means += load(weights + p, rest...) * load(grad + p, rest...);
-  });
+  for_each_vector<Number>(
+      P, [&](int64_t p, auto... rest) { means += load(weights + p, rest...) * load(grad + p, rest...); });
   const Number mean = sum_of_lanes<Number>(means);  // by weight
   for (int64_t p = 0; p < P; ++p) grad[p] = static_cast<Number>(weights[p]) * (grad[p] - mean);
 }
@@ -332,8 +320,8 @@ void soft_attention_backward_cpu(const SoftAttentionBackward<T>& params, Threads
                                         : backward<Activation::relu>(params, threads);
 }
 
-#define INSTANTIATE(T)                                                                   \
-  template void soft_attention_forward_cpu(const SoftAttentionForward<T>&, Threads);     \
+#define INSTANTIATE(T)                                                               \
+  template void soft_attention_forward_cpu(const SoftAttentionForward<T>&, Threads); \
   template void soft_attention_backward_cpu(const SoftAttentionBackward<T>&, Threads);
 INSTANTIATE(float)
 INSTANTIATE(double)

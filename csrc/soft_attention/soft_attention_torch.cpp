@@ -7,8 +7,7 @@ namespace {
 
 Activation parse_activation(const std::string& name) {
   if (name == "tanh") return Activation::tanh;
-  check(name == "relu",
-        "soft_attention's activation is \"tanh\" or \"relu\", not \"" + name + "\"");
+  check(name == "relu", "soft_attention's activation is \"tanh\" or \"relu\", not \"" + name + "\"");
   return Activation::relu;
 }
 
@@ -19,8 +18,7 @@ SoftAttentionSizes check_inputs(const Tensor& features, const Tensor& keys, cons
   const int64_t B = features.size(0), P = features.size(1), D = features.size(2), A = keys.size(2);
   const int64_t N = query.size(0), K = B == 0 ? 0 : N / B;
   check(N == B * K, "soft_attention's query needs the same number of rows for every image");
-  check(P > 0 && D > 0 && A > 0,
-        "soft_attention needs at least one cell, channel and attention unit");
+  check(P > 0 && D > 0 && A > 0, "soft_attention needs at least one cell, channel and attention unit");
   check_tensor("soft_attention: keys", keys, features, {B, P, A});
   check_tensor("soft_attention: query", query, features, {N, A});
   check_tensor("soft_attention: score_weight", score_weight, features, {A});
@@ -40,8 +38,7 @@ Tensor contiguous_images(const Tensor& tensor) {
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor features, Tensor keys, Tensor query, Tensor score_weight,
-                                   std::optional<Tensor> mask, std::optional<Tensor> gate,
-                                   std::string activation) {
+                                   std::optional<Tensor> mask, std::optional<Tensor> gate, std::string activation) {
   const SoftAttentionSizes sizes = check_inputs(features, keys, query, score_weight, gate);
   const auto [B, K, P, D, A] = sizes;
   if (mask) check_tensor("soft_attention: mask", *mask, features, {B, P}, ScalarType::Bool);
@@ -73,11 +70,9 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor keys, Tensor query, T
         .scores = mutable_data<accumulate_t<T>>(scores),
     };
 #ifdef USE_CUDA
-    check(params.sizes.P <= kMaxCellsCuda<T>, "soft_attention on CUDA takes at most " +
-                                                  std::to_string(kMaxCellsCuda<T>) +
-                                                  " cells of this dtype");
-    launch_on_device(
-        features, [&](cudaStream_t stream) { return soft_attention_forward_cuda(params, stream); });
+    check(params.sizes.P <= kMaxCellsCuda<T>,
+          "soft_attention on CUDA takes at most " + std::to_string(kMaxCellsCuda<T>) + " cells of this dtype");
+    launch_on_device(features, [&](cudaStream_t stream) { return soft_attention_forward_cuda(params, stream); });
 #else
     ATTNCAP_CALL_BEST_ISA(soft_attention_forward_cpu, params, threads());
 #endif
@@ -86,10 +81,10 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor keys, Tensor query, T
 }
 
 // features_grad is empty when not wanted, gate_grad without a gate.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor context_grad, Tensor weights_grad, Tensor features, Tensor keys, Tensor query,
-    Tensor score_weight, std::optional<Tensor> gate, Tensor context, Tensor weights, std::string activation,
-    bool features_need_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor context_grad, Tensor weights_grad, Tensor features,
+                                                            Tensor keys, Tensor query, Tensor score_weight,
+                                                            std::optional<Tensor> gate, Tensor context, Tensor weights,
+                                                            std::string activation, bool features_need_grad) {
   const SoftAttentionSizes sizes = check_inputs(features, keys, query, score_weight, gate);
   const auto [B, K, P, D, A] = sizes;
   const int64_t N = B * K;
@@ -106,11 +101,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   gate = contiguous(gate);
   context = torch::stable::contiguous(context);
   weights = torch::stable::contiguous(weights);
-  const Tensor features_grad = features_need_grad ? torch::stable::new_empty(features, {B, P, D})
-                                                  : torch::stable::new_empty(features, {0});
+  const Tensor features_grad =
+      features_need_grad ? torch::stable::new_empty(features, {B, P, D}) : torch::stable::new_empty(features, {0});
   const Tensor keys_grad = torch::stable::new_empty(features, {B, P, A});
-  const Tensor gate_grad =
-      gate ? torch::stable::new_empty(features, {N, D}) : torch::stable::new_empty(features, {0});
+  const Tensor gate_grad = gate ? torch::stable::new_empty(features, {N, D}) : torch::stable::new_empty(features, {0});
   const ScalarType accumulate = accumulate_dtype(features);
   const Tensor query_grad = torch::stable::new_empty(features, {N, A}, accumulate);
   const Tensor score_weight_grad = torch::stable::new_empty(features, {B, A}, accumulate);
@@ -143,9 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         .score_grad = mutable_data<acc_t>(score_grad),
     };
 #ifdef USE_CUDA
-    launch_on_device(features, [&](cudaStream_t stream) {
-      return soft_attention_backward_cuda(params, stream);
-    });
+    launch_on_device(features, [&](cudaStream_t stream) { return soft_attention_backward_cuda(params, stream); });
 #else
     ATTNCAP_CALL_BEST_ISA(soft_attention_backward_cpu, params, threads());
 #endif

@@ -50,8 +50,7 @@ namespace cuda_emulator {
 
 // Which of the threads that could run does. The first two let one warp run far ahead of another.
 enum class Schedule { lowest_first, highest_first, random };
-constexpr Schedule kSchedules[] = {Schedule::lowest_first, Schedule::highest_first,
-                                   Schedule::random};
+constexpr Schedule kSchedules[] = {Schedule::lowest_first, Schedule::highest_first, Schedule::random};
 constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 64 * 1024;
 
@@ -137,10 +136,9 @@ inline void run_block(Schedule schedule, std::mt19937& random) {
 
 // What kernel<<<blocks, threads, shared_bytes>>>(arguments...) does on a GPU.
 template <typename Kernel, typename... Arguments>
-void launch(Schedule schedule, unsigned blocks, unsigned threads, size_t shared_bytes,
-            Kernel kernel, const Arguments&... arguments) {
-  if (threads % kWarp || shared_bytes > attncap::kDynamicSharedBytes)
-    throw std::runtime_error("bad launch");
+void launch(Schedule schedule, unsigned blocks, unsigned threads, size_t shared_bytes, Kernel kernel,
+            const Arguments&... arguments) {
+  if (threads % kWarp || shared_bytes > attncap::kDynamicSharedBytes) throw std::runtime_error("bad launch");
   Block state{};
   state.size = {threads};
   state.grid = {blocks};
@@ -172,8 +170,7 @@ inline void __syncthreads() { cuda_emulator::wait(cuda_emulator::block->barrier)
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
-  if (mask != 0xffffffffu)
-    throw std::runtime_error("the emulator knows shuffles of whole warps only");
+  if (mask != 0xffffffffu) throw std::runtime_error("the emulator knows shuffles of whole warps only");
   const unsigned thread = threadIdx.x, lane = thread % cuda_emulator::kWarp;
   cuda_emulator::Warp& warp = cuda_emulator::block->warps[thread / cuda_emulator::kWarp];
   uint64_t* values = warp.values[warp.barrier.round % 2];

@@ -228,8 +228,7 @@ Problem<double> widen(const Problem<T>& problem) {
                        .masked = problem.masked,
                        .gated = problem.gated,
                        .gap = problem.gap};
-  wide.features = widen(problem.features), wide.keys = widen(problem.keys),
-  wide.query = widen(problem.query);
+  wide.features = widen(problem.features), wide.keys = widen(problem.keys), wide.query = widen(problem.query);
   wide.score_weight = widen(problem.score_weight), wide.gate = widen(problem.gate);
   wide.context_grad = widen(problem.context_grad), wide.weights_grad = widen(problem.weights_grad);
   if (problem.masked) {
@@ -243,8 +242,8 @@ Problem<double> widen(const Problem<T>& problem) {
 
 // The largest error, as a share of the largest true value, is at most `tolerance`.
 template <typename T>
-void compare(const std::string& name, const std::vector<T>& actual,
-             const std::vector<double>& truth, double tolerance) {
+void compare(const std::string& name, const std::vector<T>& actual, const std::vector<double>& truth,
+             double tolerance) {
   double largest = 1e-30, error = 0;
   for (size_t i = 0; i < truth.size(); ++i) {
     largest = std::max(largest, std::fabs(truth[i]));
@@ -331,25 +330,19 @@ void expect(bool condition, const char* what) {
 }
 
 void test_short_types() {
-  for (uint32_t bits = 0; bits < 0x10000;
-       ++bits) {  // every value survives the way to float and back
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {  // every value survives the way to float and back
     float16 half;
     bfloat16 brain;
     half.bits = brain.bits = static_cast<uint16_t>(bits);
     if ((bits & 0x7fff) <= 0x7c00) expect(float16(float(half)).bits == bits, "float16 round trip");
-    if ((bits & 0x7fff) <= 0x7f80)
-      expect(bfloat16(float(brain)).bits == bits, "bfloat16 round trip");
+    if ((bits & 0x7fff) <= 0x7f80) expect(bfloat16(float(brain)).bits == bits, "bfloat16 round trip");
   }
-  expect(float(float16(65519.0f)) == 65504 && std::isinf(float(float16(65520.0f))),
-         "float16 overflow");
-  expect(float16(std::ldexp(1.0f, -24)).bits == 1 && float16(std::ldexp(1.0f, -25)).bits == 0,
-         "float16 subnormals");
-  expect(float(float16(2049.0f)) == 2048 && float(float16(2051.0f)) == 2052,
-         "float16 ties to even");
+  expect(float(float16(65519.0f)) == 65504 && std::isinf(float(float16(65520.0f))), "float16 overflow");
+  expect(float16(std::ldexp(1.0f, -24)).bits == 1 && float16(std::ldexp(1.0f, -25)).bits == 0, "float16 subnormals");
+  expect(float(float16(2049.0f)) == 2048 && float(float16(2051.0f)) == 2052, "float16 ties to even");
   expect(float(bfloat16(257.0f)) == 256 && float(bfloat16(259.0f)) == 260, "bfloat16 ties to even");
   expect(std::isnan(float(float16(NAN))) && std::isnan(float(bfloat16(NAN))), "NaN stays NaN");
-  expect(std::isinf(float(float16(-INFINITY))) && float(bfloat16(-INFINITY)) == -INFINITY,
-         "infinity stays");
+  expect(std::isinf(float(float16(-INFINITY))) && float(bfloat16(-INFINITY)) == -INFINITY, "infinity stays");
 }
 
 }  // namespace

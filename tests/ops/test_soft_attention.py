@@ -57,8 +57,8 @@ NAMES = ["context", "weights", "features", "keys", "query", "score_weight", "gat
 
 
 def check_error_rule(*sizes, mask=None, activation="tanh", seeds=4, **options):
-    """The kernel's error is at most twice the plain path's in the same dtype, against float64. Each error is the largest
-    of several problems: of a single number, chance can make the plain path's error tiny."""
+    """The kernel's error is at most twice the plain path's in the same dtype, against float64. Each error is the
+    largest of several problems: of a single number, chance can make the plain path's error tiny."""
     errors = {name: [0, 0, 0] for name in NAMES}  # the kernel's, the plain path's, the largest true value
     for seed in range(seeds):
         inputs = make_inputs(*sizes, seed=seed, **options)
@@ -111,6 +111,32 @@ def test_error_rule_rows(device, dtype, K):
 @pytest.mark.parametrize("A", [1, 8, 100, 512, 2048])
 def test_error_rule_sizes(device, D, A):
     check_error_rule(3, 2, 7, D, A, device=device, dtype=torch.float32)
+
+
+@on_every_device
+@both_activations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_error_rule_real_sizes(device, activation, dtype):
+    check_error_rule(2, 5, 196, 2048, 512, activation=activation, device=device, dtype=dtype, seeds=2)
+
+
+@on_every_device
+def test_any_batch_stride(device):
+    """Features and keys of every other image, and of one image for all, are used where they lie."""
+    inputs = make_inputs(4, 2, 7, 6, 5, device=device)
+    features, keys = (t.detach()[::2] for t in inputs[:2])
+    inputs = [
+        features.contiguous(),
+        keys.contiguous(),
+        *(t.detach() for t in make_inputs(2, 2, 7, 6, 5, device=device)[2:]),
+    ]
+    expected = soft_attention(*inputs[:4], gate=inputs[4])
+    found = soft_attention(features, keys, *inputs[2:4], gate=inputs[4])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    one = [t[:1].expand(2, -1, -1) for t in inputs[:2]]
+    found = soft_attention(*one, *inputs[2:4], gate=inputs[4])
+    expected = soft_attention(*(t.contiguous() for t in one), *inputs[2:4], gate=inputs[4])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @on_every_device
@@ -214,10 +240,25 @@ def test_large_scores(device, activation, dtype):
 @on_every_device
 def test_gradients_are_the_same_bits_every_time(device):
     inputs = make_inputs(5, 3, 49, 64, 33, device=device, dtype=torch.float32)
-    first = outputs_and_gradients(soft_attention, inputs)
-    for _ in range(3):
-        again = outputs_and_gradients(soft_attention, inputs)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, *others = [outputs_and_gradients(soft_attention, inputs) for _ in range(4)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for again in others:
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("B", [1, 3, 8])
+def test_threads_change_nothing(B):
+    inputs = make_inputs(B, 5, 49, 600, 33, dtype=torch.float32)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(outputs_and_gradients(soft_attention, inputs))
+    torch.set_num_threads(before)
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
 
 
 def test_frozen_features_get_no_gradient():
@@ -249,14 +290,62 @@ def test_autocast(device, dtype, op):
 
 @on_every_device
 @both_activations
-def test_compile_fullgraph(device, activation):
-    compiled = torch.compile(soft_attention, fullgraph=True, backend="aot_eager", dynamic=True)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_fullgraph(device, activation, backend):
+    compiled = torch.compile(soft_attention, fullgraph=True, backend=backend, dynamic=True)
     for B, K in [(2, 3), (3, 1)]:
         inputs = make_inputs(B, K, 5, 4, 3, device=device)
         options = {"activation": activation, "mask": make_mask(B, 5, device)}
         expected = outputs_and_gradients(soft_attention, inputs, **options)
         for ours, eager in zip(outputs_and_gradients(compiled, inputs, **options), expected, strict=True):
             torch.testing.assert_close(ours, eager)
+
+
+class Attention(torch.nn.Module):
+    def forward(self, features, keys, query, score_weight, gate):
+        return soft_attention(features, keys, query, score_weight, activation="relu", gate=gate)
+
+
+@on_every_device
+def test_export(device):
+    inputs = [t.detach() for t in make_inputs(2, 1, 5, 4, 3, device=device)]
+    images, cells = torch.export.Dim("images"), torch.export.Dim("cells")
+    shapes = ({0: images, 1: cells}, {0: images, 1: cells}, {0: images}, {}, {0: images})
+    exported = torch.export.export(Attention(), tuple(inputs), dynamic_shapes=shapes)
+    for B, P in [(2, 5), (4, 7)]:
+        inputs = [t.detach() for t in make_inputs(B, 1, P, 4, 3, device=device)]
+        for ours, eager in zip(exported.module()(*inputs), Attention()(*inputs), strict=True):
+            assert torch.equal(ours, eager)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cuda_graph(dtype):
+    inputs = make_inputs(4, 5, 49, 64, 32, device="cuda", dtype=dtype)
+    outputs_and_gradients(soft_attention, inputs)  # warm up
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    to_context, to_weights = (torch.randn(20, n, device="cuda", dtype=dtype) for n in (64, 49))
+
+    def step():
+        context, weights = soft_attention(*inputs[:4], gate=inputs[4])
+        return context, weights, *torch.autograd.grad([context, weights], inputs, [to_context, to_weights])
+
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for tensor, other in zip(
+            inputs, make_inputs(4, 5, 49, 64, 32, device="cuda", dtype=dtype, seed=1), strict=True
+        ):
+            tensor.copy_(other)
+    graph.replay()
+    for ours, eager in zip(captured, step(), strict=True):
+        assert torch.equal(ours, eager)
 
 
 @pytest.mark.parametrize("op", [soft_attention, soft_attention_reference])
