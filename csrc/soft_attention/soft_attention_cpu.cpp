@@ -2,7 +2,7 @@
 //
 // Memory is the limit, so an image's keys and features are read once, in stretches of neighbours, and all K rows of
 // the image use them while they are in the cache. Cells are taken four at a time: what belongs to the rows is then
-// loaded once for four cells.
+// loaded once for four cells. Meanwhile the next four are fetched into the cache.
 #include "soft_attention.h"
 
 #include "../common/simd.h"
@@ -11,7 +11,6 @@ namespace attncap::ATTNCAP_ISA {
 namespace {
 
 constexpr int64_t kTile = 4;           // cells at a time
-constexpr int64_t kAhead = 2 * kTile;  // cells between the one in use and the one fetched into the cache
 constexpr int64_t kRows = 5;           // rows whose sums are kept at a time
 constexpr int64_t kChannels = 512;     // channels whose sums are kept at a time
 constexpr int64_t kCellsOfATask = 32;  // when an image is shared out to threads
@@ -57,7 +56,7 @@ void score_cells(const SoftAttentionForward<T>& params, int64_t b, int64_t begin
 #pragma GCC unroll 4
         for (int64_t i = 0; i < count; ++i) {
           const Vector<Number> key = load(keys + (p + i) * A + a, rest...);
-          __builtin_prefetch(keys + (p + i + kAhead) * A + a);
+          __builtin_prefetch(keys + (p + i + kTile) * A + a);
           sums[i] += score_weight * activate<activation, Number>(key + q);
         }
       });
@@ -117,7 +116,7 @@ void sum_channels_of_rows(const SoftAttentionForward<T>& params, int64_t b, int6
 #pragma GCC unroll 4
       for (int64_t i = 0; i < count; ++i) {
         cells[i] = load(features + (p + i) * D + d, rest...);
-        __builtin_prefetch(features + (p + i + kAhead) * D + d);
+        __builtin_prefetch(features + (p + i + kTile) * D + d);
       }
 #pragma GCC unroll 8
       for (int64_t row = 0; row < rows; ++row) {
@@ -179,7 +178,10 @@ void through_features(const SoftAttentionBackward<T>& params, int64_t b) {
       for_each_vector<Number>(D, [&](int64_t d, auto... rest) {
         const Vector<Number> grad = load(params.gated_grad + n * D + d, rest...);
 #pragma GCC unroll 4
-        for (int64_t i = 0; i < count; ++i) sums[i] += grad * load(features + (p + i) * D + d, rest...);
+        for (int64_t i = 0; i < count; ++i) {
+          sums[i] += grad * load(features + (p + i) * D + d, rest...);
+          __builtin_prefetch(features + (p + i + kTile) * D + d);
+        }
       });
 #pragma GCC unroll 4
       for (int64_t i = 0; i < count; ++i) {
@@ -233,7 +235,10 @@ void through_keys(const SoftAttentionBackward<T>& params, int64_t b) {
     for_each_vector<Number>(A, [&](int64_t a, auto... rest) {
       Vector<Number> key[count], key_grad[count] = {};
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < count; ++i) key[i] = load(keys + (p + i) * A + a, rest...);
+      for (int64_t i = 0; i < count; ++i) {
+        key[i] = load(keys + (p + i) * A + a, rest...);
+        __builtin_prefetch(keys + (p + i + kTile) * A + a);
+      }
       Vector<Number> weight_grad = load(score_weight_grad + a, rest...);
       for (int64_t n = b * K; n < b * K + K; ++n) {
         const Vector<Number> query = load(params.query + n * A + a, rest...);
