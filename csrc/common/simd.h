@@ -127,6 +127,15 @@ inline Vector<float> tanh(Vector<float> x) {  // from exp(2 x) - 1
   return exp_minus_1 / (exp_minus_1 + 2.0f);
 }
 
+// For bfloat16 and float16, whose own rounding is larger: half the work, relative error 1e-4. NaN stays NaN.
+inline Vector<float> short_tanh(Vector<float> x) {
+  x = clamp(x, -5.0f, 5.0f);
+  const Vector<float> square = x * x;
+  const Vector<float> above = (square * 0.000670586945f + 0.102418646f) * square + 0.999948263f;
+  const Vector<float> below = (square * 0.0128201358f + 0.435433775f) * square + 1.0f;
+  return x * above / below;
+}
+
 // float64 is for checking: a lane at a time.
 inline Vector<double> exp(Vector<double> x) {
   for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::exp(x[lane]);

@@ -23,9 +23,11 @@ inline void for_each_tile(int64_t begin, int64_t end, const Body& body) {
   for (; p < end; ++p) body.template operator()<1>(p);
 }
 
-template <Activation activation, typename Number>
-inline Vector<Number> activate(Vector<Number> x) {
-  return activation == Activation::tanh ? tanh(x) : relu<Number>(x);
+template <Activation activation, typename T>
+inline Vector<accumulate_t<T>> activate(Vector<accumulate_t<T>> x) {
+  if constexpr (activation == Activation::relu) return relu<accumulate_t<T>>(x);
+  if constexpr (sizeof(T) == 2) return short_tanh(x);
+  return tanh(x);
 }
 
 // The derivative, from y = activate(x), times a factor.
@@ -57,7 +59,7 @@ void score_cells(const SoftAttentionForward<T>& params, int64_t b, int64_t begin
         for (int64_t i = 0; i < count; ++i) {
           const Vector<Number> key = load(keys + (p + i) * A + a, rest...);
           __builtin_prefetch(keys + (p + i + kTile) * A + a);
-          sums[i] += score_weight * activate<activation, Number>(key + q);
+          sums[i] += score_weight * activate<activation, T>(key + q);
         }
       });
 #pragma GCC unroll 4
@@ -246,7 +248,7 @@ void through_keys(const SoftAttentionBackward<T>& params, int64_t b) {
 #pragma GCC unroll 4
         for (int64_t i = 0; i < count; ++i) {
           const Number score_grad = params.score_grad[n * P + p + i];
-          const Vector<Number> y = activate<activation, Number>(key[i] + query);
+          const Vector<Number> y = activate<activation, T>(key[i] + query);
           const Vector<Number> x_grad = times_activate_grad<activation, Number>(Vector<Number>{} + score_grad, y);
           score_weight_part += score_grad * y;
           query_grad += x_grad;
