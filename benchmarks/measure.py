@@ -1,5 +1,6 @@
 """What every benchmark needs: fair timing, the machine's bandwidth, peak memory, and a record of where it ran."""
 
+import ctypes
 import datetime
 import json
 import platform
@@ -59,6 +60,7 @@ def peak_memory(function: Callable, device: torch.device) -> float:
         function()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)  # what is free, but kept by the C library, would hide the peak
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _status("VmRSS")
     function()

@@ -109,12 +109,15 @@ def providers(inputs: dict[str, Tensor], activation: str, passes: str) -> dict[s
 
 
 def check(functions: dict[str, Callable], truth: list[Tensor], dtype: torch.dtype) -> None:
-    """Every output and gradient against float64: at most twice the error of plain eager PyTorch."""
+    """Outputs and gradients against float64: native's error is at most twice that of plain eager PyTorch, the other
+    providers' outputs are within ten times it."""
     floor = {torch.float32: 1e-6, torch.bfloat16: 2**-9, torch.float16: 2**-12}[dtype]
-    native, eager = functions["native"](), functions["eager"]()
-    for index, (ours, theirs, true) in enumerate(zip(native, eager, truth, strict=True)):
-        error, allowed = (ours - true).abs().max(), 2 * (theirs - true).abs().max() + floor * true.abs().max()
-        assert error <= allowed, f"result {index}: error {error:.2e}, allowed {allowed:.2e}"
+    plain = [(theirs - true).abs().max() for theirs, true in zip(functions["eager"](), truth, strict=True)]
+    for name, function in functions.items():
+        times, count = (2, len(truth)) if name == "native" else (10, 2)
+        for index, (ours, true) in enumerate(zip(function()[:count], truth[:count], strict=True)):
+            error, allowed = (ours - true).abs().max(), times * plain[index] + floor * true.abs().max()
+            assert error <= allowed, f"{name}, result {index}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 def necessary_bytes(inputs: dict[str, Tensor], passes: str) -> int:

@@ -49,12 +49,18 @@ def soft_attention(
         gradients are the same bits in every run.
 
     Raises:
-        ValueError: shapes, dtypes, devices or the activation do not fit.
+        ValueError: shapes, dtypes, devices or the activation do not fit; on CUDA also more than 10,240 cells (5,120 in
+            float64).
         attncap.errors.UserError: there is no kernel for the device; says how to get it.
     """
     features, keys, query, score_weight, gate = _autocast(features, keys, query, score_weight, gate)
     _check(features, keys, query, score_weight, activation, mask, gate)
     library.require(features.device)
+    most_cells = 40 * 1024 // (8 if features.dtype == torch.float64 else 4)  # kMaxCellsCuda, soft_attention.h
+    if features.is_cuda and features.shape[1] > most_cells:
+        raise ValueError(
+            f"features has {features.shape[1]} cells; on CUDA {most_cells} of {features.dtype} is the most"
+        )
     return torch.ops.attncap.soft_attention(features, keys, query, score_weight, mask, gate, activation)
 
 

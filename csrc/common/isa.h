@@ -25,11 +25,8 @@ inline Isa best_isa() {
   return Isa::baseline;
 }
 
-// The caller's threads: run(count, work, context) calls work(begin, end, context) on ranges that
-// cover [0, count), perhaps at the same time.
-struct Threads {
-  int64_t count;
-  void (*run)(int64_t count, void (*work)(int64_t begin, int64_t end, void* context), void* context);
-};
+// The caller's threads: run(count, work, context) calls work(begin, end, context) on ranges that cover [0, count),
+// perhaps at the same time.
+using Threads = void (*)(int64_t count, void (*work)(int64_t begin, int64_t end, void* context), void* context);
 
 }  // namespace attncap

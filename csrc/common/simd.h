@@ -1,4 +1,5 @@
-// Vectors as wide as the instruction set this file is compiled for, by the compilers' own vector types (GCC, Clang).
+// Vectors as wide as the instruction set this file is compiled for, by the compilers' own vector types (GCC; Clang from
+// 16 on).
 //
 // A CPU kernel's source is compiled once for each instruction set of isa.h. Nothing compiled for a newer processor may
 // ever run on an older one, so all here is in an unnamed namespace (each object file has its own copy) or is inlined
@@ -113,7 +114,7 @@ inline Vector<float> clamp(Vector<float> x, float least, float largest) {  // Na
   return high < x ? high : x;
 }
 
-// exp(x) for |x| <= 87, and of the nearer end otherwise; 0 below. NaN stays NaN.
+// exp(x) for |x| <= 87, exp(87) above, 0 below. NaN stays NaN.
 inline Vector<float> exp(Vector<float> x) {
   const PowerAndRest parts = split_exp(clamp(x, -87.0f, 87.0f), 1.44269504f);
   const Vector<float> result = parts.power * parts.rest + parts.power;
@@ -127,7 +128,8 @@ inline Vector<float> tanh(Vector<float> x) {  // from exp(2 x) - 1
   return exp_minus_1 / (exp_minus_1 + 2.0f);
 }
 
-// For bfloat16 and float16, whose own rounding is larger: half the work, relative error 1e-4. NaN stays NaN.
+// For bfloat16 and float16, whose own rounding is larger: half the work, relative error 1e-4, for large x too. NaN
+// stays NaN.
 inline Vector<float> short_tanh(Vector<float> x) {
   x = clamp(x, -5.0f, 5.0f);
   const Vector<float> square = x * x;

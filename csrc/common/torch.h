@@ -90,10 +90,8 @@ void launch_on_device(const Tensor& tensor, const Launch& launch) {
 }
 #else
 // torch's threads, for the CPU kernels.
-inline Threads threads() {
-  return {torch::stable::get_num_threads(), [](int64_t count, void (*work)(int64_t, int64_t, void*), void* context) {
-            STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, work, context));
-          }};
+inline void threads(int64_t count, void (*work)(int64_t, int64_t, void*), void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, work, context));
 }
 
 // Calls a CPU kernel, function<T>(...), in the widest instruction set that the processor has.

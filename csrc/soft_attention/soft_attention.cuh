@@ -1,4 +1,5 @@
-// Device code: no launch syntax and no torch, so that tests/csrc can run it on the host.
+// Device code, and which kernels a call launches: no launch syntax and no torch, so that tests/csrc can run it on the
+// host.
 //
 // Two shapes of kernel do all that is large. Over CELLS: a warp takes four cells, its lanes go along the channels, and
 // the result is a number for each cell and row. Over CHANNELS: a thread takes 16 bytes of neighbouring channels (a
@@ -8,6 +9,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <type_traits>
 
 #include "../common/reduce.cuh"
@@ -21,7 +23,7 @@ constexpr int kCells = 4;      // of a warp at a time
 constexpr int kAhead = 4;      // cells that a thread loads before it uses the first
 constexpr int kThreads = 256;  // of a block, at most
 
-// Called, not inlined: float64 is for checking, and these are long.
+// Called, not inlined: float64 is for checking, and this is long.
 template <typename T>
 __device__ __noinline__ T called_tanh(T x) {
   return std::tanh(x);
@@ -29,26 +31,35 @@ __device__ __noinline__ T called_tanh(T x) {
 
 template <typename T>
 struct Activate {
+  using Number = accumulate_t<T>;
   Activation activation;
 
-  __device__ accumulate_t<T> operator()(accumulate_t<T> x) const {
-    if (activation == Activation::relu) return x < 0 ? accumulate_t<T>(0) : x;  // this way round a NaN stays one
-#ifdef __CUDA_ARCH__
-    // Faster, and more exact than the short types are: relative error 2^-11, absolute error 2^-22.
-    if constexpr (std::is_same_v<T, bfloat16>) {
-      float y;
-      asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-      return y;
-    }
-    if constexpr (std::is_same_v<T, float16>) return 1 - __fdividef(2, 1 + __expf(2 * x));
+  __device__ Number operator()(Number x) const {
+    if (activation == Activation::relu) return x < 0 ? Number(0) : x;  // this way round a NaN stays one
+#ifdef __CUDA_ARCH__  // absolute error some 2^-22, far below what the short types can hold
+    if constexpr (sizeof(T) == 2) return 1 - __fdividef(2, 1 + __expf(2 * x));
 #endif
     return std::is_same_v<T, double> ? called_tanh(x) : std::tanh(x);
   }
 
+  // For scores alone: the derivative, 1 - y * y, would show the error, a relative one of 2^-11.
+  __device__ Number fast(Number x) const {
+#ifdef __CUDA_ARCH__
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      if (activation == Activation::tanh) {
+        float y;
+        asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+        return y;
+      }
+    }
+#endif
+    return (*this)(x);
+  }
+
   // The derivative, from y = activate(x).
-  __device__ accumulate_t<T> grad(accumulate_t<T> y) const {
+  __device__ Number grad(Number y) const {
     if (activation == Activation::tanh) return 1 - y * y;
-    return y > 0 ? accumulate_t<T>(1) : accumulate_t<T>(0);
+    return y > 0 ? Number(1) : Number(0);
   }
 };
 
@@ -168,7 +179,7 @@ struct ScoreTerm {
 
   __device__ void move_to(int64_t a, int64_t count) { factors = load<kWidth<T>>(score_weight + a, count, aligned); }
   __device__ Number operator()(int j, Number key, Number query) const {
-    return factors.values[j] * activate(key + query);
+    return factors.values[j] * activate.fast(key + query);
   }
 };
 
@@ -245,20 +256,16 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t row = threadIdx.x / kWarpSize; row < block.row_count; row += warps) {  // softmax, a warp a row
     const Number* scores = params.scores + (block.first_row + row) * P;
     Number largest = -INFINITY, total = 0;
-    bool any = false;
-    for (int64_t p = lane; p < P; p += kWarpSize) {
-      largest = Max()(largest, scores[p]);
-      any |= !params.mask || params.mask[block.b * P + p];
-    }
+    for (int64_t p = lane; p < P; p += kWarpSize) largest = Max()(largest, scores[p]);
     largest = warp_reduce(largest, Max());
-    any = warp_reduce(static_cast<int>(any), Max());
     for (int64_t p = lane; p < P; p += kWarpSize) {
       weights[row * P + p] = std::exp(scores[p] - largest);
       total += weights[row * P + p];
     }
     total = warp_reduce(total, Sum());
     for (int64_t p = lane; p < P; p += kWarpSize) {
-      const Number weight = any ? weights[row * P + p] / total : 0;
+      const bool counts = !params.mask || params.mask[block.b * P + p];
+      const Number weight = counts ? weights[row * P + p] / total : 0;
       weights[row * P + p] = weight;
       if (block.first_channel == 0) params.weights[(block.first_row + row) * P + p] = static_cast<T>(weight);
     }
@@ -432,6 +439,104 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t row = rows; row < K; ++row) add(row, load_grad(row));
     store(params.features_grad + (block.b * P + p) * D + block.channel, sum, block.channel_count, aligned);
   }
+}
+
+// What follows runs on the host: which kernels, with how many blocks of how many threads. launch(kernel, blocks,
+// threads, bytes of shared memory, arguments...) is CUDA's own in soft_attention.cu, and the emulator's in tests/csrc.
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether rows of `length` numbers, from this address on and `stride` numbers from image to image, can be read 16 bytes
+// at a time.
+template <typename T>
+bool is_aligned(const T* address, int64_t stride, int64_t length) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0 && stride * sizeof(T) % 16 == 0 && length * sizeof(T) % 16 == 0;
+}
+
+// Columns of a block in a kernel over channels: a warp's worth, or fewer (which spreads an image over more blocks, each
+// of which still reads 128 neighbouring bytes) where there would be too few channels, or blocks for the chip's
+// `processors`.
+inline int columns_for(int64_t images_and_rows, int64_t channels, int width, int processors) {
+  int columns = kWarpSize;
+  while (columns > 8 &&
+         (images_and_rows * ceil_div(channels, columns * width) < 2 * processors || columns / 2 * width >= channels)) {
+    columns /= 2;
+  }
+  return columns;
+}
+
+// Threads and blocks of a kernel over cells.
+struct CellsGrid {
+  int threads;
+  int64_t blocks;
+
+  CellsGrid(int64_t images_and_rows, int64_t cells, int processors) {
+    threads = images_and_rows * ceil_div(cells, kThreads / kWarpSize * kCells) < 2 * processors ? kWarpSize : kThreads;
+    blocks = images_and_rows * ceil_div(cells, threads / kWarpSize * kCells);
+  }
+};
+
+// Calls body(rows), a constant: the least of 1, 5, 10 that has room for K, or 10 and several blocks.
+template <typename Body>
+void with_rows(int64_t K, const Body& body) {
+  if (K <= 1) {
+    body(std::integral_constant<int, 1>());
+  } else if (K <= 5) {
+    body(std::integral_constant<int, 5>());
+  } else {
+    body(std::integral_constant<int, 10>());
+  }
+}
+
+template <typename T, typename Launch>
+void launch_forward(const SoftAttentionForward<T>& params, int processors, Launch&& launch) {
+  const int64_t B = params.sizes.B, K = params.sizes.K, P = params.sizes.P, D = params.sizes.D, A = params.sizes.A;
+  if (B * K == 0) return;
+  const bool keys_aligned = is_aligned(params.keys, params.keys_stride, A) && is_aligned(params.query, A, A) &&
+                            is_aligned(params.score_weight, A, A);
+  const bool features_aligned = is_aligned(params.features, params.features_stride, D);
+  with_rows(K, [&](auto rows) {
+    const CellsGrid grid(B * ceil_div(K, rows), P, processors);
+    launch(soft_attention_score_kernel<T, rows>, grid.blocks, grid.threads, 0, params, keys_aligned);
+  });
+  const int64_t rows_with_room = kMaxCellsCuda<T> / P;  // in shared memory
+  const int64_t most_rows = rows_with_room >= 10 ? 10 : rows_with_room >= 5 ? 5 : 1;
+  with_rows(K < most_rows ? K : most_rows, [&](auto rows) {
+    const int64_t images_and_rows = B * ceil_div(K, rows);
+    const int columns = columns_for(images_and_rows, D, kWidth<T>, processors);
+    const int64_t blocks = images_and_rows * ceil_div(D, columns * kWidth<T>);
+    const int64_t numbers = rows * P + kThreads * kWidth<T>;
+    launch(soft_attention_context_kernel<T, rows>, blocks, kThreads, numbers * sizeof(accumulate_t<T>), params,
+           features_aligned, columns);
+  });
+}
+
+template <typename T, typename Launch>
+void launch_backward(const SoftAttentionBackward<T>& params, int processors, Launch&& launch) {
+  const int64_t B = params.sizes.B, K = params.sizes.K, P = params.sizes.P, D = params.sizes.D, A = params.sizes.A;
+  if (B == 0) return;
+  const bool keys_aligned = is_aligned(params.keys, params.keys_stride, A) && is_aligned(params.query, A, A) &&
+                            is_aligned(params.score_weight, A, A);
+  const bool features_aligned = is_aligned(params.features, params.features_stride, D);
+  if (K > 0) {
+    launch(soft_attention_gate_grad_kernel<T>, ceil_div(B * K * D, kThreads), kThreads, 0, params);
+    with_rows(K, [&](auto rows) {
+      const CellsGrid grid(B * ceil_div(K, rows), P, processors);
+      launch(soft_attention_weights_grad_kernel<T, rows>, grid.blocks, grid.threads, 0, params, features_aligned);
+    });
+    launch(soft_attention_softmax_grad_kernel<T>, ceil_div(B * K, kThreads / kWarpSize), kThreads, 0, params);
+  }
+  with_rows(K, [&](auto rows) {
+    const int columns = columns_for(B, A, kWidth<T>, processors);
+    launch(soft_attention_keys_grad_kernel<T, rows>, B * ceil_div(A, columns * kWidth<T>), kThreads,
+           kThreads * kWidth<T> * sizeof(accumulate_t<T>), params, keys_aligned, columns);
+  });
+  if (!params.features_grad) return;
+  with_rows(K, [&](auto rows) {
+    const int columns = columns_for(B, D, kWidth<T>, processors);
+    launch(soft_attention_features_grad_kernel<T, rows>, B * ceil_div(D, columns * kWidth<T>), kThreads, 0, params,
+           features_aligned, columns);
+  });
 }
 
 }  // namespace attncap

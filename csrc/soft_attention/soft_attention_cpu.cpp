@@ -10,10 +10,11 @@
 namespace attncap::ATTNCAP_ISA {
 namespace {
 
-constexpr int64_t kTile = 4;           // cells at a time
-constexpr int64_t kRows = 5;           // rows whose sums are kept at a time
-constexpr int64_t kChannels = 512;     // channels whose sums are kept at a time
-constexpr int64_t kCellsOfATask = 32;  // when an image is shared out to threads
+constexpr int64_t kTile = 4;        // cells at a time
+constexpr int64_t kRows = 5;        // rows whose sums are kept at a time
+constexpr int64_t kCells = 32;      // of an image, cells that a thread takes at a time
+constexpr int64_t kChannels = 512;  // likewise channels, whose sums are kept at a time
+constexpr int64_t kUnits = 256;     // likewise attention units
 
 // Calls body(p, count as a constant) for the cells from begin to end: tiles, then single cells.
 template <typename Body>
@@ -23,11 +24,16 @@ inline void for_each_tile(int64_t begin, int64_t end, const Body& body) {
   for (; p < end; ++p) body.template operator()<1>(p);
 }
 
+template <Activation activation, typename Number>
+inline Vector<Number> activate(Vector<Number> x) {
+  return activation == Activation::tanh ? tanh(x) : relu<Number>(x);
+}
+
+// For scores alone: the derivative, 1 - y * y, would show the error of short_tanh.
 template <Activation activation, typename T>
-inline Vector<accumulate_t<T>> activate(Vector<accumulate_t<T>> x) {
-  if constexpr (activation == Activation::relu) return relu<accumulate_t<T>>(x);
-  if constexpr (sizeof(T) == 2) return short_tanh(x);
-  return tanh(x);
+inline Vector<accumulate_t<T>> activate_fast(Vector<accumulate_t<T>> x) {
+  if constexpr (activation == Activation::tanh && sizeof(T) == 2) return short_tanh(x);
+  return activate<activation, accumulate_t<T>>(x);
 }
 
 // The derivative, from y = activate(x), times a factor.
@@ -59,7 +65,7 @@ void score_cells(const SoftAttentionForward<T>& params, int64_t b, int64_t begin
         for (int64_t i = 0; i < count; ++i) {
           const Vector<Number> key = load(keys + (p + i) * A + a, rest...);
           __builtin_prefetch(keys + (p + i + kTile) * A + a);
-          sums[i] += score_weight * activate<activation, T>(key + q);
+          sums[i] += score_weight * activate_fast<activation, T>(key + q);
         }
       });
 #pragma GCC unroll 4
@@ -87,10 +93,8 @@ void softmax(const SoftAttentionForward<T>& params, int64_t n) {
     totals += load(scores + p, rest...);
   });
   Number total = sum_of_lanes<Number>(totals);
-  bool any = !mask;
-  for (int64_t p = 0; mask && p < P; ++p) any |= mask[p];
   for (int64_t p = 0; p < P; ++p) {
-    scores[p] = any ? scores[p] / total : 0;
+    scores[p] = !mask || mask[p] ? scores[p] / total : 0;
     params.weights[n * P + p] = static_cast<T>(scores[p]);
   }
 }
@@ -168,13 +172,13 @@ void gate_row(const SoftAttentionBackward<T>& params, int64_t n) {
   });
 }
 
-// From the cells of image b: the gradients of its rows' weights, into score_grad, and features_grad.
+// From cells [begin, end) of image b: the gradients of its rows' weights, into score_grad, and features_grad.
 template <typename T>
-void through_features(const SoftAttentionBackward<T>& params, int64_t b) {
+void through_features(const SoftAttentionBackward<T>& params, int64_t b, int64_t begin, int64_t end) {
   using Number = accumulate_t<T>;
   const auto [B, K, P, D, A] = params.sizes;
   const T* features = params.features + b * params.features_stride;
-  for_each_tile(0, P, [&]<int64_t count>(int64_t p) {
+  for_each_tile(begin, end, [&]<int64_t count>(int64_t p) {
     for (int64_t n = b * K; n < b * K + K; ++n) {
       Vector<Number> sums[count] = {};
       for_each_vector<Number>(D, [&](int64_t d, auto... rest) {
@@ -223,18 +227,22 @@ void softmax_grad(const SoftAttentionBackward<T>& params, int64_t n) {
   for (int64_t p = 0; p < P; ++p) grad[p] = static_cast<Number>(weights[p]) * (grad[p] - mean);
 }
 
-// From the scores' gradients of image b: keys_grad, query_grad and the image's part of score_weight_grad.
+// From the scores' gradients of image b, attention units [begin, end): keys_grad, query_grad and the image's part of
+// score_weight_grad.
 template <Activation activation, typename T>
-void through_keys(const SoftAttentionBackward<T>& params, int64_t b) {
+void through_keys(const SoftAttentionBackward<T>& params, int64_t b, int64_t begin, int64_t end) {
   using Number = accumulate_t<T>;
   const auto [B, K, P, D, A] = params.sizes;
   const T* keys = params.keys + b * params.keys_stride;
   Number* score_weight_grad = params.score_weight_grad + b * A;
-  for (int64_t a = 0; a < A; ++a) score_weight_grad[a] = 0;
-  for (int64_t i = b * K * A; i < (b + 1) * K * A; ++i) params.query_grad[i] = 0;
+  for (int64_t a = begin; a < end; ++a) {
+    score_weight_grad[a] = 0;
+    for (int64_t n = b * K; n < b * K + K; ++n) params.query_grad[n * A + a] = 0;
+  }
 
   for_each_tile(0, P, [&]<int64_t count>(int64_t p) {
-    for_each_vector<Number>(A, [&](int64_t a, auto... rest) {
+    for_each_vector<Number>(end - begin, [&](int64_t offset, auto... rest) {
+      const int64_t a = begin + offset;
       Vector<Number> key[count], key_grad[count] = {};
 #pragma GCC unroll 4
       for (int64_t i = 0; i < count; ++i) {
@@ -248,7 +256,7 @@ void through_keys(const SoftAttentionBackward<T>& params, int64_t b) {
 #pragma GCC unroll 4
         for (int64_t i = 0; i < count; ++i) {
           const Number score_grad = params.score_grad[n * P + p + i];
-          const Vector<Number> y = activate<activation, T>(key[i] + query);
+          const Vector<Number> y = activate<activation, Number>(key[i] + query);
           const Vector<Number> x_grad = times_activate_grad<activation, Number>(Vector<Number>{} + score_grad, y);
           score_weight_part += score_grad * y;
           query_grad += x_grad;
@@ -268,7 +276,8 @@ void through_keys(const SoftAttentionBackward<T>& params, int64_t b) {
   });
 
   for (int64_t n = b * K; n < b * K + K; ++n) {
-    for_each_vector<Number>(A, [&](int64_t a, auto... rest) {
+    for_each_vector<Number>(end - begin, [&](int64_t offset, auto... rest) {
+      const int64_t a = begin + offset;
       Number* grad = params.query_grad + n * A + a;
       store(grad, load(grad, rest...) * load(params.score_weight + a, rest...), rest...);
     });
@@ -278,7 +287,7 @@ void through_keys(const SoftAttentionBackward<T>& params, int64_t b) {
 // Calls body(i) for i in [0, count), shared out to the threads.
 template <typename Body>
 void parallel_for(Threads threads, int64_t count, Body body) {
-  threads.run(
+  threads(
       count,
       [](int64_t begin, int64_t end, void* context) {
         for (int64_t i = begin; i < end; ++i) (*static_cast<Body*>(context))(i);
@@ -286,31 +295,35 @@ void parallel_for(Threads threads, int64_t count, Body body) {
       &body);
 }
 
-template <Activation activation, typename T>
-void forward(const SoftAttentionForward<T>& params, Threads threads) {
-  const auto [B, K, P, D, A] = params.sizes;
-  const int64_t cell_tasks = (P + kCellsOfATask - 1) / kCellsOfATask;
-  parallel_for(threads, B * cell_tasks, [&](int64_t task) {
-    const int64_t begin = task % cell_tasks * kCellsOfATask, end = begin + kCellsOfATask;
-    score_cells<activation>(params, task / cell_tasks, begin, end < P ? end : P);
-  });
-  parallel_for(threads, B * K, [&](int64_t n) { softmax(params, n); });
-  const int64_t channel_tasks = (D + kChannels - 1) / kChannels;
-  parallel_for(threads, B * channel_tasks, [&](int64_t task) {
-    const int64_t begin = task % channel_tasks * kChannels, end = begin + kChannels;
-    sum_channels(params, task / channel_tasks, begin, end < D ? end : D);
+// Calls body(b, begin, end) for every image and every stretch of at most `length` of its `count` cells or channels.
+template <typename Body>
+void parallel_for_parts(Threads threads, int64_t images, int64_t count, int64_t length, Body body) {
+  const int64_t parts = (count + length - 1) / length;
+  parallel_for(threads, images * parts, [&](int64_t task) {
+    const int64_t begin = task % parts * length, end = begin + length;
+    body(task / parts, begin, end < count ? end : count);
   });
 }
 
 template <Activation activation, typename T>
+void forward(const SoftAttentionForward<T>& params, Threads threads) {
+  const auto [B, K, P, D, A] = params.sizes;
+  parallel_for_parts(threads, B, P, kCells,
+                     [&](int64_t b, int64_t begin, int64_t end) { score_cells<activation>(params, b, begin, end); });
+  parallel_for(threads, B * K, [&](int64_t n) { softmax(params, n); });
+  parallel_for_parts(threads, B, D, kChannels,
+                     [&](int64_t b, int64_t begin, int64_t end) { sum_channels(params, b, begin, end); });
+}
+
+template <Activation activation, typename T>
 void backward(const SoftAttentionBackward<T>& params, Threads threads) {
-  const int64_t K = params.sizes.K;
-  parallel_for(threads, params.sizes.B, [&](int64_t b) {
-    for (int64_t n = b * K; n < b * K + K; ++n) gate_row(params, n);
-    through_features(params, b);
-    for (int64_t n = b * K; n < b * K + K; ++n) softmax_grad(params, n);
-    through_keys<activation>(params, b);
-  });
+  const auto [B, K, P, D, A] = params.sizes;
+  parallel_for(threads, B * K, [&](int64_t n) { gate_row(params, n); });
+  parallel_for_parts(threads, B, P, kCells,
+                     [&](int64_t b, int64_t begin, int64_t end) { through_features(params, b, begin, end); });
+  parallel_for(threads, B * K, [&](int64_t n) { softmax_grad(params, n); });
+  parallel_for_parts(threads, B, A, kUnits,
+                     [&](int64_t b, int64_t begin, int64_t end) { through_keys<activation>(params, b, begin, end); });
 }
 
 }  // namespace

@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor keys, Tensor query, T
           "soft_attention on CUDA takes at most " + std::to_string(kMaxCellsCuda<T>) + " cells of this dtype");
     launch_on_device(features, [&](cudaStream_t stream) { return soft_attention_forward_cuda(params, stream); });
 #else
-    ATTNCAP_CALL_BEST_ISA(soft_attention_forward_cpu, params, threads());
+    ATTNCAP_CALL_BEST_ISA(soft_attention_forward_cpu, params, threads);
 #endif
   });
   return {context, weights};
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor context_grad,
 #ifdef USE_CUDA
     launch_on_device(features, [&](cudaStream_t stream) { return soft_attention_backward_cuda(params, stream); });
 #else
-    ATTNCAP_CALL_BEST_ISA(soft_attention_backward_cpu, params, threads());
+    ATTNCAP_CALL_BEST_ISA(soft_attention_backward_cpu, params, threads);
 #endif
   });
   const std::array<int64_t, 1> over_images = {0};

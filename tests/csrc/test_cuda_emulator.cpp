@@ -38,6 +38,14 @@ void barrier_for_some() {
 
 void read_behind_the_end(const float* values, float* out) { out[threadIdx.x] = values[threadIdx.x]; }
 
+struct alignas(16) Four {
+  float values[4];
+};
+
+void read_misaligned(const float* values, float* out) {
+  out[threadIdx.x] = reinterpret_cast<const Four*>(values + 1)->values[threadIdx.x % 4];
+}
+
 void read_behind_shared_memory(float* out) {
   out[threadIdx.x] = static_cast<float>(attncap::dynamic_shared[threadIdx.x]);
 }
@@ -59,11 +67,16 @@ void expect(bool condition, const char* what) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  // Each of the two must end the program when built with AddressSanitizer.
+  // Each of the three must end the program when built with the sanitizers.
   const std::string planted = count > 1 ? arguments[1] : "";
   if (planted == "read-behind-array") {
     std::vector<float> values(kThreads - 1), out(kThreads);
     launch(Schedule::lowest_first, 1, kThreads, 0, read_behind_the_end, values.data(), out.data());
+    return 0;
+  }
+  if (planted == "read-misaligned") {
+    std::vector<float> values(8), out(kThreads);
+    launch(Schedule::lowest_first, 1, kThreads, 0, read_misaligned, values.data(), out.data());
     return 0;
   }
   if (planted == "read-behind-shared") {

@@ -23,8 +23,8 @@ both_activations = pytest.mark.parametrize("activation", ["tanh", "relu"])
 FLOOR = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 
 
-def make_inputs(B, K, P, D, A, *, device="cpu", dtype=torch.float64, seed=0):
-    """features, keys, query, score_weight, gate: random, scores of order 1."""
+def make_inputs(B, K, P, D, A, *, device="cpu", dtype=torch.float64, seed=0, scale=1):
+    """features, keys, query, score_weight, gate: random, scores of order 1; keys and query times a scale."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -32,7 +32,8 @@ def make_inputs(B, K, P, D, A, *, device="cpu", dtype=torch.float64, seed=0):
         return values.to(device, dtype).requires_grad_()
 
     score_weight = normal(A).detach().div(math.sqrt(A)).requires_grad_()
-    return normal(B, P, D), normal(B, P, A), normal(B * K, A), score_weight, normal(B * K, D)
+    keys, query = (normal(*shape).detach().mul(scale).requires_grad_() for shape in ((B, P, A), (B * K, A)))
+    return normal(B, P, D), keys, query, score_weight, normal(B * K, D)
 
 
 def make_mask(B, P, device="cpu"):
@@ -97,6 +98,27 @@ def test_hand_worked_case():
 def test_error_rule_dtypes(device, activation, dtype, P):
     check_error_rule(2, 3, P, 100, 100, activation=activation, device=device, dtype=dtype)
     check_error_rule(2, 3, P, 100, 100, activation=activation, device=device, dtype=dtype, mask=make_mask(2, P, device))
+
+
+@on_every_device
+@both_activations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 10, 100])
+def test_error_rule_small_and_saturated(device, activation, dtype, scale):
+    """A saturated tanh has no derivative left; that of an approximation might."""
+    check_error_rule(2, 3, 49, 100, 100, activation=activation, device=device, dtype=dtype, scale=scale)
+
+
+@on_every_device
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_saturated_units_pass_no_gradient(device, dtype):
+    keys = torch.tensor([[[8.0, 10.0, 12.0, 20.0], [9.0, 11.0, 13.0, 21.0]]], device=device, dtype=dtype)
+    features = torch.tensor([[[0.0], [100.0]]], device=device, dtype=dtype)
+    query, score_weight = torch.zeros(1, 4).to(keys), torch.full((4,), 100.0).to(keys)
+    context, _ = soft_attention(features, keys.requires_grad_(), query, score_weight)
+    context.sum().backward()
+    true = 100 * 25 * (1 - torch.tensor([8.0, 10.0, 12.0, 20.0]).double().tanh() ** 2)
+    torch.testing.assert_close(keys.grad[0, 1].cpu().abs().double() < 2 * true + 1e-4, torch.ones(4).bool())
 
 
 @on_every_device
@@ -223,6 +245,19 @@ def test_fully_masked_rows_are_zero(device, op):
 
 
 @on_every_device
+@pytest.mark.parametrize("op", [soft_attention, soft_attention_reference])
+def test_what_is_masked_is_zero_beside_a_score_that_overflows(device, op):
+    features, keys, query, score_weight, _ = (t.detach() for t in make_inputs(1, 2, 3, 4, 5, device=device))
+    keys[0, 0] = torch.inf
+    mask = torch.tensor([[True, True, False]], device=device)
+    _, weights = op(features, keys, query, -score_weight.abs(), activation="relu", mask=mask)
+    assert not weights[:, 2].any() and weights[:, 0].eq(0).all()
+    keys[0, :] = torch.inf
+    _, weights = op(features, keys, query, -score_weight.abs(), activation="relu", mask=mask)
+    assert not weights[:, 2].any() and weights[:, :2].isnan().all()
+
+
+@on_every_device
 @both_activations
 @pytest.mark.parametrize("dtype", list(FLOOR), ids=str)
 def test_large_scores(device, activation, dtype):
@@ -255,18 +290,21 @@ def test_threads_change_nothing(B):
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(outputs_and_gradients(soft_attention, inputs))
-    torch.set_num_threads(before)
+        try:
+            results.append(outputs_and_gradients(soft_attention, inputs))
+        finally:
+            torch.set_num_threads(before)
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
 
 
-def test_frozen_features_get_no_gradient():
-    features, keys, query, score_weight, gate = make_inputs(2, 3, 5, 4, 3)
+@on_every_device
+def test_frozen_features_get_no_gradient(device):
+    features, keys, query, score_weight, gate = make_inputs(2, 3, 5, 4, 3, device=device)
     context, _ = soft_attention(features.detach(), keys, query, score_weight, gate=gate)
     context.sum().backward()
     frozen = [t.grad for t in (keys, query, score_weight, gate)]
-    context, _ = soft_attention_reference(*(inputs := make_inputs(2, 3, 5, 4, 3))[:4], gate=inputs[4])
+    context, _ = soft_attention_reference(*(inputs := make_inputs(2, 3, 5, 4, 3, device=device))[:4], gate=inputs[4])
     context.sum().backward()
     for ours, theirs in zip(frozen, inputs[1:], strict=True):
         torch.testing.assert_close(ours, theirs.grad)
