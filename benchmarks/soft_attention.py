@@ -184,7 +184,9 @@ def draw(results: list[dict], title: str, path: Path) -> None:
     """How many times faster the native kernels are than each other provider, a panel for each pass."""
     rivals = ["tutorial", "eager", "compiled"]
     panels = list(dict.fromkeys(result["passes"] for result in results))
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 5), squeeze=False, layout="constrained")
+    height = 1.5 + 0.45 * len(results) / len(panels) / (len(rivals) + 1)
+    size = (5.5 * len(panels), height)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, passes in zip(axes[0], panels, strict=True):
         chosen = [result for result in results if result["passes"] == passes]
         labels = list(dict.fromkeys(_label(result) for result in chosen))
@@ -204,7 +206,7 @@ def draw(results: list[dict], title: str, path: Path) -> None:
 
 
 def _label(result: dict) -> str:
-    return f"B={result['B']} K={result['K']}\n{result['dtype']} {result['activation']}"
+    return f"B={result['B']} K={result['K']} {result['dtype']} {result['activation']}"
 
 
 if __name__ == "__main__":
