@@ -351,7 +351,8 @@ __global__ void __launch_bounds__(kThreads) soft_attention_softmax_grad_kernel(S
 }
 
 // Over channels (of the attention): keys_grad, query_grad and the image's part of score_weight_grad. A block does all
-// rows of its image, `rows` at a time; between them keys_grad is rounded to T. Shared memory: blockDim.x * width numbers.
+// rows of its image, `rows` at a time; between them keys_grad is rounded to T. Shared memory: blockDim.x * width
+// numbers.
 template <typename T, int rows>
 __global__ void __launch_bounds__(kThreads)
     soft_attention_keys_grad_kernel(SoftAttentionBackward<T> params, bool aligned, int columns) {
