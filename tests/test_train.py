@@ -118,7 +118,14 @@ def test_ctrl_c_at_any_moment(attncap, flickr8k, tmp_path):
     run = tmp_path / "run"
     arguments = ["--data", flickr8k, "--output", run, *TINY]
     command = [sys.executable, "-m", "attncap.train", *arguments, "--epochs", 5000]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what runs in the background deaf to Ctrl-C, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     for _ in range(1200):
         if (run / "checkpoint.pt").exists():
             break
