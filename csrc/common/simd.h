@@ -83,8 +83,8 @@ inline void for_each_vector(int64_t count, const Body& body) {
 
 inline Vector<float> broadcast(float value) { return Vector<float>{} + value; }
 
-// 2^t = power + power * rest, where power is a power of two and rest = 2^f - 1 for |f| <= 1/2; t = x * log2(e) * scale.
-// |t| is at most 126.
+// 2^t = power + power * rest, where power is a power of two and rest = 2^f - 1 for |f| <= 1/2; t = x * log2_e, which is
+// at most 126 either way.
 struct PowerAndRest {
   Vector<float> power, rest;
 };
