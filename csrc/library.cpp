@@ -15,6 +15,13 @@ STABLE_TORCH_LIBRARY(attncap, library) {
       "soft_attention_backward(Tensor context_grad, Tensor weights_grad, Tensor features, Tensor keys, Tensor query, "
       "Tensor score_weight, Tensor? gate, Tensor context, Tensor weights, str activation, bool features_need_grad) -> "
       "(Tensor features_grad, Tensor keys_grad, Tensor query_grad, Tensor score_weight_grad, Tensor gate_grad)");
+  library.def(
+      "lstm_step(Tensor recurrent, Tensor context_part, Tensor word_table, Tensor c, Tensor parents, Tensor tokens) -> "
+      "(Tensor h, Tensor c, Tensor output)");
+  library.def(
+      "beam_search_step(Tensor logits, Tensor scores, Tensor finished, Tensor? suppressed, Tensor? penalty_words, "
+      "Tensor? penalties, int end, bool end_allowed, bool shrink, float temperature, float length_penalty, "
+      "float last_length_penalty) -> (Tensor tokens, Tensor parents, Tensor scores, Tensor ended, Tensor finished)");
 }
 
 namespace {

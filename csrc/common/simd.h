@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__  // which AVX-512 brings along
 #include <immintrin.h>
 #endif
 
@@ -43,6 +43,15 @@ inline Vector<accumulate_t<T>> load(const T* from, int64_t count = kLanes<accumu
   for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = static_cast<accumulate_t<T>>(from[lane]);
   Vector<accumulate_t<T>> vector;
   memcpy(&vector, lanes, sizeof(vector));
+  return vector;
+}
+
+// The same, the other lanes as in `others`.
+template <typename T>
+inline Vector<accumulate_t<T>> load_or(Vector<accumulate_t<T>> others, const T* from,
+                                       int64_t count = kLanes<accumulate_t<T>>) {
+  Vector<accumulate_t<T>> vector = load(from, count);
+  for (int64_t lane = count; lane < kLanes<accumulate_t<T>>; ++lane) vector[lane] = others[lane];
   return vector;
 }
 
@@ -82,6 +91,19 @@ inline void for_each_vector(int64_t count, const Body& body) {
 }
 
 inline Vector<float> broadcast(float value) { return Vector<float>{} + value; }
+
+// Whether any lane is greater than the bound.
+inline bool any_above(Vector<float> x, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(x, broadcast(bound), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(x, broadcast(bound), _CMP_GT_OQ)) != 0;
+#else
+  bool any = false;
+  for (int64_t lane = 0; lane < kLanes<float>; ++lane) any |= x[lane] > bound;
+  return any;
+#endif
+}
 
 // 2^t = power + power * rest, where power is a power of two and rest = 2^f - 1 for |f| <= 1/2; t = x * log2_e, which is
 // at most 126 either way.
@@ -147,6 +169,11 @@ inline Vector<double> exp(Vector<double> x) {
 inline Vector<double> tanh(Vector<double> x) {
   for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::tanh(x[lane]);
   return x;
+}
+
+template <typename Number>
+inline Vector<Number> sigmoid(Vector<Number> x) {
+  return Number(1) / (Number(1) + exp(-x));
 }
 
 template <typename Number>

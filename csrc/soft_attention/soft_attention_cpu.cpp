@@ -5,6 +5,7 @@
 // loaded once for four cells. Meanwhile the next four are fetched into the cache.
 #include "soft_attention.h"
 
+#include "../common/parallel.h"
 #include "../common/simd.h"
 
 namespace attncap::ATTNCAP_ISA {
@@ -41,11 +42,6 @@ template <Activation activation, typename Number>
 inline Vector<Number> times_activate_grad(Vector<Number> factor, Vector<Number> y) {
   if constexpr (activation == Activation::tanh) return factor - factor * y * y;
   return y > Number(0) ? factor : Vector<Number>{};
-}
-
-template <typename Number>
-inline Vector<Number> sigmoid(Vector<Number> x) {
-  return Number(1) / (Number(1) + exp(-x));
 }
 
 // The scores of cells [begin, end) of image b; -infinity where masked.
@@ -282,17 +278,6 @@ void through_keys(const SoftAttentionBackward<T>& params, int64_t b, int64_t beg
       store(grad, load(grad, rest...) * load(params.score_weight + a, rest...), rest...);
     });
   }
-}
-
-// Calls body(i) for i in [0, count), shared out to the threads.
-template <typename Body>
-void parallel_for(Threads threads, int64_t count, Body body) {
-  threads(
-      count,
-      [](int64_t begin, int64_t end, void* context) {
-        for (int64_t i = begin; i < end; ++i) (*static_cast<Body*>(context))(i);
-      },
-      &body);
 }
 
 // Calls body(b, begin, end) for every image and every stretch of at most `length` of its `count` cells or channels.

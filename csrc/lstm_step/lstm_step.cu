@@ -1,0 +1,20 @@
+// The CUDA launcher.
+#include "lstm_step.cuh"
+
+namespace attncap {
+
+template <typename T>
+cudaError_t lstm_step_cuda(const LstmStep<T>& params, cudaStream_t stream) {
+  if (params.N == 0) return cudaSuccess;
+  lstm_step_kernel<<<lstm_step_blocks(params), kLstmThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+#define INSTANTIATE(T) template cudaError_t lstm_step_cuda(const LstmStep<T>&, cudaStream_t);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(bfloat16)
+INSTANTIATE(float16)
+#undef INSTANTIATE
+
+}  // namespace attncap

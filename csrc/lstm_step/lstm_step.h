@@ -1,0 +1,54 @@
+// The pointwise part of one LSTM step in a search. Row n goes on from row r = parents[n] of the step before with word
+// w = tokens[n]; what depends on r alone was computed before it was known who would go on from it:
+//
+//   i, f, g, o = recurrent[r] + context_part[r, :4H] + word_table[w, :4H]       each H values, torch's order
+//   c'[n]      = sigmoid(f) * c[r] + sigmoid(i) * tanh(g)
+//   h'[n]      = sigmoid(o) * tanh(c'[n])
+//   output[n]  = context_part[r, 4H:] + word_table[w, 4H:]                      E values; the deep output layer's
+//
+// recurrent is the hidden state times its weights, context_part the context times the LSTM's and the output layer's
+// weights for it, word_table the same of every word's embedding, biases included. N rows go on from R; N, R and E may
+// be 0, H is at least 1.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/dtype.h"
+#include "../common/isa.h"
+
+#ifdef USE_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace attncap {
+
+template <typename T>
+struct LstmStep {
+  int64_t N, H, E;
+  int64_t recurrent_stride, context_stride;  // from row to row, in elements
+  const T* recurrent;                        // [R, 4H]
+  const T* context_part;                     // [R, 4H + E]
+  const T* word_table;                       // [V, 4H + E]
+  const T* c;                                // [R, H]
+  const int64_t* parents;                    // [N], in [0, R)
+  const int64_t* tokens;                     // [N], in [0, V)
+  T* next_h;                                 // [N, H]
+  T* next_c;                                 // [N, H]
+  T* output;                                 // [N, E]
+};
+
+#define DECLARE(isa)                                              \
+  namespace isa {                                                 \
+  template <typename T>                                           \
+  void lstm_step_cpu(const LstmStep<T>& params, Threads threads); \
+  }
+ATTNCAP_FOR_EACH_ISA(DECLARE)
+#undef DECLARE
+
+#ifdef USE_CUDA
+// Returns the first error of its launches.
+template <typename T>
+cudaError_t lstm_step_cuda(const LstmStep<T>& params, cudaStream_t stream);
+#endif
+
+}  // namespace attncap

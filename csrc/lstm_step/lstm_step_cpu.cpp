@@ -1,0 +1,47 @@
+// The CPU kernel; compiled once for each instruction set, ATTNCAP_ISA being its name.
+#include "lstm_step.h"
+
+#include "../common/parallel.h"
+#include "../common/simd.h"
+
+namespace attncap::ATTNCAP_ISA {
+namespace {
+
+template <typename T>
+void step_row(const LstmStep<T>& params, int64_t n) {
+  using Number = accumulate_t<T>;
+  const int64_t H = params.H, E = params.E, r = params.parents[n];
+  const T* recurrent = params.recurrent + r * params.recurrent_stride;
+  const T* context_part = params.context_part + r * params.context_stride;
+  const T* of_word = params.word_table + params.tokens[n] * (4 * H + E);
+  for_each_vector<Number>(H, [&](int64_t j, auto... rest) {
+    const auto gate = [&](int64_t at) {
+      return load(recurrent + at, rest...) + load(context_part + at, rest...) + load(of_word + at, rest...);
+    };
+    const Vector<Number> i = sigmoid<Number>(gate(j)), f = sigmoid<Number>(gate(H + j));
+    const Vector<Number> g = tanh(gate(2 * H + j)), o = sigmoid<Number>(gate(3 * H + j));
+    const Vector<Number> next_c = f * load(params.c + r * H + j, rest...) + i * g;
+    store(params.next_c + n * H + j, next_c, rest...);
+    store(params.next_h + n * H + j, o * tanh(next_c), rest...);
+  });
+  for_each_vector<Number>(E, [&](int64_t e, auto... rest) {
+    const Vector<Number> sum = load(context_part + 4 * H + e, rest...) + load(of_word + 4 * H + e, rest...);
+    store(params.output + n * E + e, sum, rest...);
+  });
+}
+
+}  // namespace
+
+template <typename T>
+void lstm_step_cpu(const LstmStep<T>& params, Threads threads) {
+  parallel_for(threads, params.N, [&](int64_t n) { step_row(params, n); });
+}
+
+#define INSTANTIATE(T) template void lstm_step_cpu(const LstmStep<T>&, Threads);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(bfloat16)
+INSTANTIATE(float16)
+#undef INSTANTIATE
+
+}  // namespace attncap::ATTNCAP_ISA

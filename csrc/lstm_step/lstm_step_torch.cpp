@@ -1,0 +1,67 @@
+// Checks, allocates, calls the kernel of this library's device.
+#include "../common/torch.h"
+#include "lstm_step.h"
+
+namespace attncap {
+namespace {
+
+// Rows as they lie where each is contiguous, else a copy.
+Tensor contiguous_rows(const Tensor& tensor) {
+  return tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor recurrent, Tensor context_part, Tensor word_table, Tensor c,
+                                             Tensor parents, Tensor tokens) {
+  check(recurrent.dim() == 2 && context_part.dim() == 2 && word_table.dim() == 2 && c.dim() == 2 && parents.dim() == 1,
+        "lstm_step takes recurrent [R, 4H], context_part [R, 4H + E], word_table [V, 4H + E], c [R, H], parents [N] "
+        "and tokens [N]");
+  const int64_t R = c.size(0), H = c.size(1), N = parents.size(0), E = word_table.size(1) - 4 * H;
+  check(H > 0 && E >= 0, "lstm_step needs at least one hidden unit, and a word_table of at least 4H columns");
+  check_tensor("lstm_step: recurrent", recurrent, c, {R, 4 * H});
+  check_tensor("lstm_step: context_part", context_part, c, {R, 4 * H + E});
+  check_tensor("lstm_step: word_table", word_table, c, {word_table.size(0), 4 * H + E});
+  check_tensor("lstm_step: parents", parents, c, {N}, ScalarType::Long);
+  check_tensor("lstm_step: tokens", tokens, c, {N}, ScalarType::Long);
+  recurrent = contiguous_rows(recurrent);
+  context_part = contiguous_rows(context_part);
+  word_table = torch::stable::contiguous(word_table);
+  c = torch::stable::contiguous(c);
+  parents = torch::stable::contiguous(parents);
+  tokens = torch::stable::contiguous(tokens);
+  const Tensor next_h = torch::stable::new_empty(c, {N, H});
+  const Tensor next_c = torch::stable::new_empty(c, {N, H});
+  const Tensor output = torch::stable::new_empty(c, {N, E});
+
+  dispatch_dtype(c, [&](auto type) {
+    using T = decltype(type);
+    const LstmStep<T> params{
+        .N = N,
+        .H = H,
+        .E = E,
+        .recurrent_stride = recurrent.stride(0),
+        .context_stride = context_part.stride(0),
+        .recurrent = data<T>(recurrent),
+        .context_part = data<T>(context_part),
+        .word_table = data<T>(word_table),
+        .c = data<T>(c),
+        .parents = data<int64_t>(parents),
+        .tokens = data<int64_t>(tokens),
+        .next_h = mutable_data<T>(next_h),
+        .next_c = mutable_data<T>(next_c),
+        .output = mutable_data<T>(output),
+    };
+#ifdef USE_CUDA
+    launch_on_device(c, [&](cudaStream_t stream) { return lstm_step_cuda(params, stream); });
+#else
+    ATTNCAP_CALL_BEST_ISA(lstm_step_cpu, params, threads);
+#endif
+  });
+  return {next_h, next_c, output};
+}
+
+}  // namespace
+}  // namespace attncap
+
+STABLE_TORCH_LIBRARY_IMPL(attncap, ATTNCAP_DISPATCH_KEY, library) {
+  library.impl("lstm_step", TORCH_BOX(&attncap::lstm_step));
+}
