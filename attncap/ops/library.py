@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from attncap.errors import UserError
 
@@ -58,6 +59,22 @@ def require(device: torch.device) -> None:
     raise UserError(
         f"attncap's native library for {device.type} is missing: {reason}. The plain PyTorch path needs none."
     )
+
+
+def check_tensors(
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]], device: torch.device, others: str
+) -> None:
+    """Raises ValueError unless every tensor of an op, by name, has its shape and dtype and the op's device. `others`: the
+    tensors that the shapes follow from, for the sentence."""
+    for name, (tensor, shape, dtype) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, but {list(shape)} fits {others}")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, but {dtype} is needed")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but the other tensors are on {device}")
 
 
 def status() -> dict[str, Any]:

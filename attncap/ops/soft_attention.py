@@ -130,25 +130,17 @@ def _check(
         raise ValueError(
             f"features has dtype {features.dtype}; soft_attention takes float32, bfloat16, float16 and float64"
         )
-    expected = {
-        "keys": (keys, (B, P, A), features.dtype),
-        "query": (query, (N, A), features.dtype),
-        "score_weight": (score_weight, (A,), features.dtype),
-        "mask": (mask, (B, P), torch.bool),
-        "gate": (gate, (N, D), features.dtype),
-    }
-    for name, (tensor, shape, dtype) in expected.items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, but {list(shape)} fits features "
-                f"{list(features.shape)}, keys {list(keys.shape)} and query {list(query.shape)}"
-            )
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, but {dtype} is needed")
-        if tensor.device != features.device:
-            raise ValueError(f"{name} is on {tensor.device}, but features is on {features.device}")
+    library.check_tensors(
+        {
+            "keys": (keys, (B, P, A), features.dtype),
+            "query": (query, (N, A), features.dtype),
+            "score_weight": (score_weight, (A,), features.dtype),
+            "mask": (mask, (B, P), torch.bool),
+            "gate": (gate, (N, D), features.dtype),
+        },
+        features.device,
+        f"features {list(features.shape)}, keys {list(keys.shape)} and query {list(query.shape)}",
+    )
 
 
 def _fake(features, keys, query, score_weight, mask, gate, activation):
