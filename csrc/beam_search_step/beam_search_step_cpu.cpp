@@ -17,8 +17,7 @@ float log_sum_exp(const T* logits, int64_t V, float factor) {
   const Vector<float> lowest = broadcast(-INFINITY);
   Vector<float> largest_of_lane = lowest;
   for_each_vector<float>(V, [&](int64_t w, auto... rest) {
-    const Vector<float> x = load_or(lowest, logits + w, rest...);
-    largest_of_lane = largest_of_lane > x ? largest_of_lane : x;
+    largest_of_lane = larger(largest_of_lane, load_or(lowest, logits + w, rest...));
   });
   float largest = largest_of_lane[0];
   for (int64_t lane = 1; lane < kLanes<float>; ++lane) {

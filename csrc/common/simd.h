@@ -130,10 +130,29 @@ inline PowerAndRest split_exp(Vector<float> x, float log2_e) {
   return {power, series * f};
 }
 
+// The larger, or the smaller, of each lane; x where it is NaN. One instruction, which GCC does not find by itself.
+inline Vector<float> larger(Vector<float> bound, Vector<float> x) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(bound, x);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(bound, x);
+#else
+  return bound > x ? bound : x;
+#endif
+}
+
+inline Vector<float> smaller(Vector<float> bound, Vector<float> x) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(bound, x);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(bound, x);
+#else
+  return bound < x ? bound : x;
+#endif
+}
+
 inline Vector<float> clamp(Vector<float> x, float least, float largest) {  // NaN stays NaN
-  const Vector<float> low = broadcast(least), high = broadcast(largest);
-  x = low > x ? low : x;
-  return high < x ? high : x;
+  return smaller(broadcast(largest), larger(broadcast(least), x));
 }
 
 // exp(x) for |x| <= 87, exp(87) above, 0 below. NaN stays NaN.
@@ -176,14 +195,9 @@ inline Vector<Number> sigmoid(Vector<Number> x) {
   return Number(1) / (Number(1) + exp(-x));
 }
 
-template <typename Number>
-inline Vector<Number> relu(Vector<Number> x) {
-  const Vector<Number> zero{};
-#ifdef __AVX512F__  // one instruction that GCC does not find by itself
-  if constexpr (sizeof(Number) == 4) return _mm512_max_ps(zero, x);
-#endif
-  return zero > x ? zero : x;  // either way round a NaN stays one
-}
+inline Vector<float> relu(Vector<float> x) { return larger(Vector<float>{}, x); }
+
+inline Vector<double> relu(Vector<double> x) { return 0 > x ? Vector<double>{} : x; }
 
 }  // namespace
 }  // namespace attncap

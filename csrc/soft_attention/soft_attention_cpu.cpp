@@ -27,7 +27,7 @@ inline void for_each_tile(int64_t begin, int64_t end, const Body& body) {
 
 template <Activation activation, typename Number>
 inline Vector<Number> activate(Vector<Number> x) {
-  return activation == Activation::tanh ? tanh(x) : relu<Number>(x);
+  return activation == Activation::tanh ? tanh(x) : relu(x);
 }
 
 // For scores alone: the derivative, 1 - y * y, would show the error of short_tanh.

@@ -29,12 +29,12 @@ void test_functions() {
       expect(units(tanh_x, std::tanh(double(x))) <= 2.5, "tanh", x);
       const double short_error = short_tanh(broadcast(x))[0] / std::tanh(double(x)) - 1;
       expect(x == 0 || std::fabs(short_error) <= 1e-4, "short_tanh", x);
-      expect(relu<float>(broadcast(x))[0] == std::fmax(x, 0.0f), "relu", x);
+      expect(relu(broadcast(x))[0] == std::fmax(x, 0.0f), "relu", x);
     }
   }
   const Vector<float> nan = broadcast(NAN);
   expect(std::isnan(exp(nan)[0]) && std::isnan(tanh(nan)[0]) && std::isnan(short_tanh(nan)[0]) &&
-             std::isnan(relu<float>(nan)[0]),
+             std::isnan(relu(nan)[0]),
          "NaN stays", NAN);
   expect(tanh(Vector<double>{} + 0.5)[0] == std::tanh(0.5), "tanh in float64", 0.5);
 }
