@@ -1,6 +1,6 @@
 """The networks: encoder and decoder."""
 
-from attncap.models.decoder import IMPLEMENTATIONS, Decoder
+from attncap.models.decoder import Decoder
 from attncap.models.encoder import Encoder
 
-__all__ = ["IMPLEMENTATIONS", "Decoder", "Encoder"]
+__all__ = ["Decoder", "Encoder"]

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attncap.config import ModelConfig
-from attncap.ops import soft_attention, soft_attention_reference
-
-IMPLEMENTATIONS = {"native": soft_attention, "torch": soft_attention_reference}
+from attncap.ops import IMPLEMENTATIONS
 
 
 class Memory(NamedTuple):
@@ -41,7 +39,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, feature_size: int, vocabulary_size: int, implementation: str = "native"):
         super().__init__()
         attention, embedding, hidden = config.attention_size, config.embedding_size, config.hidden_size
-        self.soft_attention = IMPLEMENTATIONS[implementation]
+        self.ops = IMPLEMENTATIONS[implementation]
         self.activation = config.activation
         self.key = nn.Linear(feature_size, attention)
         self.query = nn.Linear(hidden, attention)
@@ -70,7 +68,7 @@ class Decoder(nn.Module):
         """One word further: embedded [N,E] (the last word) -> new state, context [N,D], attention weights [N,P].
 
         The context is gated by sigmoid(gate(h)), section 4.2.1, with a gate for each channel."""
-        context, weights = self.soft_attention(
+        context, weights = self.ops.soft_attention(
             memory.features,
             memory.keys,
             self.query(state.h),

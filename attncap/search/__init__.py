@@ -1,5 +1,5 @@
 """From features to words."""
 
-from attncap.search.beam_search import Hypothesis, beam_search
+from attncap.search.beam_search import Hypothesis, SearchConfig, beam_search
 
-__all__ = ["Hypothesis", "beam_search"]
+__all__ = ["Hypothesis", "SearchConfig", "beam_search"]

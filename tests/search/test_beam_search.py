@@ -7,7 +7,7 @@ from attncap.config import ModelConfig
 from attncap.data.vocabulary import Vocabulary
 from attncap.models import Decoder
 from attncap.search import beam_search
-from attncap.search.beam_search import SUPPRESSED
+SUPPRESSED=[0,1,3]
 
 P, D = 5, 7
 
