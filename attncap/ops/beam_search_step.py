@@ -45,10 +45,10 @@ def beam_search_step(
 
         scores[b, j] + log_softmax(logits[b * J + j] / temperature)[w] - penalties
 
-    ranked by score; of equal ones the lower beam, then the lower word goes first. Those of `end` that are among the best
-    `width` of the image end, and become hypotheses. With `shrink` the width is K less the hypotheses that the image
-    has, and what is left of the best `width` goes on (Xu et al. 2015). Without it the width is K, the K best candidates
-    of other words go on, and the image is done when it has K hypotheses that no beam can better.
+    ranked by score; of equal ones the lower beam, then the lower word goes first. Those of `end` that are among the
+    best `width` of the image end, and become hypotheses. With `shrink` the width is K less the hypotheses that the
+    image has, and what is left of the best `width` goes on (Xu et al. 2015). Without it the width is K, the K best
+    candidates of other words go on, and the image is done when it has K hypotheses that no beam can better.
 
     Args:
         logits: [B * J, V], float32, bfloat16 or float16 (both computed in float32). The J rows of an image are
@@ -58,8 +58,8 @@ def beam_search_step(
         end: the word that ends a hypothesis.
         end_allowed: whether it may come in this step.
         suppressed: bool [V], words that are never written (`end` is governed by end_allowed alone).
-        penalty_words, penalties: int64 and float32 [B * J, M]: what is subtracted from words' candidates, for each beam;
-            at least 0; +inf forbids. A negative word is none; of a word named twice, the sum counts.
+        penalty_words, penalties: int64 and float32 [B * J, M]: what is subtracted from words' candidates, for each
+            beam; at least 0; +inf forbids. A negative word is none; of a word named twice, the sum counts.
         length_penalty: the divisor of scores of hypotheses that end in this step.
         last_length_penalty: the same in the last step that there can be, at least as large.
 

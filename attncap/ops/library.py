@@ -64,8 +64,8 @@ def require(device: torch.device) -> None:
 def check_tensors(
     expected: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]], device: torch.device, others: str
 ) -> None:
-    """Raises ValueError unless every tensor of an op, by name, has its shape and dtype and the op's device. `others`: the
-    tensors that the shapes follow from, for the sentence."""
+    """Raises ValueError unless every tensor of an op, by name, has its shape and dtype and the op's device. `others`:
+    the tensors that the shapes follow from, for the sentence."""
     for name, (tensor, shape, dtype) in expected.items():
         if tensor is None:
             continue

@@ -19,7 +19,8 @@ def lstm_step(
         h'[n]      = sigmoid(o) * tanh(c'[n])
         output[n]  = context_part[r, 4H:] + word_table[w, 4H:]
 
-    What depends on r alone can so be computed before it is known which rows go on, and nothing is copied to gather them.
+    What depends on r alone can so be computed before it is known which rows go on, and nothing is copied to gather
+    them.
 
     Args:
         recurrent: [R, 4H], hidden states times the recurrent weights.

@@ -1,5 +1,6 @@
 """From features to words."""
 
-from attncap.search.beam_search import Hypothesis, SearchConfig, beam_search
+from attncap.search.beam_search import Hypothesis, beam_search
+from attncap.search.search_config import SearchConfig
 
 __all__ = ["Hypothesis", "SearchConfig", "beam_search"]

@@ -1,9 +1,9 @@
 """One step of the decoder, rearranged for a search.
 
-What a step computes from the last state alone - query, gate, recurrent part, attention, the context's part of the LSTM -
-is the same for all words that may follow. So it is computed for the rows of the last step (`look`), and the rows that go
-on pick their part of it (`write`): states are never copied to reorder them, and in the first steps, where beams share
-their past, the work is done once.
+What a step computes from the last state alone (query, gate, recurrent part, attention, the context's part of the LSTM)
+is the same for all words that may follow. So it is computed for the rows of the last step (`look`), and the rows that
+go on pick their part of it (`write`): states are never copied to reorder them, and in the first steps, where beams
+share their past, the work is done once.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ class Look(NamedTuple):
 
 
 class DecoderStep:
-    """A decoder's weights, laid out for `look` and `write`. Those of `decoder` must not change meanwhile; `of` takes care
-    of that."""
+    """A decoder's weights, laid out for `look` and `write`. `of` notices when the decoder's own have changed."""
 
     def __init__(self, decoder: Decoder):
         lstm, query, gate = decoder.lstm, decoder.query, decoder.gate
@@ -52,6 +51,7 @@ class DecoderStep:
         self.context_part = linear(torch.cat(context_weights), None)
         self.word_table = torch.cat(word_table, dim=1)  # [V,4H+E]
         self.word_output = linear(decoder.word_output.weight, decoder.word_output.bias)
+        self.graphs = {}  # beam_search's, which hold these weights' addresses
 
     @classmethod
     def of(cls, decoder: Decoder) -> DecoderStep:
@@ -76,9 +76,11 @@ class DecoderStep:
         return Look(recurrent, self.context_part(context), weights)
 
     def write(self, look: Look, c: Tensor, parents: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows that go on from rows parents [N] of `look` and c [R,H] with the words tokens [N] -> h, c [N,H] and logits
-        [N,V]."""
-        h, c, output = self.decoder.ops.lstm_step(look.recurrent, look.context_part, self.word_table, c, parents, tokens)
+        """Rows that go on from rows parents [N] of `look` and c [R,H] with the words tokens [N] -> h, c [N,H] and
+        logits [N,V]."""
+        h, c, output = self.decoder.ops.lstm_step(
+            look.recurrent, look.context_part, self.word_table, c, parents, tokens
+        )
         if self.hidden_output is None:
             output = h
         else:
