@@ -1,5 +1,5 @@
 // The CUDA launchers.
-#include "soft_attention.cuh"
+#include "soft_attention_launch.h"
 
 namespace attncap {
 namespace {

@@ -13,7 +13,7 @@
 
 #include "cuda_emulator.h"  // first: it defines what device code needs
 
-#include "soft_attention/soft_attention.cuh"
+#include "soft_attention/soft_attention_launch.h"
 
 using namespace attncap;
 using cuda_emulator::launch;
