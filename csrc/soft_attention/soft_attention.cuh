@@ -95,17 +95,26 @@ __global__ void __launch_bounds__(kThreads) soft_attention_score_kernel(SoftAtte
                           });
 }
 
-// Over channels: weights and context. Shared memory: rows * P + blockDim.x * width numbers.
+// `sum` over all cells becomes the context at `at`.
+template <typename T>
+__device__ void store_context(const SoftAttentionForward<T>& params, int64_t at, accumulate_t<T> sum) {
+  if (params.gate) sum *= sigmoid(static_cast<accumulate_t<T>>(params.gate[at]));
+  params.context[at] = static_cast<T>(sum);
+}
+
+// Over channels: weights and context; with several parts, context_parts instead. Shared memory: rows times the most
+// cells of a part, and blockDim.x * width, numbers.
 template <typename T, int rows>
 __global__ void __launch_bounds__(kThreads)
-    soft_attention_context_kernel(SoftAttentionForward<T> params, bool aligned, int columns) {
+    soft_attention_context_kernel(SoftAttentionForward<T> params, bool aligned, int columns, int parts) {
   using Number = accumulate_t<T>;
   constexpr int width = kWidth<T>;
   const int64_t P = params.sizes.P, D = params.sizes.D;
-  const ChannelsBlock block(D, width, columns);
+  const ChannelsBlock block(P, D, width, columns, parts);
   const RowsTile tile = rows_tile(params.sizes.K, rows, block.outer);
-  Number* weights = reinterpret_cast<Number*>(dynamic_shared);  // [rows, P]
-  Number* scratch = weights + rows * P;
+  const int64_t part_cells = ceil_div(P, parts);
+  Number* weights = reinterpret_cast<Number*>(dynamic_shared);  // [rows, part_cells]
+  Number* scratch = weights + rows * part_cells;
   const int lane = threadIdx.x % kWarpSize, warps = blockDim.x / kWarpSize;
 
   for (int64_t row = threadIdx.x / kWarpSize; row < tile.row_count; row += warps) {  // softmax, a warp a row
@@ -113,15 +122,12 @@ __global__ void __launch_bounds__(kThreads)
     Number largest = -INFINITY, total = 0;
     for (int64_t p = lane; p < P; p += kWarpSize) largest = Max()(largest, scores[p]);
     largest = warp_reduce(largest, Max());
-    for (int64_t p = lane; p < P; p += kWarpSize) {
-      weights[row * P + p] = std::exp(scores[p] - largest);
-      total += weights[row * P + p];
-    }
+    for (int64_t p = lane; p < P; p += kWarpSize) total += std::exp(scores[p] - largest);
     total = warp_reduce(total, Sum());
-    for (int64_t p = lane; p < P; p += kWarpSize) {
+    for (int64_t p = block.part_begin + lane; p < block.part_end; p += kWarpSize) {
       const bool counts = !params.mask || params.mask[tile.b * P + p];
-      const Number weight = counts ? weights[row * P + p] / total : 0;
-      weights[row * P + p] = weight;
+      const Number weight = counts ? std::exp(scores[p] - largest) / total : 0;
+      weights[row * part_cells + p - block.part_begin] = weight;
       if (block.first_channel == 0) params.weights[(tile.first_row + row) * P + p] = static_cast<T>(weight);
     }
   }
@@ -129,21 +135,22 @@ __global__ void __launch_bounds__(kThreads)
 
   Pack<Number, width> sums[rows] = {};
   const T* features = params.features + tile.b * params.features_stride + block.channel;
-  for (int64_t first = block.first_cell; block.channel_count > 0 && first < P; first += kAhead * block.cell_step) {
+  const int64_t end = block.channel_count > 0 ? block.part_end : 0;
+  for (int64_t first = block.first_cell; first < end; first += kAhead * block.cell_step) {
     Pack<Number, width> cells[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int64_t p = first + i * block.cell_step;
-      cells[i] = load<width>(features + (p < P ? p : first) * D, block.channel_count, aligned);
+      cells[i] = load<width>(features + (p < end ? p : first) * D, block.channel_count, aligned);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int64_t p = first + i * block.cell_step;
-      if (p >= P) break;
+      if (p >= end) break;
 #pragma unroll
       for (int row = 0; row < rows; ++row) {
         if (row >= tile.row_count) break;
-        const Number weight = weights[row * P + p];
+        const Number weight = weights[row * part_cells + p - block.part_begin];
 #pragma unroll
         for (int j = 0; j < width; ++j) sums[row].values[j] += weight * cells[i].values[j];
       }
@@ -154,10 +161,24 @@ __global__ void __launch_bounds__(kThreads)
     if (row >= tile.row_count) break;
     sum_over_groups(sums[row], columns, scratch, block, D, [&](int64_t d, Number sum) {
       const int64_t at = (tile.first_row + row) * D + d;
-      if (params.gate) sum *= sigmoid(static_cast<Number>(params.gate[at]));
-      params.context[at] = static_cast<T>(sum);
+      if (parts == 1) {
+        store_context(params, at, sum);
+      } else {
+        params.context_parts[block.part * params.sizes.B * params.sizes.K * D + at] = sum;
+      }
     });
   }
+}
+
+// A thread a channel of a row: the context, where the cells are in several parts.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) soft_attention_sum_parts_kernel(SoftAttentionForward<T> params, int parts) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t count = params.sizes.B * params.sizes.K * params.sizes.D;
+  if (i >= count) return;
+  accumulate_t<T> sum = 0;
+  for (int part = 0; part < parts; ++part) sum += params.context_parts[part * count + i];
+  store_context(params, i, sum);
 }
 
 // A thread a channel of a row: gated_grad and gate_grad.
@@ -214,7 +235,7 @@ __global__ void __launch_bounds__(kThreads)
   using Number = accumulate_t<T>;
   constexpr int width = kWidth<T>;
   const int64_t K = params.sizes.K, P = params.sizes.P, A = params.sizes.A;
-  const ChannelsBlock block(A, width, columns);
+  const ChannelsBlock block(P, A, width, columns, 1);
   const int64_t b = block.outer;
   const bool has_channel = block.channel_count > 0;
   Number* scratch = reinterpret_cast<Number*>(dynamic_shared);
@@ -266,11 +287,11 @@ __global__ void __launch_bounds__(kThreads)
 // Over channels: features_grad. The gradients of the image's first `rows` rows stay in registers.
 template <typename T, int rows>
 __global__ void __launch_bounds__(kThreads)
-    soft_attention_features_grad_kernel(SoftAttentionBackward<T> params, bool aligned, int columns) {
+    soft_attention_features_grad_kernel(SoftAttentionBackward<T> params, bool aligned, int columns, int parts) {
   using Number = accumulate_t<T>;
   constexpr int width = kWidth<T>;
   const int64_t K = params.sizes.K, P = params.sizes.P, D = params.sizes.D;
-  const ChannelsBlock block(D, width, columns);
+  const ChannelsBlock block(P, D, width, columns, parts);
   const int64_t b = block.outer;
   if (block.channel_count <= 0) return;
   const auto load_grad = [&](int64_t row) {
@@ -283,7 +304,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int row = 0; row < rows; ++row) {
     if (row < K) grads[row] = load_grad(row);
   }
-  for (int64_t p = block.first_cell; p < P; p += block.cell_step) {
+  for (int64_t p = block.first_cell; p < block.part_end; p += block.cell_step) {
     Pack<Number, width> sum{};
     const auto add = [&](int64_t row, const Pack<Number, width>& grad) {
       const Number weight = weights[row * P + p];

@@ -26,17 +26,8 @@ struct Aligned {
   }
 };
 
-// Columns of a block in a kernel over channels: a warp's worth, or fewer (which spreads an image over more blocks, each
-// of which still reads 128 neighbouring bytes) where there would be too few channels, or blocks for the chip's
-// `processors`.
-inline int columns_for(int64_t images_and_rows, int64_t channels, int width, int processors) {
-  int columns = kWarpSize;
-  while (columns > 8 &&
-         (images_and_rows * ceil_div(channels, columns * width) < 2 * processors || columns / 2 * width >= channels)) {
-    columns /= 2;
-  }
-  return columns;
-}
+// Blocks that a chip of so many multiprocessors should have at least.
+inline int64_t enough_blocks(int processors) { return 2 * processors; }
 
 // Threads and blocks of a kernel over cells.
 struct CellsGrid {
@@ -44,10 +35,50 @@ struct CellsGrid {
   int64_t blocks;
 
   CellsGrid(int64_t images_and_rows, int64_t cells, int processors) {
-    threads = images_and_rows * ceil_div(cells, kThreads / kWarpSize * kCells) < 2 * processors ? kWarpSize : kThreads;
+    threads = images_and_rows * ceil_div(cells, kThreads / kWarpSize * kCells) < enough_blocks(processors) ? kWarpSize
+                                                                                                           : kThreads;
     blocks = images_and_rows * ceil_div(cells, threads / kWarpSize * kCells);
   }
 };
+
+// Columns of a block, parts of the cells and blocks of a kernel over channels; `outer`: images, or tiles of rows.
+struct ChannelsGrid {
+  int columns = kWarpSize, parts = 1;
+  int64_t blocks;
+
+  // Columns: a warp's worth, or fewer (which spreads an image over more blocks, each of which still reads 128
+  // neighbouring bytes) where there would be too few channels or blocks.
+  ChannelsGrid(int64_t outer, int64_t channels, int width, int processors) {
+    while (columns > 8 && (outer * ceil_div(channels, columns * width) < enough_blocks(processors) ||
+                           columns / 2 * width >= channels)) {
+      columns /= 2;
+    }
+    blocks = outer * ceil_div(channels, columns * width);
+  }
+
+  // Parts: one, or more where there are too few blocks even so, as long as each thread keeps a cell.
+  void split(int64_t cells, int processors) {
+    const int64_t most_parts = cells / (kThreads / columns), blocks_a_part = blocks;
+    while (parts < most_parts && blocks < enough_blocks(processors)) {
+      ++parts;
+      blocks += blocks_a_part;
+    }
+  }
+};
+
+// Rows that a block of the context kernel does, of 1, 5 and 10: as many as K needs, and shared memory has room for.
+template <typename T>
+int64_t context_rows(const SoftAttentionSizes& sizes) {
+  const int64_t room = kMaxCellsCuda<T> / sizes.P;
+  return sizes.K <= 1 || room < 5 ? 1 : sizes.K <= 5 || room < 10 ? 5 : 10;
+}
+
+template <typename T>
+ChannelsGrid context_grid(const SoftAttentionSizes& sizes, int processors) {
+  ChannelsGrid grid(sizes.B * ceil_div(sizes.K, context_rows<T>(sizes)), sizes.D, kWidth<T>, processors);
+  grid.split(sizes.P, processors);
+  return grid;
+}
 
 // Calls body(rows), a constant: the least of 1, 5, 10 that has room for K, or 10 and several blocks.
 template <typename Body>
@@ -70,16 +101,14 @@ void launch_forward(const SoftAttentionForward<T>& params, int processors, Launc
     const CellsGrid grid(B * ceil_div(K, rows), P, processors);
     launch(soft_attention_score_kernel<T, rows>, grid.blocks, grid.threads, 0, params, aligned.keys);
   });
-  const int64_t rows_with_room = kMaxCellsCuda<T> / P;  // in shared memory
-  const int64_t most_rows = rows_with_room >= 10 ? 10 : rows_with_room >= 5 ? 5 : 1;
-  with_rows(K < most_rows ? K : most_rows, [&](auto rows) {
-    const int64_t images_and_rows = B * ceil_div(K, rows);
-    const int columns = columns_for(images_and_rows, D, kWidth<T>, processors);
-    const int64_t blocks = images_and_rows * ceil_div(D, columns * kWidth<T>);
-    const int64_t numbers = rows * P + kThreads * kWidth<T>;
-    launch(soft_attention_context_kernel<T, rows>, blocks, kThreads, numbers * sizeof(accumulate_t<T>), params,
-           aligned.features, columns);
+  const ChannelsGrid grid = context_grid<T>(params.sizes, processors);
+  with_rows(context_rows<T>(params.sizes), [&](auto rows) {
+    const int64_t numbers = rows * ceil_div(P, grid.parts) + kThreads * kWidth<T>;
+    launch(soft_attention_context_kernel<T, rows>, grid.blocks, kThreads, numbers * sizeof(accumulate_t<T>), params,
+           aligned.features, grid.columns, grid.parts);
   });
+  if (grid.parts == 1) return;
+  launch(soft_attention_sum_parts_kernel<T>, ceil_div(B * K * D, kThreads), kThreads, 0, params, grid.parts);
 }
 
 template <typename T, typename Launch>
@@ -96,15 +125,16 @@ void launch_backward(const SoftAttentionBackward<T>& params, int processors, Lau
     launch(soft_attention_softmax_grad_kernel<T>, ceil_div(B * K, kThreads / kWarpSize), kThreads, 0, params);
   }
   with_rows(K, [&](auto rows) {
-    const int columns = columns_for(B, A, kWidth<T>, processors);
-    launch(soft_attention_keys_grad_kernel<T, rows>, B * ceil_div(A, columns * kWidth<T>), kThreads,
-           kThreads * kWidth<T> * sizeof(accumulate_t<T>), params, aligned.keys, columns);
+    const ChannelsGrid grid(B, A, kWidth<T>, processors);
+    launch(soft_attention_keys_grad_kernel<T, rows>, grid.blocks, kThreads,
+           kThreads * kWidth<T> * sizeof(accumulate_t<T>), params, aligned.keys, grid.columns);
   });
   if (!params.features_grad) return;
   with_rows(K, [&](auto rows) {
-    const int columns = columns_for(B, D, kWidth<T>, processors);
-    launch(soft_attention_features_grad_kernel<T, rows>, B * ceil_div(D, columns * kWidth<T>), kThreads, 0, params,
-           aligned.features, columns);
+    ChannelsGrid grid(B, D, kWidth<T>, processors);
+    grid.split(P, processors);
+    launch(soft_attention_features_grad_kernel<T, rows>, grid.blocks, kThreads, 0, params, aligned.features,
+           grid.columns, grid.parts);
   });
 }
 

@@ -126,18 +126,21 @@ __device__ void sum_over_channels(const CellsBlock& block, int64_t channels, con
   }
 }
 
-// Which column a thread of a kernel over channels has, and every how many-th cell is its. Blocks: images, or tiles of
-// rows; then columns. The block's threads: cells, then columns.
+// Which column a thread of a kernel over channels has, and every how many-th cell of its block's part. Blocks: images,
+// or tiles of rows; then parts of the cells; then columns. The block's threads: cells, then columns.
 struct ChannelsBlock {
-  int64_t outer, first_channel, channel, channel_count, first_cell, cell_step;
+  int64_t outer, part, first_channel, channel, channel_count, part_begin, part_end, first_cell, cell_step;
 
-  __device__ ChannelsBlock(int64_t channels, int width, int columns) {
-    const int64_t column_blocks = ceil_div(channels, columns * width);
-    outer = blockIdx.x / column_blocks;
+  __device__ ChannelsBlock(int64_t cells, int64_t channels, int width, int columns, int parts) {
+    const int64_t column_blocks = ceil_div(channels, columns * width), outer_and_part = blockIdx.x / column_blocks;
+    outer = outer_and_part / parts;
+    part = outer_and_part % parts;
     first_channel = blockIdx.x % column_blocks * columns * width;
     channel = first_channel + threadIdx.x % columns * width;
     channel_count = channels - channel;  // from its own on; none where negative
-    first_cell = threadIdx.x / columns;
+    part_begin = cells * part / parts;
+    part_end = cells * (part + 1) / parts;
+    first_cell = part_begin + threadIdx.x / columns;
     cell_step = blockDim.x / columns;
   }
 };
