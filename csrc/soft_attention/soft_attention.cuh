@@ -245,13 +245,7 @@ __global__ void __launch_bounds__(kThreads)
 
   for (int64_t k = 0; k < K; k += rows) {
     const int64_t first_row = b * K + k, row_count = K - k < rows ? K - k : rows;
-    Pack<Number, width> query[rows], query_grad[rows] = {};
-#pragma unroll
-    for (int row = 0; row < rows; ++row) {
-      if (has_channel && row < row_count) {
-        query[row] = load<width>(params.query + (first_row + row) * A + block.channel, block.channel_count, aligned);
-      }
-    }
+    Pack<Number, width> query_grads[rows] = {};
     for (int64_t p = block.first_cell; has_channel && p < P; p += block.cell_step) {
       const T* from = params.keys + b * params.keys_stride + p * A + block.channel;
       const auto key = load<width>(from, block.channel_count, aligned);
@@ -261,13 +255,16 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int row = 0; row < rows; ++row) {
         if (row >= row_count) break;
+        // Loaded anew for every cell: kept, the queries would take the registers of a second block.
+        const T* query_row = params.query + (first_row + row) * A + block.channel;
+        const auto query = load<width>(query_row, block.channel_count, aligned);
         const Number score_grad = params.score_grad[(first_row + row) * P + p];
 #pragma unroll
         for (int j = 0; j < width; ++j) {
-          const Number y = activate(key.values[j] + query[row].values[j]);
+          const Number y = activate(key.values[j] + query.values[j]);
           const Number grad = score_grad * score_weight.values[j] * activate.grad(y);
           score_weight_grad.values[j] += score_grad * y;
-          query_grad[row].values[j] += grad;
+          query_grads[row].values[j] += grad;
           key_grad.values[j] += grad;
         }
       }
@@ -276,7 +273,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int row = 0; row < rows; ++row) {
       if (row >= row_count) break;
-      sum_over_groups(query_grad[row], columns, scratch, block, A,
+      sum_over_groups(query_grads[row], columns, scratch, block, A,
                       [&](int64_t a, Number sum) { params.query_grad[(first_row + row) * A + a] = sum; });
     }
   }

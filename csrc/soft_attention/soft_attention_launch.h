@@ -80,15 +80,15 @@ ChannelsGrid context_grid(const SoftAttentionSizes& sizes, int processors) {
   return grid;
 }
 
-// Calls body(rows), a constant: the least of 1, 5, 10 that has room for K, or 10 and several blocks.
-template <typename Body>
+// Calls body(rows), a constant: the least of 1, 5 and `most` that has room for K, or `most` and K in several goes.
+template <int most, typename Body>
 void with_rows(int64_t K, const Body& body) {
   if (K <= 1) {
     body(std::integral_constant<int, 1>());
   } else if (K <= 5) {
     body(std::integral_constant<int, 5>());
   } else {
-    body(std::integral_constant<int, 10>());
+    body(std::integral_constant<int, most>());
   }
 }
 
@@ -97,12 +97,12 @@ void launch_forward(const SoftAttentionForward<T>& params, int processors, Launc
   const int64_t B = params.sizes.B, K = params.sizes.K, P = params.sizes.P, D = params.sizes.D;
   if (B * K == 0) return;
   const Aligned aligned(params);
-  with_rows(K, [&](auto rows) {
+  with_rows<10>(K, [&](auto rows) {
     const CellsGrid grid(B * ceil_div(K, rows), P, processors);
     launch(soft_attention_score_kernel<T, rows>, grid.blocks, grid.threads, 0, params, aligned.keys);
   });
   const ChannelsGrid grid = context_grid<T>(params.sizes, processors);
-  with_rows(context_rows<T>(params.sizes), [&](auto rows) {
+  with_rows<10>(context_rows<T>(params.sizes), [&](auto rows) {
     const int64_t numbers = rows * ceil_div(P, grid.parts) + kThreads * kWidth<T>;
     launch(soft_attention_context_kernel<T, rows>, grid.blocks, kThreads, numbers * sizeof(accumulate_t<T>), params,
            aligned.features, grid.columns, grid.parts);
@@ -118,19 +118,19 @@ void launch_backward(const SoftAttentionBackward<T>& params, int processors, Lau
   const Aligned aligned(params);
   if (K > 0) {
     launch(soft_attention_gate_grad_kernel<T>, ceil_div(B * K * D, kThreads), kThreads, 0, params);
-    with_rows(K, [&](auto rows) {
+    with_rows<5>(K, [&](auto rows) {
       const CellsGrid grid(B * ceil_div(K, rows), P, processors);
       launch(soft_attention_weights_grad_kernel<T, rows>, grid.blocks, grid.threads, 0, params, aligned.features);
     });
     launch(soft_attention_softmax_grad_kernel<T>, ceil_div(B * K, kThreads / kWarpSize), kThreads, 0, params);
   }
-  with_rows(K, [&](auto rows) {
+  with_rows<5>(K, [&](auto rows) {
     const ChannelsGrid grid(B, A, kWidth<T>, processors);
     launch(soft_attention_keys_grad_kernel<T, rows>, grid.blocks, kThreads,
            kThreads * kWidth<T> * sizeof(accumulate_t<T>), params, aligned.keys, grid.columns);
   });
   if (!params.features_grad) return;
-  with_rows(K, [&](auto rows) {
+  with_rows<5>(K, [&](auto rows) {
     ChannelsGrid grid(B, D, kWidth<T>, processors);
     grid.split(P, processors);
     launch(soft_attention_features_grad_kernel<T, rows>, grid.blocks, kThreads, 0, params, aligned.features,
