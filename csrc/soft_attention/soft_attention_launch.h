@@ -97,7 +97,9 @@ void launch_forward(const SoftAttentionForward<T>& params, int processors, Launc
   const int64_t B = params.sizes.B, K = params.sizes.K, P = params.sizes.P, D = params.sizes.D;
   if (B * K == 0) return;
   const Aligned aligned(params);
-  with_rows<10>(K, [&](auto rows) {
+  // A row a warp where the cells alone make too few warps, although every row's warp then reads the keys.
+  const bool few = B * ceil_div(P, kCells) < enough_blocks(processors);
+  with_rows<10>(few ? 1 : K, [&](auto rows) {
     const CellsGrid grid(B * ceil_div(K, rows), P, processors);
     launch(soft_attention_score_kernel<T, rows>, grid.blocks, grid.threads, 0, params, aligned.keys);
   });
