@@ -1,5 +1,5 @@
 // The CUDA launchers.
-#include "soft_attention.cuh"
+#include "soft_attention_launch.h"
 
 namespace attncap {
 namespace {
@@ -28,6 +28,11 @@ int processors() {
 }  // namespace
 
 template <typename T>
+int soft_attention_parts_cuda(const SoftAttentionSizes& sizes) {
+  return context_grid<T>(sizes, processors()).parts;
+}
+
+template <typename T>
 cudaError_t soft_attention_forward_cuda(const SoftAttentionForward<T>& params, cudaStream_t stream) {
   Launcher launch{stream};
   launch_forward(params, processors(), launch);
@@ -42,6 +47,7 @@ cudaError_t soft_attention_backward_cuda(const SoftAttentionBackward<T>& params,
 }
 
 #define INSTANTIATE(T)                                                                            \
+  template int soft_attention_parts_cuda<T>(const SoftAttentionSizes&);                           \
   template cudaError_t soft_attention_forward_cuda(const SoftAttentionForward<T>&, cudaStream_t); \
   template cudaError_t soft_attention_backward_cuda(const SoftAttentionBackward<T>&, cudaStream_t);
 INSTANTIATE(float)

@@ -43,6 +43,7 @@ struct SoftAttentionForward {
   T* context;                            // [N, D]
   T* weights;                            // [N, P]
   accumulate_t<T>* scores;               // [N, P] scratch
+  accumulate_t<T>* context_parts;        // [parts, N, D] scratch on CUDA when there are several parts; else unused
 };
 
 // The mask is not needed: a masked cell's weight is 0, and with it every gradient of that cell.
@@ -87,6 +88,11 @@ template <typename T>
 constexpr int64_t kMaxCellsCuda = 40 * 1024 / sizeof(accumulate_t<T>);
 
 #ifdef USE_CUDA
+// Parts in which the forward sums over the cells: more than one where an image would else keep too few blocks of the
+// current device busy. They want context_parts.
+template <typename T>
+int soft_attention_parts_cuda(const SoftAttentionSizes& sizes);
+
 // Both return the first error of their launches.
 template <typename T>
 cudaError_t soft_attention_forward_cuda(const SoftAttentionForward<T>& params, cudaStream_t stream);

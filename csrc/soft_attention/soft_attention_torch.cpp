@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor keys, Tensor query, T
 
   dispatch_dtype(features, [&](auto type) {
     using T = decltype(type);
-    const SoftAttentionForward<T> params{
+    SoftAttentionForward<T> params{
         .sizes = sizes,
         .activation = parse_activation(activation),
         .features_stride = features.stride(0),
@@ -72,7 +72,13 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor keys, Tensor query, T
 #ifdef USE_CUDA
     check(params.sizes.P <= kMaxCellsCuda<T>,
           "soft_attention on CUDA takes at most " + std::to_string(kMaxCellsCuda<T>) + " cells of this dtype");
-    launch_on_device(features, [&](cudaStream_t stream) { return soft_attention_forward_cuda(params, stream); });
+    launch_on_device(features, [&](cudaStream_t stream) {
+      const int parts = soft_attention_parts_cuda<T>(sizes);
+      const Tensor context_parts = torch::stable::new_empty(
+          features, {parts > 1 ? parts : 0, sizes.B * sizes.K, sizes.D}, accumulate_dtype(features));
+      params.context_parts = mutable_data<accumulate_t<T>>(context_parts);
+      return soft_attention_forward_cuda(params, stream);
+    });
 #else
     ATTNCAP_CALL_BEST_ISA(soft_attention_forward_cpu, params, threads);
 #endif

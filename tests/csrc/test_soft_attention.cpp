@@ -13,7 +13,7 @@
 
 #include "cuda_emulator.h"  // first: it defines what device code needs
 
-#include "soft_attention/soft_attention.cuh"
+#include "soft_attention/soft_attention_launch.h"
 
 using namespace attncap;
 using cuda_emulator::launch;
@@ -42,7 +42,7 @@ struct Problem {
   std::vector<T> features, keys, query, score_weight, gate, context_grad, weights_grad;
   std::unique_ptr<bool[]> mask;
   std::vector<T> context, weights, features_grad, keys_grad, gate_grad;
-  std::vector<Number> scores, query_grad, score_weight_grad, gated_grad, score_grad;
+  std::vector<Number> scores, context_parts, query_grad, score_weight_grad, gated_grad, score_grad;
 
   void allocate() {
     const auto [B, K, P, D, A] = sizes;
@@ -164,7 +164,11 @@ struct Problem {
     const auto emulate = [&](auto kernel, int64_t blocks, int threads, size_t shared_bytes, const auto&... arguments) {
       launch(schedule, blocks, threads, shared_bytes, kernel, arguments...);
     };
-    launch_forward(forward(), processors, emulate);
+    SoftAttentionForward<T> params = forward();
+    const int parts = context_grid<T>(sizes, processors).parts;
+    context_parts.assign(parts > 1 ? parts * context.size() : 0, NAN);
+    params.context_parts = context_parts.data();
+    launch_forward(params, processors, emulate);
     launch_backward(backward(), processors, emulate);
   }
 };
@@ -321,6 +325,19 @@ void expect(bool condition, const char* what) {
   ++failures;
 }
 
+// kCellsInParts comes in parts of 35 and 36 cells on a chip that it cannot fill, and so does one image of real size;
+// many images do not, nor a few cells, whatever the chip.
+constexpr SoftAttentionSizes kCellsInParts{2, 3, 71, 12, 4};
+
+template <typename T>
+void test_parts() {
+  expect(context_grid<T>(kCellsInParts, 100).parts == 2, "as many parts as leave every thread a cell");
+  expect(context_grid<T>(kCellsInParts, 1).parts == 1, "a small chip has one part");
+  expect(context_grid<T>({1, 5, 196, 2048, 512}, 132).blocks > 132, "one image has a block for every multiprocessor");
+  expect(context_grid<T>({1024, 1, 196, 2048, 512}, 132).parts == 1, "1,024 images have one part");
+  expect(context_grid<T>({1, 1, 1, 1, 1}, 132).parts == 1, "one cell has one part");
+}
+
 void test_short_types() {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {  // every value survives the way to float and back
     float16 half;
@@ -344,6 +361,9 @@ int main() {
     if (!has(isa)) std::printf("left out: instruction set %d, which this processor has not\n", int(isa));
   }
   test_short_types();
+  test_parts<float>();
+  test_parts<double>();
+  test_parts<bfloat16>();
   // B, K, P, D, A: below, at and above a vector, a warp, a tile of cells, a block and the rows of a block
   test_sizes<float>("float32", 1e-5,
                     {{1, 1, 1, 1, 1},
@@ -353,10 +373,11 @@ int main() {
                      {2, 10, 5, 3, 8},
                      {1, 5, 4, 520, 16},
                      {1, 12, 6, 20, 12},
-                     {1, 1, 197, 65, 33}});
-  test_sizes<double>("float64", 1e-12, {{2, 3, 7, 8, 5}, {1, 2, 33, 65, 100}, {1, 11, 3, 4, 6}});
-  test_sizes<bfloat16>("bfloat16", 0.02, {{2, 3, 7, 8, 5}, {1, 2, 33, 65, 100}, {2, 6, 9, 72, 16}});
-  test_sizes<float16>("float16", 0.002, {{2, 3, 7, 8, 5}, {1, 2, 33, 65, 100}, {2, 6, 9, 72, 16}});
+                     {1, 1, 197, 65, 33},
+                     kCellsInParts});
+  test_sizes<double>("float64", 1e-12, {{2, 3, 7, 8, 5}, {1, 2, 33, 65, 100}, {1, 11, 3, 4, 6}, kCellsInParts});
+  test_sizes<bfloat16>("bfloat16", 0.02, {{2, 3, 7, 8, 5}, {1, 2, 33, 65, 100}, {2, 6, 9, 72, 16}, kCellsInParts});
+  test_sizes<float16>("float16", 0.002, {{2, 3, 7, 8, 5}, {1, 2, 33, 65, 100}, {2, 6, 9, 72, 16}, kCellsInParts});
   test_many_cells();
   test_large_scores();
   if (failures == 0) std::printf("ok\n");
