@@ -23,10 +23,11 @@ from attncap.pictures import save_attention
 class CaptionConfig(command.CaptioningConfig):
     images: tyro.conf.Positional[tuple[str, ...]]
     """Image files, and folders that are searched for images."""
-    model: str
-    """Folder of a trained model, as `python -m attncap.train` writes it."""
+    model: tuple[str, ...]
+    """Folder of a trained model, as `python -m attncap.train` writes it; of several, words' probabilities are
+    averaged."""
     format: Literal["text", "jsonl"] = "text"
-    """Print `path: caption`, or a JSON object a line."""
+    """Print `path: caption`, or a JSON object a line; of several captions of an image, the best first."""
     attention_dir: str | None = None
     """Folder for a picture of each caption: its words, each with the places the model looked at."""
 
@@ -36,16 +37,17 @@ def main(config: CaptionConfig) -> None:
     if not paths:
         raise CallError(f"no images in {', '.join(config.images)}; give image files, or folders that hold some")
     device = command.find_device(config.device)
-    model = Captioner.from_pretrained(config.model, config.implementation).to(device)
+    models = [Captioner.from_pretrained(folder, config.implementation).to(device) for folder in config.model]
     examples = [Example(name=str(path), captions=(), path=path) for path in paths]
     written = 0
-    with contextlib.closing(caption_examples(model, examples, config)) as captions:
+    with contextlib.closing(caption_examples(models, examples, config)) as captions:
         for example, caption in captions:
-            if config.format == "text":
-                tqdm.write(f"{example.name}: {caption.text}")
-            else:
-                line = {"image": example.name, "caption": caption.text, "score": caption.score}
-                tqdm.write(json.dumps(line, ensure_ascii=False))
+            for found in (caption, *caption.others):
+                if config.format == "text":
+                    tqdm.write(f"{example.name}: {found.text}")
+                else:
+                    line = {"image": example.name, "caption": found.text, "score": found.score}
+                    tqdm.write(json.dumps(line, ensure_ascii=False))
             if config.attention_dir is not None:
                 picture = Path(config.attention_dir) / f"{written:06d}-{example.path.stem}.png"
                 save_attention(picture, [(example.image(), caption)])
@@ -55,10 +57,11 @@ def main(config: CaptionConfig) -> None:
 
 
 def caption_examples(
-    model: Captioner, examples: Sequence, config: command.CaptioningConfig
+    models: Sequence[Captioner], examples: Sequence, config: command.CaptioningConfig
 ) -> Iterator[tuple[Example, Caption]]:
-    """Each example that can be read, with its caption, in order, under a progress bar; the others are reported and left
-    out."""
+    """Each example that can be read, with its caption by the model, or the ensemble of models, in order, under a
+    progress bar; the others are reported and left out."""
+    model, *ensemble = models
     with tqdm(total=len(examples), desc="captioning", unit="image", leave=False) as bar:
         pictures = Pictures(examples, model.config.image_size)
         workers = command.find_workers(config.workers, model.device)
@@ -66,7 +69,9 @@ def caption_examples(
             for error in errors:
                 report(str(error))
             if images is not None:
-                captions = model.caption(images, config.beam_size, config.max_length, config.batch_size)
+                captions = model.caption(
+                    images, config.search, batch_size=config.batch_size, suppressed=config.suppressed, ensemble=ensemble
+                )
                 yield from ((examples[i], caption) for i, caption in zip(indices, captions, strict=True))
             bar.update(len(indices) + len(errors))
 

@@ -2,8 +2,9 @@
 
 import json
 import struct
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -19,7 +20,7 @@ from attncap.errors import CallError, UserError
 from attncap.files import write_atomically
 from attncap.models.decoder import Decoder
 from attncap.models.encoder import Encoder
-from attncap.search import beam_search
+from attncap.search import SearchConfig, beam_search
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Caption:
     score: float  # sum of the log-probabilities of its words and of <end>
     words: list[str]
     attention: Tensor  # float32 [len(words), rows, columns]: where the model looked as it wrote each word
+    others: list["Caption"] = field(default_factory=list)  # the next best, as many as `n_best` asks for
 
 
 class Captioner(nn.Module):
@@ -65,28 +67,48 @@ class Captioner(nn.Module):
     def caption(
         self,
         images: Tensor | Sequence[str | Path | Image.Image],
-        beam_size: int = 5,
-        max_length: int = 50,
+        search: SearchConfig | None = None,
+        *,
         batch_size: int = 32,
+        suppressed: Sequence[str] = ("<unk>",),
+        ensemble: Sequence["Captioner"] = (),
+        **settings,
     ) -> list[Caption]:
-        """Caption images with the best hypothesis of a beam search.
+        """Caption images with the best hypotheses of a beam search; `attncap.search.beam_search` says how it goes.
 
         Args:
             images: paths, Pillow images, or a uint8 tensor [B,3,S,S] of images already at the model's size.
-            beam_size: K, hypotheses an image followed at once; 1 is greedy.
-            max_length: steps of the search, a word or <end> each.
+            search: settings of the search; the default ones if None.
             batch_size: images that go through the model together.
+            suppressed: words that no caption has.
+            ensemble: models of the same vocabulary, image size and grid; their words' probabilities and this model's
+                are averaged, and so is their attention.
+            settings: fields of `SearchConfig` that differ from `search`: beam_size=3, length_penalty="average", ...
 
         Raises UserError for a file that is no readable image, CallError for anything but the above.
         """
-        training = self.training
-        self.eval()
+        search = replace(search or SearchConfig(), **settings)
+        for model in ensemble:
+            if (model.vocabulary.words, model.config.image_size, model.grid) != (
+                self.vocabulary.words,
+                self.config.image_size,
+                self.grid,
+            ):
+                raise CallError("the models of an ensemble need the same vocabulary, image size and grid")
+        unknown = [word for word in suppressed if word not in self.vocabulary.words or word == "<end>"]
+        if unknown:
+            raise CallError(f"{unknown[0]!r} cannot be suppressed: it is no word of the vocabulary")
+        forbidden = [self.vocabulary.words.index(word) for word in suppressed]
         if isinstance(images, str | Path | Image.Image):
             raise CallError("caption() takes a list of images; put the one you have into [ ]")
         size = self.config.image_size
         if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.shape[1:] != (3, size, size)):
             found = f"{images.dtype} {list(images.shape)}"
             raise CallError(f"caption() takes a tensor of torch.uint8 [B, 3, {size}, {size}], not {found}")
+        models = (self, *ensemble)
+        training = [model.training for model in models]
+        for model in models:
+            model.eval()
         captions = []
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
@@ -95,14 +117,22 @@ class Captioner(nn.Module):
                     upright_rgb(image) if isinstance(image, Image.Image) else load_image(image) for image in batch
                 )
                 batch = torch.stack([to_tensor(picture, size) for picture in pictures])
-            features = self.encoder(batch.to(self.device))
-            captions += map(self._caption, beam_search(self.decoder, features, beam_size, max_length))
-        self.train(training)
+            features = [model.encoder(batch.to(model.device), repeat=False) for model in models]
+            seeds = [zlib.crc32(image.numpy()) for image in batch.cpu()] if search.method == "sample" else None
+            decoders = [model.decoder for model in models]
+            for hypotheses in beam_search(decoders, features, search, forbidden, seeds):
+                best, *best.others = map(self._caption, hypotheses)
+                captions.append(best)
+        for model, mode in zip(models, training, strict=True):
+            model.train(mode)
         return captions
 
     def _caption(self, hypothesis) -> Caption:
         words = [self.vocabulary.words[token] for token in hypothesis.tokens]
-        attention = hypothesis.attention.view(len(words), *self.grid)
+        side = int(hypothesis.attention.shape[1] ** 0.5)
+        copies = self.grid[0] // side  # of a cell, on each side
+        attention = hypothesis.attention.view(len(words), side, side) / copies**2
+        attention = attention.repeat_interleave(copies, dim=1).repeat_interleave(copies, dim=2)
         return Caption(" ".join(words), hypothesis.score, words, attention)
 
     @property

@@ -6,14 +6,15 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, TypeVar
 
 import torch
 import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from attncap.errors import CallError, UserError
+from attncap.search import SearchConfig
 
 Config = TypeVar("Config")
 
@@ -22,10 +23,9 @@ Config = TypeVar("Config")
 class CaptioningConfig:
     """The flags of every command that captions images."""
 
-    beam_size: int = 5
-    """Hypotheses followed at once; 1 is greedy."""
-    max_length: int = 50
-    """Steps of the search: the longest caption's words, its end counted."""
+    search: Annotated[SearchConfig, tyro.conf.arg(name="")] = field(default_factory=SearchConfig)
+    suppressed: tuple[str, ...] = ("<unk>",)
+    """Words that no caption has."""
     batch_size: int = 32
     """Images that go through the model together."""
     workers: int | None = None
@@ -76,17 +76,19 @@ def run(name: str, main: Callable[[Config], None], config: type[Config] | Config
 def check_numbers(config: object) -> None:
     """Raises CallError for a number outside what its flag allows: from 1 on for whole numbers, from 0 on for the others
     and for those that may count nothing, below 1 for shares."""
-    for field in dataclasses.fields(config):
-        value, least = getattr(config, field.name), 0
-        if dataclasses.is_dataclass(value):
+    for setting in dataclasses.fields(config):
+        value, least = getattr(config, setting.name), 0
+        if isinstance(value, SearchConfig):
+            value.check()
+        elif dataclasses.is_dataclass(value):
             check_numbers(value)
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            if isinstance(value, int) and field.name not in ("seed", "workers"):
+            if isinstance(value, int) and setting.name not in ("seed", "workers"):
                 least = 1
             if not value >= least:
-                raise CallError(f"--{field.name.replace('_', '-')} {value}: must be at least {least}")
-            if field.name in ("dropout", "label_smoothing") and value >= 1:
-                raise CallError(f"--{field.name.replace('_', '-')} {value}: must be below 1")
+                raise CallError(f"--{setting.name.replace('_', '-')} {value}: must be at least {least}")
+            if setting.name in ("dropout", "label_smoothing") and value >= 1:
+                raise CallError(f"--{setting.name.replace('_', '-')} {value}: must be below 1")
 
 
 def find_device(name: str) -> torch.device:

@@ -22,8 +22,8 @@ from attncap.files import write_atomically
 
 @dataclass
 class EvaluateConfig(command.CaptioningConfig):
-    model: str | None = None
-    """Folder of a trained model; goes with --data."""
+    model: tuple[str, ...] | None = None
+    """Folder of a trained model; goes with --data. Of several, words' probabilities are averaged."""
     data: str | None = None
     """shapes, or the path of a data set (see `python -m attncap.train --help`)."""
     split: str = "test"
@@ -43,11 +43,11 @@ def main(config: EvaluateConfig) -> None:
     match [value is not None for value in given]:
         case [True, True, False, False]:
             device = command.find_device(config.device)
-            model = Captioner.from_pretrained(config.model, config.implementation).to(device)
-            splits = open_dataset(config.data, training_seed(config.model) if config.seed is None else config.seed)
+            models = [Captioner.from_pretrained(folder, config.implementation).to(device) for folder in config.model]
+            splits = open_dataset(config.data, training_seed(config.model[0]) if config.seed is None else config.seed)
             if config.split not in splits:
                 raise CallError(f"--split {config.split}: {config.data} has only {', '.join(splits)}")
-            figures, results = evaluate(model, splits[config.split], config)
+            figures, results = evaluate(models, splits[config.split], config)
         case [False, False, True, True]:
             predictions, references = read_results(config.predictions), read_captions(config.references)
             if len(predictions) < len(references):
@@ -64,14 +64,14 @@ def main(config: EvaluateConfig) -> None:
 
 
 def evaluate(
-    model: Captioner, examples: Sequence, config: command.CaptioningConfig
+    models: Sequence[Captioner], examples: Sequence, config: command.CaptioningConfig
 ) -> tuple[dict[str, float], list[dict[str, int | str]]]:
     """Caption every example freely, each image once, and score the captions against all its references.
 
     Returns the figures (see `metrics.score`; on `shapes` also `true`, the share of captions exactly true of their
     scene) and the captions in COCO's results format.
     """
-    written = list(caption_examples(model, examples, config))
+    written = list(caption_examples(models, examples, config))
     if not written:
         raise UserError("none of the images to be scored could be read")
     figures = metrics.score(

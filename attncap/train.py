@@ -147,13 +147,13 @@ def check_resume(config: TrainConfig, output: Path) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError) as error:
         raise CallError(f"--resume: no run to go on with in {output} ({path}: {error}); train without it") from error
-    now = dataclasses.asdict(config)
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
     free = {"data", "output", "epochs", "resume", "device", "workers", "debug"}
-    settings = {**before.pop("model"), **before}
+    before, now = ({**x.pop("model"), **x.pop("search", {}), **x} for x in (before, now))
     changed = [
-        f"--{name.replace('_', '-')} {value} (was {settings.get(name)})"
-        for name, value in {**now.pop("model"), **now}.items()
-        if name not in free and value != settings.get(name)
+        f"--{name.replace('_', '-')} {value} (was {before.get(name)})"
+        for name, value in now.items()
+        if name not in free and value != before.get(name)
     ]
     if changed:
         raise CallError(f"--resume: the run in {output} began with other settings: {', '.join(changed)}")
@@ -184,7 +184,7 @@ class Trainer:
             start = time.time()
             losses = self.train_epoch()
             seconds = time.time() - start
-            figures, _ = evaluate(self.average, self.splits["val"], self.config)
+            figures, _ = evaluate([self.average], self.splits["val"], self.config)
             self.epoch += 1
             line = {"epoch": self.epoch, **losses, "seconds": round(seconds, 1), **figures}
             with open(self.output / "metrics.jsonl", "a", encoding="utf-8") as log:
@@ -219,7 +219,7 @@ class Trainer:
                         examples[index].captions,
                         config.captions_per_image,
                         self.model.vocabulary,
-                        config.max_length,
+                        config.search.max_length,
                         rng,
                     )
                 ]
@@ -275,13 +275,13 @@ class Trainer:
     def test(self) -> None:
         """Caption the test images with the best model; write the figures, the captions, and a picture of attention."""
         self.model = Captioner.from_pretrained(self.output, self.config.implementation).to(self.model.device)
-        figures, results = evaluate(self.model, self.splits["test"], self.config)
+        figures, results = evaluate([self.model], self.splits["test"], self.config)
         write_atomically(self.output / "test.json", json.dumps(figures, indent=2) + "\n")
         write_atomically(self.output / "results.json", json.dumps(results, indent=1) + "\n")
-        print(f"test split, beam {self.config.beam_size}\n{table(figures)}")
+        print(f"test split, beam {self.config.search.beam_size}\n{table(figures)}")
         names = [str(result["image_id"]) for result in results[:4]]
         images = [example.image() for example in self.splits["test"] if example.name in names]
-        captions = self.model.caption(images, self.config.beam_size, self.config.max_length)
+        captions = self.model.caption(images, self.config.search)
         for name, caption in zip(names, captions, strict=True):
             print(f"{name}: {caption.text}")
         save_attention(self.output / "attention.png", list(zip(images, captions, strict=True)))

@@ -18,7 +18,9 @@ from attncap.errors import CallError, UserError
 
 
 class Encoder(nn.Module):
-    """images uint8 [B,3,S,S] -> features float32 [B,P,D].
+    """images uint8 [B,3,S,S] -> features float32 [B,P,D]. A `grid` that only repeats the backbone's cells (14x14 of
+    7x7: each cell 4 times) is left as the backbone gives it with `repeat=False`: attention over the cells themselves,
+    spread over their copies, is attention over the copies.
 
     Args:
         name: a torchvision classification backbone (`torchvision.models.list_models`).
@@ -49,10 +51,10 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, repeat: bool = True) -> Tensor:
         images = (images / 255 - self.mean) / self.std
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))["grid"]  # [B,D,rows,columns]
-        if self.grid is not None:
+        if self.grid is not None and (repeat or self.grid % features.shape[2]):
             features = F.adaptive_avg_pool2d(features, self.grid)
         return features.flatten(2).transpose(1, 2).contiguous()
 

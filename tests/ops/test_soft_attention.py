@@ -401,7 +401,7 @@ def test_cuda_graph(dtype):
         ({"mask": torch.zeros(2, 5)}, "mask has dtype torch.float32, but torch.bool"),
         ({"query": torch.zeros(6, 3).double()}, "query has dtype torch.float64"),
         ({"features": torch.zeros(2, 5, 4).long()}, "features has dtype torch.int64"),
-        ({"keys": torch.zeros(2, 5, 3, device="meta")}, "keys is on meta, but features is on cpu"),
+        ({"keys": torch.zeros(2, 5, 3, device="meta")}, "keys is on meta, but the other tensors are on cpu"),
     ],
 )
 def test_wrong_calls(op, change, message):

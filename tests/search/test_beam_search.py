@@ -7,7 +7,8 @@ from attncap.config import ModelConfig
 from attncap.data.vocabulary import Vocabulary
 from attncap.models import Decoder
 from attncap.search import beam_search
-SUPPRESSED=[0,1,3]
+
+SUPPRESSED = [0, 1, 3]
 
 P, D = 5, 7
 
