@@ -4,6 +4,9 @@ import torch
 from PIL import Image
 
 from attncap import CallError, Captioner, UserError
+from attncap.config import ModelConfig
+from attncap.data.vocabulary import Vocabulary
+from attncap.search import SearchConfig, beam_search
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +54,72 @@ def test_wrong_images(model, tmp_path):
             model.caption(images)
     with pytest.raises(UserError, match="no.jpg"):
         model.caption([tmp_path / "no.jpg"])
+
+
+def test_repeated_cells_are_attended_to_once():
+    """A 4x4 grid of a backbone that gives 2x2 cells: the same captions and attention as over all 16."""
+    torch.manual_seed(0)
+    config = ModelConfig(encoder="resnet18", image_size=64, grid=4, attention_size=8, embedding_size=8, hidden_size=16)
+    model = Captioner(config, Vocabulary([*Vocabulary.SPECIALS, *"abcdefgh"])).eval()
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter.mul_(4)
+    images = torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8)
+    features = model.encoder(images)
+    assert features.shape[1] == 16 and model.encoder(images, repeat=False).shape[1] == 4
+    captions = model.caption(images, max_length=6)
+    found = beam_search(model.decoder, features, SearchConfig(max_length=6))
+    for caption, [hypothesis] in zip(captions, found, strict=True):
+        assert caption.words == [model.vocabulary.words[token] for token in hypothesis.tokens]
+        torch.testing.assert_close(caption.attention, hypothesis.attention.view(-1, 4, 4))
+    assert max(len(caption.words) for caption in captions) > 1
+
+
+def test_settings_of_the_search(model, flickr8k):
+    paths = sorted((flickr8k / "Images").iterdir())[:3]  # red, green, blue
+    best = model.caption(paths, n_best=4, length_penalty="average")
+    for caption in best:
+        scores = [c.score / (len(c.words) + 1) for c in (caption, *caption.others)]
+        assert len(scores) == 4 and scores == sorted(scores, reverse=True)
+        assert len({c.text for c in (caption, *caption.others)}) == 4 and not caption.others[0].others
+    assert [c.text for c in model.caption(paths, SearchConfig(beam_size=1))] == [
+        c.text for c in model.caption(paths, beam_size=1)
+    ]
+    without = model.caption(paths, suppressed=["red", "green"])
+    assert not {"red", "green"} & {word for caption in without for word in caption.words}
+    assert all(len(caption.words) >= 9 for caption in model.caption(paths, min_length=9))
+
+
+def test_samples_depend_on_seed_and_image_alone(model, flickr8k):
+    paths = sorted((flickr8k / "Images").iterdir())[:6]
+
+    def texts(paths, **settings):
+        return [caption.text for caption in model.caption(paths, method="sample", temperature=3.0, **settings)]
+
+    drawn = texts(paths)
+    assert texts(paths, batch_size=2) == drawn and texts(paths[::-1]) == drawn[::-1]
+    assert texts(paths, sample_seed=1) != drawn and len(set(drawn)) > 3
+
+
+def test_ensemble(model, trained, flickr8k):
+    paths = sorted((flickr8k / "Images").iterdir())[:6]
+    twin, other = (Captioner.from_pretrained(trained).train() for _ in range(2))
+    alone = model.caption(paths)
+    assert [c.text for c in model.caption(paths, ensemble=[twin])] == [c.text for c in alone] and twin.training
+    with torch.no_grad():
+        other.decoder.word_output.bias[other.vocabulary.words.index("red")] += 100
+    assert all("red" in c.words for c in model.caption(paths, ensemble=[other]))
+    other.vocabulary = Vocabulary(other.vocabulary.words[:-1])
+    with pytest.raises(CallError, match="the same vocabulary"):
+        model.caption(paths, ensemble=[other])
+
+
+def test_wrong_settings(model, flickr8k):
+    paths = [flickr8k / "Images" / "001.png"]
+    for settings, message in (
+        (dict(suppressed=["zebra"]), "'zebra' cannot be suppressed"),
+        (dict(suppressed=["<end>"]), "'<end>' cannot be suppressed"),
+        (dict(beam_size=33), "--beam-size 33"),
+    ):
+        with pytest.raises(CallError, match=message):
+            model.caption(paths, **settings)

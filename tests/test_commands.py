@@ -45,6 +45,16 @@ def test_caption_text_and_jsonl(attncap, trained, flickr8k, tmp_path):
     assert Image.open(picture).width > 500
 
 
+def test_caption_several_captions_and_models(attncap, trained, flickr8k):
+    picture = flickr8k / "Images" / "001.png"
+    options = ["--workers", 0, "--n-best", 3, "--method", "fixed", "--length-penalty", 0.7, "--no-repeat-ngram", 2]
+    status, out, _ = attncap("caption", picture, "--model", trained, *options)
+    assert status == 0 and len(set(out.splitlines())) == 3
+    assert attncap("caption", picture, "--model", trained, trained, *options)[1] == out
+    status, out, _ = attncap("caption", picture, "--model", trained, "--suppressed", "<unk>", "green", "--workers", 0)
+    assert status == 0 and "green" not in out.split(": ")[1]
+
+
 def test_native_and_torch_give_the_same_captions(attncap, trained, flickr8k):
     outputs = [
         attncap("caption", flickr8k, "--model", trained, "--workers", 0, "--implementation", name)[1]
@@ -211,6 +221,7 @@ def test_wrong_calls_of_caption_and_evaluate(attncap, trained, flickr8k, tmp_pat
         ("caption", [tmp_path / "empty", "--model", trained], 2, "no images in"),
         ("caption", [picture, "--model", trained, "--attention-dir", tmp_path / "a file" / "x"], 1, "cannot write"),
         ("caption", [picture, "--model", trained, "--beam-size", 0], 2, "--beam-size"),
+        ("caption", [picture, "--model", trained, "--suppressed", "zebra"], 2, "'zebra' cannot be suppressed"),
         ("evaluate", ["--model", trained], 2, "--data"),
         ("evaluate", ["--model", trained, "--data", flickr8k, "--split", "dev"], 2, "--split dev"),
         ("evaluate", ["--predictions", tmp_path / "no.json", "--references", tmp_path / "no.json"], 2, "no.json"),
