@@ -46,7 +46,7 @@ class Search:
     def __init__(self, steps: Sequence[DecoderStep], config: SearchConfig, suppressed: Sequence[int]):
         self.steps = steps
         self.config = config
-        self.ops = steps[0].decoder.ops
+        self.ops = steps[0].ops
         table = steps[0].word_table
         self.suppressed = torch.zeros(len(table), dtype=torch.bool, device=table.device)
         self.suppressed[[Vocabulary.PAD, Vocabulary.START, *suppressed]] = True
@@ -55,8 +55,8 @@ class Search:
         """All beams of an image begin alike, so those that are compared with each other begin as one."""
         config, B, device = self.config, len(features[0]), features[0].device
         rows = config.beam_size if config.method == "sample" else config.groups
-        started = [step.decoder.start(values, rows=1) for step, values in zip(self.steps, features, strict=True)]
-        memories, states = zip(*started, strict=True)
+        started = [step.start(values) for step, values in zip(self.steps, features, strict=True)]
+        memories, h, c = zip(*started, strict=True)
         if config.method == "sample":  # a number in [0, 1) for every word that will be drawn
             draws = [torch.Generator().manual_seed(config.sample_seed + seed) for seed in seeds]
             shape = (config.max_length, config.beam_size)
@@ -64,8 +64,8 @@ class Search:
         images = torch.arange(B, device=device)
         return Beams(
             memories,
-            tuple(state.h for state in states),
-            tuple(state.c for state in states),
+            h,
+            c,
             parents=images.unsqueeze(1).expand(B, rows),
             tokens=torch.full((B, rows), Vocabulary.START, device=device),
             scores=torch.zeros(B, rows, device=device),

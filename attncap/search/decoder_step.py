@@ -31,11 +31,18 @@ class Look(NamedTuple):
 class DecoderStep:
     """A decoder's weights, laid out for `look` and `write`. `of` notices when the decoder's own have changed."""
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: Decoder):  # which is not kept, so that it can go
         lstm, query, gate = decoder.lstm, decoder.query, decoder.gate
         E = decoder.embedding.embedding_dim
-        self.decoder = decoder
+        self.ops = decoder.ops
+        self.activation = decoder.activation
+        self.score_weight = decoder.score_weight.detach()
         self.sizes = [4 * lstm.hidden_size, query.out_features, gate.out_features]
+        self.key = linear(decoder.key.weight, decoder.key.bias)
+        self.initial = linear(
+            torch.cat([decoder.initial_h.weight, decoder.initial_c.weight]),
+            torch.cat([decoder.initial_h.bias, decoder.initial_c.bias]),
+        )
         self.hidden_part = linear(
             torch.cat([lstm.weight_hh, query.weight, gate.weight]),
             torch.cat([torch.zeros_like(lstm.bias_hh), query.bias, gate.bias]),
@@ -58,29 +65,31 @@ class DecoderStep:
         """The step of a decoder, made once, and anew when its weights have changed, moved or been cast."""
         made_from = [(p.data_ptr(), p.dtype, None if p.is_inference() else p._version) for p in decoder.parameters()]
         known = _steps.get(decoder)
-        if known is None or known[0] != made_from:
-            known = _steps[decoder] = (made_from, cls(decoder))
-        return known[1]
+        if known is None or known.made_from != made_from:
+            known = _steps[decoder] = cls(decoder)
+            known.made_from = made_from
+            known.weights = [
+                p.detach() for p in decoder.parameters()
+            ]  # while they are kept, no others have their place
+        return known
+
+    def start(self, features: Tensor) -> tuple[Memory, Tensor, Tensor]:
+        """features [B,P,D] -> what every step looks at, and the initial state, h and c [B,H]."""
+        h, c = self.initial(features.mean(dim=1)).chunk(2, dim=1)
+        return Memory(features, self.key(features)), h, c
 
     def look(self, memory: Memory, h: Tensor) -> Look:
         """h [R,H], the rows of an image neighbours."""
         recurrent, query, gate = self.hidden_part(h).split(self.sizes, dim=1)
-        context, weights = self.decoder.ops.soft_attention(
-            memory.features,
-            memory.keys,
-            query,
-            self.decoder.score_weight,
-            activation=self.decoder.activation,
-            gate=gate,
+        context, weights = self.ops.soft_attention(
+            memory.features, memory.keys, query, self.score_weight, activation=self.activation, gate=gate
         )
         return Look(recurrent, self.context_part(context), weights)
 
     def write(self, look: Look, c: Tensor, parents: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows that go on from rows parents [N] of `look` and c [R,H] with the words tokens [N] -> h, c [N,H] and
         logits [N,V]."""
-        h, c, output = self.decoder.ops.lstm_step(
-            look.recurrent, look.context_part, self.word_table, c, parents, tokens
-        )
+        h, c, output = self.ops.lstm_step(look.recurrent, look.context_part, self.word_table, c, parents, tokens)
         if self.hidden_output is None:
             output = h
         else:
@@ -89,7 +98,7 @@ class DecoderStep:
 
 
 # Keyed by identity; a decoder that is gone takes its step along.
-_steps: weakref.WeakKeyDictionary[Decoder, tuple[list, DecoderStep]] = weakref.WeakKeyDictionary()
+_steps: weakref.WeakKeyDictionary[Decoder, DecoderStep] = weakref.WeakKeyDictionary()
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

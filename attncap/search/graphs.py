@@ -20,7 +20,7 @@ class SearchGraphs:
     device goes on by itself, and is asked whether all is done only between graphs, while it works on the next."""
 
     def __init__(self, step: DecoderStep, config: SearchConfig, suppressed: Sequence[int], features: Tensor):
-        search = Search([step], config, suppressed)
+        search = self.search = Search([step], config, suppressed)  # what it holds is read by the graphs
         self.features = features.clone()
         self.is_live = torch.ones(-(-config.max_length // SEGMENT), dtype=torch.bool).pin_memory()  # after each graph
         self.segments = []
