@@ -105,8 +105,9 @@ def beam_search_step_reference(
         amounts = penalties.masked_fill(penalty_words < 0, 0)
         candidates = candidates.view(B * J, V).scatter_add(1, penalty_words.clamp(min=0), -amounts).view(B, J, V)
     ends = candidates[:, :, end] if end_allowed else torch.full_like(scores, -torch.inf)
-    is_word = torch.ones(V, dtype=torch.bool, device=logits.device) if suppressed is None else ~suppressed
-    is_word = is_word.index_fill(0, torch.tensor(end, device=logits.device), False)
+    is_word = torch.arange(V, device=logits.device) != end
+    if suppressed is not None:
+        is_word &= ~suppressed
     candidates = candidates.masked_fill(~is_word, -torch.inf)
 
     best = _ranks(candidates.view(B, J * V), torch.arange(J * V, device=logits.device))

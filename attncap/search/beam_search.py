@@ -66,6 +66,8 @@ def beam_search(
     decoders = [decoders] if isinstance(decoders, Decoder) else decoders
     features = [features] if isinstance(features, Tensor) else features
     steps = [DecoderStep.of(decoder) for decoder in decoders]
+    if len(features[0]) == 0:
+        return []
     if features[0].is_cuda and len(steps) == 1 and config.method != "sample":
         trail, beams = SearchGraphs.of(steps[0], config, suppressed, features[0]).run(features[0])
     else:

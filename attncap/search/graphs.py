@@ -50,7 +50,8 @@ class SearchGraphs:
         if key not in step.graphs:
             if len(step.graphs) == MOST_GRAPHS:
                 step.graphs.clear()
-            step.graphs[key] = cls(step, config, suppressed, features)
+            with torch.cuda.device(features.device):
+                step.graphs[key] = cls(step, config, suppressed, features)
         return step.graphs[key]
 
     def run(self, features: Tensor) -> tuple[list[Step], Beams]:
@@ -59,7 +60,7 @@ class SearchGraphs:
         done, whole_trail = [], []
         for segment, (graph, trail, last) in enumerate(self.segments):
             graph.replay()
-            done.append(torch.cuda.current_stream().record_event())
+            done.append(torch.cuda.current_stream(features.device).record_event())
             whole_trail, beams = whole_trail + trail, last
             if segment > 0:
                 done[segment - 1].synchronize()
