@@ -23,46 +23,50 @@ constexpr int kLaneWords = 16;  // that a lane takes at a time, so that several 
 // 16 bytes of neighbouring logits.
 template <typename T>
 struct alignas(16) Logits {
-  T values[16 / sizeof(T)];
+  static constexpr int kCount = 16 / sizeof(T);
+  T values[kCount];
 };
 
-// One part of `parts` of a row. Whatever the row's alignment, loads of 16 bytes are aligned: the first one may begin
-// before the row, the last one end behind it, and words outside of it have a logit of -infinity and are never read.
+// One part of `parts` of a row: every parts-th run of words that a warp takes at a time.
 template <typename T>
 struct RowPart {
-  static constexpr int kLoad = 16 / sizeof(T);  // words
   const T* logits;
   int V, part, parts;
 
-  __device__ int step() const { return parts * kWarpSize * kLoad; }  // from a lane's load to its next
-
   // Calls body(first, x) in all lanes together, until there are no more words; x[n] is the logit of word_of(first, n).
+  // Runs begin at multiples of 16 bytes, the row's first one perhaps before the row; words outside of the row have a
+  // logit of -infinity and are never read.
   template <typename Body>
   __device__ void for_each(const Body& body) const {
-    const int before = reinterpret_cast<uintptr_t>(logits) % 16 / sizeof(T), lane = threadIdx.x % kWarpSize;
-    const int own = (part * kWarpSize + lane) * kLoad - before;
-    for (int skipped = 0; skipped < V + before; skipped += kLaneWords / kLoad * step()) {
+    constexpr int count = Logits<T>::kCount, run = kWarpSize * kLaneWords;
+    const int lane = threadIdx.x % kWarpSize, before = reinterpret_cast<uintptr_t>(logits) % 16 / sizeof(T);
+    for (int start = part * run - before; start < V; start += parts * run) {
+      const int first = start + lane * count;
       float x[kLaneWords];
+      if (first >= 0 && word_of(first, kLaneWords - 1) < V) {
+        Logits<T> loaded[kLaneWords / count];
 #pragma unroll
-      for (int n = 0; n < kLaneWords; n += kLoad) {
-        const int w = word_of(own + skipped, n);
-        Logits<T> loaded;
-        if (w >= 0 && w + kLoad <= V) {
-          loaded = *reinterpret_cast<const Logits<T>*>(logits + w);
-        } else {
-#pragma unroll
-          for (int i = 0; i < kLoad; ++i) {
-            loaded.values[i] = w + i >= 0 && w + i < V ? logits[w + i] : static_cast<T>(-INFINITY);
-          }
+        for (int n = 0; n < kLaneWords; n += count) {
+          loaded[n / count] = *reinterpret_cast<const Logits<T>*>(logits + word_of(first, n));
         }
 #pragma unroll
-        for (int i = 0; i < kLoad; ++i) x[n + i] = static_cast<float>(loaded.values[i]);
+        for (int n = 0; n < kLaneWords; ++n) x[n] = static_cast<float>(loaded[n / count].values[n % count]);
+      } else {
+#pragma unroll
+        for (int n = 0; n < kLaneWords; ++n) {
+          const int w = word_of(first, n);
+          x[n] = w >= 0 && w < V ? static_cast<float>(logits[w]) : -INFINITY;
+        }
       }
-      body(own + skipped, x);
+      body(first, x);
     }
   }
 
-  __device__ int word_of(int first, int n) const { return first + n / kLoad * step() + n % kLoad; }
+  // The lane's words come 16 bytes at a time; between them lie those of the other lanes.
+  static __device__ int word_of(int first, int n) {
+    constexpr int count = Logits<T>::kCount;
+    return first + n / count * kWarpSize * count + n % count;
+  }
 };
 
 // The sum of exp(factor * x) over some logits x, as a multiple of the largest one's.
@@ -90,9 +94,7 @@ __device__ ExpSum exp_sum(const RowPart<T>& row, float factor) {
   row.for_each([&](int, const float (&x)[kLaneWords]) {
     float largest = of_lane.largest;
 #pragma unroll
-    for (int n = 0; n < kLaneWords; ++n) {
-      largest = Max()(largest, x[n]);
-    }
+    for (int n = 0; n < kLaneWords; ++n) largest = Max()(largest, x[n]);
     of_lane.rescale(largest, factor);
 #pragma unroll
     for (int n = 0; n < kLaneWords; ++n) of_lane.sum += std::exp((x[n] - largest) * factor);
@@ -161,9 +163,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize) beam_search_step_kernel
         const float bound = Max()(of_warp.worst, -FLT_MAX);
         unsigned hits = 0;  // words that may be among the best: penalties are not yet off, nor are places compared
 #pragma unroll
-        for (int n = 0; n < kLaneWords; ++n) {
-          hits |= static_cast<unsigned>(score_of(x[n]) >= bound) << n;
-        }
+        for (int n = 0; n < kLaneWords; ++n) hits |= static_cast<unsigned>(score_of(x[n]) >= bound) << n;
         hits &= ~tried;
         if (!__ballot_sync(kAllLanes, hits)) break;
         Candidate candidate;
@@ -199,12 +199,11 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize) beam_search_step_kernel
   if (lane < K) go_on(params, b, best, ends, is_nan, lane);
 }
 
-// As many warps for each beam as have something to load, and as a block has room for.
-template <typename T>
-int beam_search_step_threads(const BeamSearchSizes& sizes) {
-  const int64_t loads = (sizes.V + kWarpSize * kLaneWords - 1) / (kWarpSize * kLaneWords);
+// As many warps for each beam as have something to do, and as a block has room for.
+inline int beam_search_step_threads(const BeamSearchSizes& sizes) {
+  const int64_t useful = (sizes.V + kWarpSize * kLaneWords - 1) / (kWarpSize * kLaneWords);
   const int64_t room = kMostWarps / sizes.J;
-  return static_cast<int>(sizes.J * (loads < room ? loads : room)) * kWarpSize;
+  return static_cast<int>(sizes.J * (useful < room ? useful : room)) * kWarpSize;
 }
 
 inline size_t beam_search_step_shared_bytes(const BeamSearchSizes& sizes, int threads) {

@@ -209,7 +209,7 @@ struct Problem {
   }
 
   void run_emulated(Schedule schedule) const {
-    const int threads = beam_search_step_threads<T>(step.sizes);
+    const int threads = beam_search_step_threads(step.sizes);
     launch(schedule, step.sizes.B, threads, beam_search_step_shared_bytes(step.sizes, threads),
            beam_search_step_kernel<T>, step);
   }
@@ -229,9 +229,10 @@ struct Problem {
   }
 };
 
+unsigned seed = 0;  // of the last draw
+
 template <typename T>
 void test(const char* dtype, const BeamSearchSizes& sizes, int draws) {
-  static unsigned seed = 0;
   while (draws > 0) {
     Problem<T> problem(sizes, ++seed);
     Results truth;
@@ -269,8 +270,9 @@ int main() {
                                                                              {2, 5, 7, 7},
                                                                              {2, 1, 32, 33},
                                                                              {3, 5, 5, 33},
+                                                                             {2, 3, 4, 512},
                                                                              {2, 2, 1, 1000}}) {
-    test_dtypes(sizes, 4);
+    test_dtypes(sizes, 5);
   }
   for (const BeamSearchSizes& sizes : std::initializer_list<BeamSearchSizes>{
            {1, 32, 2, 7}, {1, 32, 32, 33}, {1, 2, 32, 1000}, {2, 1, 5, 4099}, {1, 5, 5, 4099}}) {

@@ -22,6 +22,9 @@ using cuda_emulator::Schedule;
 
 namespace {
 
+using attncap::compare;  // beside those for whole problems below
+using attncap::widen;
+
 // All arrays of one forward and backward pass. Outputs start as NaN, so that what is never written shows. `gap` numbers
 // lie between the features, and the keys, of one image and the next.
 template <typename T>
