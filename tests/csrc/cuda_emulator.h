@@ -1,16 +1,15 @@
 // Runs CUDA device code on the host, without a GPU and without CUDA's headers: include this, then a
 // .cuh.
 //
-// The blocks of a grid run one after another; the threads of a block are fibers (ucontext) that
-// take turns only where CUDA lets threads wait for each other: at __syncthreads and at warp
-// shuffles and votes. Three schedules decide whose turn it is. Correct code gives the same result in all of
-// them; where a barrier is missing, some schedule reads what is not yet written. Threads that wait
-// for others which never come are reported. Shared memory is filled with rubbish (NaN) before each
-// block; with -fsanitize=address, reading past an array is reported too.
+// The blocks of a grid run one after another; the threads of a block are fibers (ucontext) that take turns only where
+// CUDA lets threads wait for each other: at __syncthreads and at what a warp does together. Three schedules decide
+// whose turn it is. Correct code gives the same result in all of them; where a barrier is missing, some schedule reads
+// what is not yet written. Threads that wait for others which never come are reported. Shared memory is filled with
+// rubbish (NaN) before each block; with -fsanitize=address, reading past an array is reported too.
 //
-// Emulated: threadIdx, blockIdx, blockDim, gridDim (x only), __syncthreads, __syncthreads_or,
-// __syncwarp, shuffles and __ballot_sync of whole warps, __popc, __ffs, static shared memory, and
-// dynamic shared memory by the name `dynamic_shared`.
+// Emulated: threadIdx, blockIdx, blockDim, gridDim (x only), __syncthreads, __syncthreads_or, __syncwarp, shuffles and
+// __ballot_sync of whole warps, __popc, __ffs, static shared memory, and dynamic shared memory by the name
+// `dynamic_shared`.
 #pragma once
 
 #include <ucontext.h>
@@ -55,7 +54,7 @@ namespace cuda_emulator {
 // Which of the threads that could run does. The first two let one warp run far ahead of another.
 enum class Schedule { lowest_first, highest_first, random };
 constexpr Schedule kSchedules[] = {Schedule::lowest_first, Schedule::highest_first, Schedule::random};
-constexpr unsigned kWarp = 32;
+constexpr unsigned kWarp = 32, kMostThreads = 1024;
 constexpr size_t kStackBytes = 64 * 1024;
 
 struct Index {
@@ -158,7 +157,9 @@ struct WarpValues {
 template <typename Kernel, typename... Arguments>
 void launch(Schedule schedule, unsigned blocks, unsigned threads, size_t shared_bytes, Kernel kernel,
             const Arguments&... arguments) {
-  if (threads % kWarp || shared_bytes > attncap::kDynamicSharedBytes) throw std::runtime_error("bad launch");
+  if (threads == 0 || threads % kWarp || threads > kMostThreads || shared_bytes > attncap::kDynamicSharedBytes) {
+    throw std::runtime_error("bad launch");
+  }
   Block state{};
   state.size = {threads};
   state.grid = {blocks};
