@@ -142,16 +142,16 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize) beam_search_step_kernel
 
   const int64_t row = b * J + j;
   const RowPart<T> words{params.logits + row * params.logits_stride, static_cast<int>(V), warp % parts, parts};
-  const float factor = params.inverse_temperature, before = params.scores[row];
-  if (before != -INFINITY) {
+  const float factor = params.inverse_temperature, score = params.scores[row];
+  if (score != -INFINITY) {
     const ExpSum sum = exp_sum(words, factor);
     if (lane == 0) sums[warp] = sum;
   }
   __syncthreads();
   float base = -INFINITY;
-  if (before != -INFINITY) {
+  if (score != -INFINITY) {
     const ExpSum sum = warp_sum(lane < parts ? sums[j * parts + lane] : no_exps(), factor);
-    base = sum.sum > 0 ? before - (sum.largest * factor + std::log(sum.sum)) : NAN;
+    base = sum.sum > 0 ? score - (sum.largest * factor + std::log(sum.sum)) : NAN;
   }
   // Fused by name, not as the compiler sees fit: words with the same logit have the same score.
   const auto score_of = [&](float x) { return std::fma(x, factor, base); };
