@@ -11,8 +11,8 @@ PLURALS = {shape + ("es" if shape == "cross" else "s"): shape for shape in SHAPE
 
 
 def grounding(captions: Iterable[tuple[Scene, Caption]]) -> dict[str, float]:
-    """Of the words that name an object of their scene by size, colour and shape, the share whose attention peaks in a box
-    of such an object.
+    """Of the words that name an object of their scene by size, colour and shape, the share whose attention peaks in a
+    box of such an object.
 
     The peak is the centre of the cell with the largest weight. Phrases that name nothing in the scene do not count.
 
@@ -29,7 +29,9 @@ def grounding(captions: Iterable[tuple[Scene, Caption]]) -> dict[str, float]:
             size, color, shape = caption.words[i : i + 3]
             boxes = [thing.box for thing in scene.objects if thing.kind == (size, color, PLURALS.get(shape, shape))]
             if boxes:
-                inside = torch.stack([(l <= x) & (x < r) & (t <= y) & (y < b) for l, t, r, b in boxes]).any(dim=0)
+                inside = torch.stack(
+                    [(left <= x) & (x < right) & (top <= y) & (y < bottom) for left, top, right, bottom in boxes]
+                ).any(dim=0)
                 peaks = caption.attention[i : i + 3].flatten(1).argmax(dim=1)
                 hits += inside.flatten()[peaks].tolist()
                 chances += [inside.float().mean().item()] * 3
