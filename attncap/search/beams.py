@@ -162,7 +162,7 @@ class Search:
         drawn = self.draws[beams.images, t].view(-1, 1) * total
         tokens = words.gather(1, (below <= drawn).sum(dim=1, keepdim=True).clamp(max=V - 1)).view(B, K)
         scores = beams.scores + log_probs.gather(1, tokens.view(-1, 1)).view(B, K)
-        is_live = beams.scores != -torch.inf
+        is_live = (beams.scores != -torch.inf) & (ranked[:, 0] != -torch.inf).view(B, K)  # some word is allowed
         ends = (tokens == Vocabulary.END) & is_live
         goes_on = is_live & ~ends
         return BeamSearchStep(
