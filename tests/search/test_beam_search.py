@@ -323,6 +323,13 @@ def test_empty_caption(implementation, method):
 
 @both_implementations
 @methods
+def test_no_images(implementation, method):
+    decoder = make_decoder(implementation=implementation)
+    assert beam_search(decoder, make_features(0), SearchConfig(method=method, max_length=5)) == []
+
+
+@both_implementations
+@methods
 @pytest.mark.parametrize("no_repeat_ngram", [0, 1])
 def test_where_no_word_is_allowed_the_caption_is_empty(implementation, method, no_repeat_ngram):
     """From the start, or when all words are used up before the caption may end."""
@@ -421,11 +428,13 @@ def test_an_image_that_is_no_number_is_named(device, implementation, method, val
         (dict(groups=2), "--groups 2: must divide --beam-size 5"),
         (dict(groups=5, method="sample"), "--groups: samples are not searched in groups"),
         (dict(length_penalty=-0.1), "--length-penalty -0.1: must be at least 0"),
+        (dict(length_penalty=math.nan), "--length-penalty nan: must be at least 0"),
         (dict(temperature=0.0), "--temperature 0.0: must be above 0"),
         (dict(temperature=math.nan), "--temperature nan: must be above 0"),
         (dict(top_p=0.0), "--top-p 0.0: must be above 0 and at most 1"),
         (dict(top_p=1.1), "--top-p 1.1: must be above 0 and at most 1"),
         (dict(diversity=-0.5), "--diversity -0.5: must be at least 0"),
+        (dict(diversity=math.nan), "--diversity nan: must be at least 0"),
         (dict(no_repeat_ngram=-1), "--no-repeat-ngram -1: must be at least 0"),
         (dict(top_k=-1), "--top-k -1: must be at least 0"),
     ],
@@ -447,8 +456,16 @@ def load(decoder: Decoder):
     decoder.load_state_dict({name: value.flip(0) for name, value in decoder.state_dict().items()})
 
 
+def replace(decoder: Decoder):
+    for parameter in decoder.parameters():
+        parameter.data = parameter.data.flip(0)
+
+
+CHANGES = [train, load, replace, Decoder.float, Decoder.bfloat16]
+
+
 @both_implementations
-@pytest.mark.parametrize("change", [train, load, Decoder.float, Decoder.bfloat16], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_changed_weights_are_noticed(implementation, change):
     decoder, config = make_decoder(end_bias=-2.0, implementation=implementation), SearchConfig(max_length=7)
 
@@ -565,6 +582,11 @@ def test_samples_have_the_scores_of_their_words(implementation, fields):
             check_hypothesis(hypothesis, truth, hypothesis.tokens, score)
             ranks.append((len(hypothesis.tokens) == config.max_length, -rank(score, len(caption), config)))
         assert ranks == sorted(ranks)  # live ones last
+
+
+def test_every_image_has_its_seed():
+    with pytest.raises(ValueError, match="shorter"):
+        beam_search(make_decoder(), make_features(3), SearchConfig(method="sample", max_length=5), seeds=[0, 1])
 
 
 def test_a_seed_decides_what_is_drawn():
