@@ -50,15 +50,17 @@ def beam_search(
 
     Args:
         decoders: one, or several of one vocabulary, whose probabilities are averaged (an ensemble).
-        features: [B,P,D] for each decoder. Captions depend neither on an image's batch nor on its place in it, but for
-            the rounding of matrix products of other sizes.
-        suppressed: words that are never written, beside <pad> and <start>.
-        seeds: of every image, for sampling; 0, 1, 2, ... by default.
+        features: [B,P,D] for each decoder, cast to its dtype, to which the search keeps under autocast too. Captions
+            depend neither on an image's batch nor on its place in it, but for the rounding of matrix products of other
+            sizes.
+        suppressed: words that are never written, beside <pad> and <start>. <end> cannot be.
+        seeds: of every image, at least 0, for sampling; 0, 1, 2, ... by default.
 
     Returns:
         For every image its `n_best` hypotheses (fewer where there are no more), best first.
 
     Raises:
+        ValueError: ensemble members' features or vocabularies, or seeds, differ in number.
         CallError: settings that do not go together.
         UserError: a decoder's output is not a number.
     """
@@ -66,26 +68,41 @@ def beam_search(
     decoders = [decoders] if isinstance(decoders, Decoder) else decoders
     features = [features] if isinstance(features, Tensor) else features
     steps = [DecoderStep.of(decoder) for decoder in decoders]
+    if len({len(x) for x in features}) > 1 or len({len(step.word_table) for step in steps}) > 1:
+        raise ValueError("an ensemble needs features of the same images and decoders of the same vocabulary")
     if len(features[0]) == 0:
         return []
-    if features[0].is_cuda and len(steps) == 1 and config.method != "sample":
-        trail, beams = SearchGraphs.of(steps[0], config, suppressed, features[0]).run(features[0])
-    else:
-        search = Search(steps, config, suppressed)
-        beams = search.start(features, range(len(features[0])) if seeds is None else seeds)
-        trail = []
-        for t in range(config.max_length):
-            beams, step = search.advance(beams, t)
-            trail.append(step)
-            if features[0].is_cuda and (t + 1) % SEGMENT:
-                continue  # looking at the scores would make the device wait for the host
-            is_live = search.is_live(beams)
-            live = int(is_live.sum())
-            if live == 0:
-                break
-            if 2 * live <= len(is_live):  # copying the features of the others costs less than going on with all
-                beams = search.keep(beams, is_live.nonzero().squeeze(1))
+    features = [x.to(step.score_weight.dtype) for x, step in zip(features, steps, strict=True)]
+    with torch.autocast(features[0].device.type, enabled=False):
+        trail, beams = _search(steps, features, config, suppressed, seeds)
     return _trace_back(trail, beams, config, len(features[0]))
+
+
+def _search(
+    steps: list[DecoderStep],
+    features: list[Tensor],
+    config: SearchConfig,
+    suppressed: Sequence[int],
+    seeds: Sequence[int] | None,
+) -> tuple[list[Step], Beams]:
+    """All steps, and the beams after the last one."""
+    if features[0].is_cuda and len(steps) == 1 and config.method != "sample":
+        return SearchGraphs.of(steps[0], config, suppressed, features[0]).run(features[0])
+    search = Search(steps, config, suppressed)
+    beams = search.start(features, range(len(features[0])) if seeds is None else seeds)
+    trail = []
+    for t in range(config.max_length):
+        beams, step = search.advance(beams, t)
+        trail.append(step)
+        if features[0].is_cuda and (t + 1) % SEGMENT:
+            continue  # looking at the scores would make the device wait for the host
+        is_live = search.is_live(beams)
+        live = int(is_live.sum())
+        if live == 0:
+            break
+        if 2 * live <= len(is_live):  # copying the features of the others costs less than going on with all
+            beams = search.keep(beams, is_live.nonzero().squeeze(1))
+    return trail, beams
 
 
 def _trace_back(trail: list[Step], beams: Beams, config: SearchConfig, B: int) -> list[list[Hypothesis]]:
@@ -120,7 +137,6 @@ def _trace_back(trail: list[Step], beams: Beams, config: SearchConfig, B: int) -
     image, _ = exists.nonzero()
     place = order[exists]
     length, beam = place // K, place % K
-    length[~np.isfinite(scores[image, place])] = 0
 
     words, looked = np.zeros((2, len(image), T), dtype=np.int64)  # tokens; rows of all steps' weights
     for t in range(T - 1, -1, -1):

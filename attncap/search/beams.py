@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +51,7 @@ class Search:
         table = steps[0].word_table
         self.suppressed = torch.zeros(len(table), dtype=torch.bool, device=table.device)
         self.suppressed[[Vocabulary.PAD, Vocabulary.START, *suppressed]] = True
+        self.suppressed[Vocabulary.END] = False
 
     def start(self, features: Sequence[Tensor], seeds: Sequence[int]) -> Beams:
         """All beams of an image begin alike, so those that are compared with each other begin as one."""
@@ -58,10 +60,10 @@ class Search:
         started = [step.start(values) for step, values in zip(self.steps, features, strict=True)]
         memories, h, c = zip(*started, strict=True)
         if config.method == "sample":  # a number in [0, 1) for every word that will be drawn
-            draws = torch.empty(B, config.max_length, config.beam_size, dtype=torch.double)
+            draws = np.empty((B, config.max_length, config.beam_size))
             for of_image, seed in zip(draws, seeds, strict=True):
-                of_image.uniform_(generator=torch.Generator().manual_seed(config.sample_seed + seed))
-            self.draws = draws.to(device)
+                np.random.default_rng((config.sample_seed, seed)).random(out=of_image)
+            self.draws = torch.from_numpy(draws).to(device)
         images = torch.arange(B, device=device)
         return Beams(
             memories,

@@ -62,8 +62,11 @@ class DecoderStep:
 
     @classmethod
     def of(cls, decoder: Decoder) -> DecoderStep:
-        """The step of a decoder, made once, and anew when its weights have changed, moved or been cast."""
-        made_from = [(p.data_ptr(), p.dtype, None if p.is_inference() else p._version) for p in decoder.parameters()]
+        """The step of a decoder, made once, and anew when its weights have changed, moved or been cast. (What goes
+        behind torch's back, such as `parameter.data.mul_(2)`, is not seen.)"""
+        if any(p.is_inference() for p in decoder.parameters()):  # whose changes torch does not count
+            return cls(decoder)
+        made_from = [(p.data_ptr(), p._version) for p in decoder.parameters()]
         known = _steps.get(decoder)
         if known is None or known.made_from != made_from:
             known = _steps[decoder] = cls(decoder)

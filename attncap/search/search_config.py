@@ -26,7 +26,7 @@ class SearchConfig:
     no_repeat_ngram: int = 0
     """No sequence of so many words comes twice in a caption; 0: any may."""
     temperature: float = 1.0
-    """What the logits are divided by."""
+    """What the logits, of an ensemble those of the mean probability, are divided by."""
     n_best: int = 1
     """Captions returned for an image, best first."""
     groups: int = 1
@@ -34,7 +34,7 @@ class SearchConfig:
     Vijayakumar et al. 2016); divides the beam size."""
     diversity: float = 0.5
     """What is subtracted from a score for each beam of an earlier group that chose the same word in the same step. It
-    stays in the score."""
+    stays in the score. The end is no word, so groups may end in the same caption."""
     top_k: int = 0
     """sample: only so many of the likeliest words can be drawn; 0: all."""
     top_p: float = 1.0
@@ -54,13 +54,13 @@ class SearchConfig:
             raise CallError(f"--groups {self.groups}: must divide --beam-size {self.beam_size}")
         if self.groups > 1 and self.method == "sample":
             raise CallError("--groups: samples are not searched in groups; leave it out, or --method sample")
-        if isinstance(self.length_penalty, float | int) and not self.length_penalty >= 0:
-            raise CallError(f"--length-penalty {self.length_penalty}: must be at least 0")
-        if not self.temperature > 0:
-            raise CallError(f"--temperature {self.temperature}: must be above 0")
+        if isinstance(self.length_penalty, float | int) and not 0 <= self.length_penalty <= 10:
+            raise CallError(f"--length-penalty {self.length_penalty}: must be from 0 to 10")
+        if not 1e-3 <= self.temperature <= 1e3:
+            raise CallError(f"--temperature {self.temperature}: must be from 0.001 to 1000")
         if not 0 < self.top_p <= 1:
             raise CallError(f"--top-p {self.top_p}: must be above 0 and at most 1")
-        for name in ("diversity", "no_repeat_ngram", "top_k"):
+        for name in ("diversity", "no_repeat_ngram", "top_k", "sample_seed"):
             if not getattr(self, name) >= 0:
                 raise CallError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0")
 

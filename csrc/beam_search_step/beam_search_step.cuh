@@ -148,13 +148,15 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize) beam_search_step_kernel
     if (lane == 0) sums[warp] = sum;
   }
   __syncthreads();
-  float base = -INFINITY;
+  float base = -INFINITY, largest = 0;
   if (score != -INFINITY) {
     const ExpSum sum = warp_sum(lane < parts ? sums[j * parts + lane] : no_exps(), factor);
-    base = sum.sum > 0 ? score - (sum.largest * factor + std::log(sum.sum)) : NAN;
+    base = sum.sum > 0 ? score - std::log(sum.sum) : NAN;
+    largest = sum.largest;
   }
-  // Fused by name, not as the compiler sees fit: words with the same logit have the same score.
-  const auto score_of = [&](float x) { return std::fma(x, factor, base); };
+  // Fused by name, not as the compiler sees fit: words with the same logit have the same score. The largest is taken
+  // off first, so that large logits lose no digits.
+  const auto score_of = [&](float x) { return std::fma(x - largest, factor, base); };
 
   BestOfWarp of_warp{K};
   if (base > -INFINITY) {  // not for NaN either

@@ -10,9 +10,13 @@
 namespace attncap::ATTNCAP_ISA {
 namespace {
 
-// log sum_w exp(factor * logits[w]); NaN where a logit is NaN or +infinity, or all are -infinity.
+struct LogSumExp {
+  float largest;  // logit
+  float log_sum;  // log sum_w exp(factor * (logits[w] - largest)); NaN for NaN or +infinity, or if all are -infinity
+};
+
 template <typename T>
-float log_sum_exp(const T* logits, int64_t V, float factor) {
+LogSumExp log_sum_exp(const T* logits, int64_t V, float factor) {
   constexpr int64_t kBlock = 32;  // vectors summed by themselves: fewer roundings in a row
   const Vector<float> lowest = broadcast(-INFINITY);
   Vector<float> largest_of_lane = lowest;
@@ -32,7 +36,7 @@ float log_sum_exp(const T* logits, int64_t V, float factor) {
     });
     total += of_block;
   }
-  return largest * factor + std::log(sum_of_lanes<float>(total));
+  return {largest, std::log(sum_of_lanes<float>(total))};
 }
 
 template <typename T>
@@ -46,17 +50,20 @@ void search_image(const BeamSearchStep<T>& params, int64_t b) {
     ends[j] = -INFINITY;
     if (params.scores[row] == -INFINITY) continue;
     const T* logits = params.logits + row * params.logits_stride;
-    const float factor = params.inverse_temperature, base = params.scores[row] - log_sum_exp(logits, V, factor);
+    const float factor = params.inverse_temperature;
+    const auto [largest, log_sum] = log_sum_exp(logits, V, factor);
+    const float base = params.scores[row] - log_sum;
     if (base != base) {
       is_nan = true;
       continue;
     }
     if (params.end_allowed) {
-      const Vector<float> score = load(logits + params.end, 1) * factor + base;
+      const Vector<float> score = (load(logits + params.end, 1) - largest) * factor + base;
       ends[j] = score[0] - penalty_of(params, row, params.end);
     }
     for_each_vector<float>(V, [&](int64_t first, auto... rest) {
-      const Vector<float> scores = load_or(broadcast(-INFINITY), logits + first, rest...) * factor + base;
+      const Vector<float> x = load_or(broadcast(-INFINITY), logits + first, rest...);
+      const Vector<float> scores = (x - largest) * factor + base;  // this way large logits lose no digits
       if (!any_above(scores, best[K - 1].score)) return;
       for (int64_t lane = 0; lane < kLanes<float>; ++lane) {
         const int64_t w = first + lane;

@@ -427,16 +427,17 @@ def test_an_image_that_is_no_number_is_named(device, implementation, method, val
         (dict(groups=0), "--groups 0: must divide --beam-size 5"),
         (dict(groups=2), "--groups 2: must divide --beam-size 5"),
         (dict(groups=5, method="sample"), "--groups: samples are not searched in groups"),
-        (dict(length_penalty=-0.1), "--length-penalty -0.1: must be at least 0"),
-        (dict(length_penalty=math.nan), "--length-penalty nan: must be at least 0"),
-        (dict(temperature=0.0), "--temperature 0.0: must be above 0"),
-        (dict(temperature=math.nan), "--temperature nan: must be above 0"),
+        (dict(length_penalty=-0.1), "--length-penalty -0.1: must be from 0 to 10"),
+        (dict(length_penalty=math.nan), "--length-penalty nan: must be from 0 to 10"),
+        (dict(temperature=0.0), "--temperature 0.0: must be from 0.001 to 1000"),
+        (dict(temperature=math.nan), "--temperature nan: must be from 0.001 to 1000"),
         (dict(top_p=0.0), "--top-p 0.0: must be above 0 and at most 1"),
         (dict(top_p=1.1), "--top-p 1.1: must be above 0 and at most 1"),
         (dict(diversity=-0.5), "--diversity -0.5: must be at least 0"),
         (dict(diversity=math.nan), "--diversity nan: must be at least 0"),
         (dict(no_repeat_ngram=-1), "--no-repeat-ngram -1: must be at least 0"),
         (dict(top_k=-1), "--top-k -1: must be at least 0"),
+        (dict(sample_seed=-1), "--sample-seed -1: must be at least 0"),
     ],
     ids=str,
 )
@@ -584,6 +585,32 @@ def test_samples_have_the_scores_of_their_words(implementation, fields):
         assert ranks == sorted(ranks)  # live ones last
 
 
+def test_ensemble_of_other_vocabularies_or_images():
+    decoder, features = make_decoder(), make_features(3)
+    for decoders, values in (
+        ([decoder, make_decoder(V=20)], [features, features]),
+        ([decoder, decoder], [features, features[:2]]),
+    ):
+        with pytest.raises(ValueError, match="same images and decoders of the same vocabulary"):
+            beam_search(decoders, values, SearchConfig())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    decoder, features = make_decoder(end_bias=-2.0).to(dtype), make_features(3)
+    plain = beam_search(decoder, features.to(dtype), SearchConfig())
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = beam_search(decoder, features, SearchConfig())
+    assert [[(h.tokens, h.score) for h in of] for of in cast] == [[(h.tokens, h.score) for h in of] for of in plain]
+
+
+def test_the_end_cannot_be_suppressed():
+    for method in ("shrink", "fixed", "sample"):
+        config = SearchConfig(3, method, max_length=30)
+        [[found, *_]] = beam_search(make_decoder(end_bias=3.0), make_features(1), config, suppressed=[END])
+        assert len(found.tokens) < 30
+
+
 def test_every_image_has_its_seed():
     with pytest.raises(ValueError, match="shorter"):
         beam_search(make_decoder(), make_features(3), SearchConfig(method="sample", max_length=5), seeds=[0, 1])
@@ -598,5 +625,6 @@ def test_a_seed_decides_what_is_drawn():
         return [[hypothesis.tokens for hypothesis in of_image] for of_image in found]
 
     assert tokens() == tokens(sample_seed=0) != tokens(sample_seed=1)
+    assert tokens(sample_seed=1)[:-1] != tokens()[1:]  # the next seed is not the next image
     one_picture = beam_search(decoder, features[:1].expand(8, -1, -1), config)  # the images' seeds differ
     assert len({str([hypothesis.tokens for hypothesis in of_image]) for of_image in one_picture}) > 4
