@@ -227,17 +227,20 @@ def products(config: Config, decoder: Decoder, features: Tensor, K: int) -> Call
     return run
 
 
-def measure_search(config: Config, decoder: Decoder, B: int, K: int, dtype: str, read: float) -> list[dict]:
+def measure_search(config: Config, decoder: Decoder, B: int, K: int, dtype: str) -> list[dict]:
     features = make_features(config, B)
     few = features[: config.tutorial_images]
     functions = {"tutorial": lambda decoder=decoder: tutorial(decoder, few, K, config.steps)}
     decoder, features = copy.deepcopy(decoder).to(getattr(torch, dtype)), features.to(getattr(torch, dtype))
     functions |= providers(config, decoder, features, K)
     others = check(functions, getattr(torch, dtype))
-    functions["products"] = products(config, decoder, features, K)
+    # The floor: the matrix products, and reading features and keys in every step as fast as a large array is read. Both
+    # are measured among the providers, so that a slow spell of the machine meets them too.
+    large = measure.large_array(features.device)
+    functions |= {"products": products(config, decoder, features, K), "read": large.sum}
     times = measure.interleaved(functions, torch.device(config.device), config.rounds)
-    gigabytes = B * config.cells * (config.channels + config.size) * features.element_size() / 1e9  # and keys
-    floor = {"attention": 1000 * config.steps * gigabytes / read, "products": times.pop("products")}
+    size = B * config.cells * (config.channels + config.size) * features.element_size()  # bytes of features and keys
+    floor = {"attention": config.steps * times.pop("read") * size / large.nbytes, "products": times.pop("products")}
     results = []
     for name, milliseconds in times.items():
         images = len(few) if name == "tutorial" else B
@@ -303,7 +306,7 @@ def main(config: Config) -> None:
     search, selection = [], []
     for B, K, dtype in tqdm(cases, unit="case", leave=False):
         tqdm.write(f"B {B}, K {K}, {dtype}")
-        search += measure_search(config, decoder, B, K, dtype, bandwidth["read"])
+        search += measure_search(config, decoder, B, K, dtype)
         for result in search[-4:]:
             tqdm.write(
                 f"  {result['provider']:8} {result['captions/s']:9.1f} captions/s  {result['ms a step']:8.3f} ms a step"

@@ -47,9 +47,14 @@ def _milliseconds(function: Callable, device: torch.device) -> float:
     return start.elapsed_time(end)
 
 
+def large_array(device: torch.device) -> torch.Tensor:
+    """Far larger than the caches."""
+    return torch.ones((64 if device.type == "cpu" else 1024) * 2**20, device=device)
+
+
 def bandwidth(device: torch.device, rounds: int) -> dict[str, float]:
-    """GB/s of copying (bytes read and written) and of reading arrays far larger than the caches."""
-    source = torch.ones((64 if device.type == "cpu" else 1024) * 2**20, device=device)
+    """GB/s of copying (bytes read and written) and of reading large arrays."""
+    source = large_array(device)
     target = torch.empty_like(source)
     times = interleaved({"copy": lambda: target.copy_(source), "read": source.sum}, device, rounds)
     gigabytes = source.numel() * source.element_size() / 1e9
