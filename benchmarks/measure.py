@@ -1,4 +1,5 @@
-"""What every benchmark needs: fair timing, the machine's bandwidth, peak memory, and a record of where it ran."""
+"""What every benchmark needs: fair timing, the machine's bandwidth, peak memory, a record of where it ran, and a
+picture."""
 
 import ctypes
 import datetime
@@ -10,6 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import torch
 
 from attncap.files import write_atomically
@@ -42,9 +47,14 @@ def _milliseconds(function: Callable, device: torch.device) -> float:
     return start.elapsed_time(end)
 
 
+def large_array(device: torch.device) -> torch.Tensor:
+    """Far larger than the caches."""
+    return torch.ones((64 if device.type == "cpu" else 1024) * 2**20, device=device)
+
+
 def bandwidth(device: torch.device, rounds: int) -> dict[str, float]:
-    """GB/s of copying (bytes read and written) and of reading arrays far larger than the caches."""
-    source = torch.ones((64 if device.type == "cpu" else 1024) * 2**20, device=device)
+    """GB/s of copying (bytes read and written) and of reading large arrays."""
+    source = large_array(device)
     target = torch.empty_like(source)
     times = interleaved({"copy": lambda: target.copy_(source), "read": source.sum}, device, rounds)
     gigabytes = source.numel() * source.element_size() / 1e9
@@ -88,3 +98,27 @@ def environment(device: torch.device) -> dict[str, Any]:
 def save(path: Path, record: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(record, indent=1) + "\n")
     print(f"results: {path}")
+
+
+def draw(panels: dict[str, list[dict]], label: Callable[[dict], str], title: str, path: Path) -> None:
+    """How many times faster attncap is than each other provider: a panel for each list of results, a group of bars for
+    each label."""
+    rivals = [name for results in panels.values() for name in dict.fromkeys(result["provider"] for result in results)]
+    rivals = [name for name in dict.fromkeys(rivals) if name != "native"]
+    labels = [list(dict.fromkeys(map(label, results))) for results in panels.values()]
+    height = 1.5 + 0.45 * max(map(len, labels))
+    size = (5.5 * len(panels), height)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    for axis, (name, results), of_panel in zip(axes[0], panels.items(), labels, strict=True):
+        for index, rival in enumerate(rivals):
+            chosen = [result for result in results if result["provider"] == rival]
+            places = [of_panel.index(label(result)) + (index - (len(rivals) - 1) / 2) * 0.27 for result in chosen]
+            axis.barh(places, [result["native is faster by"] for result in chosen], height=0.25, label=rival)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set(xscale="log", title=name, xlabel="native is faster by")
+        axis.set_yticks(range(len(of_panel)), of_panel)
+        axis.invert_yaxis()
+    axes[0][0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    print(f"picture: {path}")

@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import measure
 import torch
 import torch.nn.functional as F
@@ -177,32 +173,9 @@ def main(config: Config) -> None:
     path = config.output / f"soft_attention-{config.device}.json"
     sizes = {"P": config.cells, "D": config.channels, "A": config.attention}
     measure.save(path, {**environment, "sizes": sizes, "bandwidth GB/s": bandwidth, "results": results})
-    draw(results, f"soft_attention, {environment['device']}, {environment['date']}", path.with_suffix(".png"))
-
-
-def draw(results: list[dict], title: str, path: Path) -> None:
-    """How many times faster the native kernels are than each other provider, a panel for each pass."""
-    rivals = ["tutorial", "eager", "compiled"]
-    panels = list(dict.fromkeys(result["passes"] for result in results))
-    height = 1.5 + 0.45 * len(results) / len(panels) / (len(rivals) + 1)
-    size = (5.5 * len(panels), height)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for axis, passes in zip(axes[0], panels, strict=True):
-        chosen = [result for result in results if result["passes"] == passes]
-        labels = list(dict.fromkeys(_label(result) for result in chosen))
-        for offset, rival in enumerate(rivals):
-            values = [result["native is faster by"] for result in chosen if result["provider"] == rival]
-            places = [index + (offset - 1) * 0.27 for index in range(len(labels))]
-            axis.barh(places, values, height=0.25, label=rival)
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set(
-            xscale="log", title=passes, xlabel="native is faster by", yticks=range(len(labels)), yticklabels=labels
-        )
-        axis.invert_yaxis()
-    axes[0][0].legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    print(f"picture: {path}")
+    panels = {passes: [result for result in results if result["passes"] == passes] for passes in config.passes}
+    title = f"soft_attention, {environment['device']}, {environment['date']}"
+    measure.draw(panels, _label, title, path.with_suffix(".png"))
 
 
 def _label(result: dict) -> str:

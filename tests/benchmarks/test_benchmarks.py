@@ -9,19 +9,40 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SMALL = "--images 2 --beams 1 3 --cells 9 --channels 16 --attention 8 --activations tanh --dtypes float32 --rounds 1"
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_soft_attention(device, tmp_path):
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+def run(name, device, flags, folder):
+    """The record that a benchmark writes."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    command = [sys.executable, BENCHMARKS / "soft_attention.py", "--device", device, "--output", tmp_path]
-    done = subprocess.run([*map(str, command), *SMALL.split()], capture_output=True, text=True)
+    command = [sys.executable, BENCHMARKS / f"{name}.py", "--device", device, "--output", folder]
+    done = subprocess.run([*map(str, command), *flags.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / f"soft_attention-{device}.json").read_text())
+    record = json.loads((folder / f"{name}-{device}.json").read_text())
     assert {"device", "date", "torch", "bandwidth GB/s"} <= record.keys()
+    assert (folder / f"{name}-{device}.png").stat().st_size > 1000
+    return record
+
+
+@DEVICES
+def test_soft_attention(device, tmp_path):
+    small = "--images 2 --beams 1 3 --cells 9 --channels 16 --attention 8"
+    flags = f"{small} --activations tanh --dtypes float32 --rounds 1"
+    record = run("soft_attention", device, flags, tmp_path)
     assert len(record["results"]) == 3 * 2 * 4  # passes, beams, providers
     for result in record["results"]:
         assert result["ms"] > 0 and result["GB/s"] > 0
-    assert (tmp_path / f"soft_attention-{device}.png").stat().st_size > 1000
+
+
+@DEVICES
+def test_beam_search(device, tmp_path):
+    small = "--images 2 --beams 1 3 --cells 9 --channels 16 --size 8 --vocabulary 50 --steps 4"
+    record = run("beam_search", device, f"{small} --dtypes float32 --rounds 1", tmp_path)
+    assert len(record["search"]) == 2 * 4  # beams, providers
+    assert len(record["selection"]) == 2 * 2
+    for result in record["search"]:
+        assert result["captions/s"] > 0 and result["share of floor"] > 0
+        assert result["other captions"] == 0
