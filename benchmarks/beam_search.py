@@ -292,7 +292,7 @@ def measure_selection(config: Config, B: int, K: int, dtype: str) -> list[dict]:
     ]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main(config: Config) -> None:
     device = torch.device(config.device)
     bandwidth = measure.bandwidth(device, config.rounds)

@@ -64,7 +64,7 @@ class DecoderStep:
     def of(cls, decoder: Decoder) -> DecoderStep:
         """The step of a decoder, made once, and anew when its weights have changed, moved or been cast. (What goes
         behind torch's back, such as `parameter.data.mul_(2)`, is not seen.)"""
-        if any(p.is_inference() for p in decoder.parameters()):  # whose changes torch does not count
+        if any(p.is_inference() for p in decoder.parameters()):  # made in inference mode: torch counts no changes
             return cls(decoder)
         made_from = [(p.data_ptr(), p._version) for p in decoder.parameters()]
         known = _steps.get(decoder)

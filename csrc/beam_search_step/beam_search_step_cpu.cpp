@@ -32,7 +32,7 @@ LogSumExp log_sum_exp(const T* logits, int64_t V, float factor) {
     Vector<float> of_block{};
     const int64_t left = V - first, count = kBlock * kLanes<float>;
     for_each_vector<float>(left < count ? left : count, [&](int64_t w, auto... rest) {
-      of_block += exp((load_or(lowest, logits + first + w, rest...) - largest) * factor);
+      of_block += exp_of_negative((load_or(lowest, logits + first + w, rest...) - largest) * factor);
     });
     total += of_block;
   }

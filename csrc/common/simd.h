@@ -155,6 +155,12 @@ inline Vector<float> clamp(Vector<float> x, float least, float largest) {  // Na
   return smaller(broadcast(largest), larger(broadcast(least), x));
 }
 
+// For terms of a sum, relative to the largest: exp(x) for -87 <= x <= 0, exp(-87) below. NaN stays NaN.
+inline Vector<float> exp_of_negative(Vector<float> x) {
+  const PowerAndRest parts = split_exp(larger(broadcast(-87.0f), x), 1.44269504f);
+  return parts.power * parts.rest + parts.power;
+}
+
 // exp(x) for |x| <= 87, exp(87) above, 0 below. NaN stays NaN.
 inline Vector<float> exp(Vector<float> x) {
   const PowerAndRest parts = split_exp(clamp(x, -87.0f, 87.0f), 1.44269504f);
