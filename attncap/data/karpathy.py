@@ -3,7 +3,7 @@
 {"images": [{"filepath": "val2014", "filename": "COCO_val2014_000000391895.jpg", "cocoid": 391895,
              "split": "test", "sentences": [{"raw": "A man with a red helmet ..."}]}]}
 
-Flickr's have no filepath and no cocoid. The images' folders are looked for beside the file, then in the folder above it.
+Flickr's have no filepath and no cocoid. Images' folders are looked for beside the file, then in the folder above it.
 """
 
 from __future__ import annotations

@@ -137,8 +137,8 @@ def _csv_rows(path: Path, text: str) -> Rows:
             fields = dict(zip(columns, map(str.strip, row), strict=False))
             if len(row) != len(columns) or not fields["image"]:
                 raise UserError(
-                    f"{path}: line {reader.line_num} is not {','.join(columns)}: {delimiter.join(row)[:60]!r}; "
-                    "captions with commas want quotation marks"
+                    f"{path}: line {reader.line_num} is not {','.join(columns)}: {delimiter.join(row)[:60]!r}"
+                    + "; a caption with commas wants quotation marks" * (len(row) > len(columns))
                 )
             if "\n" in fields["caption"] or "\r" in fields["caption"]:
                 raise UserError(
