@@ -85,7 +85,9 @@ def read_dataset(path: str | Path, seed: int) -> Dataset:
             raise UserError(f"{path}: not a data set; found {_contents(path)}; expected one of: {expected}")
         (files, read), *others = found
         report(
-            path, [files[0] for files, _ in others], f"data sets beside {files[0].name}, to be read by their own path"
+            path,
+            [files[0] for files, _ in others],
+            f"data sets beside {files[0].name}; give the path of one to read it",
         )
         return read(path, files, seed)
     except OSError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pycocotools.coco import COCO
 
-from attncap.data import Dataset, Example, draw_parts, draw_splits, keep_existing, report
+from attncap.data import Dataset, Example, draw_parts, draw_splits, karpathy, keep_existing, report
 from attncap.errors import UserError
 from attncap.files import read_json
 
@@ -23,9 +23,9 @@ TYPES = {
 
 
 def find(path: Path) -> list[Path]:
-    """The file itself, or the caption files in annotations/, or else the lists of images there."""
+    """The file itself, if it is not Karpathy's, or the caption files in annotations/, or else its lists of images."""
     if path.is_file():
-        return [path] if path.suffix.lower() == ".json" else []
+        return [path] if path.suffix.lower() == ".json" and not karpathy.find(path) else []
     annotations = path / "annotations"
     return sorted(annotations.glob("captions_*.json")) or sorted(annotations.glob("image_info_*.json"))
 
