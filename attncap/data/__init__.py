@@ -84,11 +84,8 @@ def read_dataset(path: str | Path, seed: int) -> Dataset:
             expected = "; ".join((*tables.EXPECTED, coco.EXPECTED, karpathy.EXPECTED))
             raise UserError(f"{path}: not a data set; found {_contents(path)}; expected one of: {expected}")
         (files, read), *others = found
-        report(
-            path,
-            [files[0] for files, _ in others],
-            f"data sets beside {files[0].name}; give the path of one to read it",
-        )
+        beside = f"data sets beside {files[0].name}; give the path of one to read it"
+        report(path, [files[0] for files, _ in others], beside)
         return read(path, files, seed)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
@@ -141,7 +138,7 @@ def keep_existing(examples: Sequence[Example], source: Path) -> tuple[list[Examp
             missing.append(example.path)
     if not kept:
         raise UserError(
-            f"{source}: none of the {len(missing)} images it names is there, e.g. {missing[0]}; "
+            f"{source}: none of the {len(missing)} images it names is there, e.g. {_short(missing[0])}; "
             "put the images in that folder"
         )
     return kept, missing
@@ -150,5 +147,10 @@ def keep_existing(examples: Sequence[Example], source: Path) -> tuple[list[Examp
 def report(source: Path | str, names: Sequence[object], what: str) -> None:
     """One line of warning that `source` had what is left out, with the count and the first names; none, no line."""
     if names:
-        first = ", ".join(map(str, names[:3])) + ", ..." * (len(names) > 3)
+        first = ", ".join(map(_short, names[:3])) + ", ..." * (len(names) > 3)
         log.warning("%s: left out %d %s: %s", source, len(names), what, first)
+
+
+def _short(name: object) -> str:
+    """A name out of a file as a part of one line, whatever it holds."""
+    return " ".join(str(name).split())[:300]

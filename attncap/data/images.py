@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import warnings
@@ -136,9 +137,13 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def file_names(folder: Path) -> set[str]:
-    """All that stands in a folder, {} when there is no such folder. Raises OSError when it may not be read."""
+    """All that stands in a folder, {} when there can be no such folder. Raises OSError when it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries}
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # no name of a file has a NUL in it
+    except ValueError:  # no name of a file has a NUL in it
         return set()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            return set()
+        raise

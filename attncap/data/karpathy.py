@@ -52,7 +52,7 @@ def read(path: Path, files: list[Path], seed: int) -> Dataset:
             _check(source, f"images[{i}].sentences[{j}]", sentence, {"raw": str})
         key = str(image.get("cocoid", image["filename"]))
         if key in told:
-            raise UserError(f"{source}: images[{i}] is {key}, which stands there already; remove one")
+            raise UserError(f"{source}: images[{i}] is {key[:60]!r}, which stands there already; remove one")
         names[key] = f"{image.get('filepath', '.')}/{image['filename']}"
         captions[key] = tuple(text for sentence in image["sentences"] if (text := sentence["raw"].strip()))
         told[key] = SPLITS[image["split"]]

@@ -103,14 +103,14 @@ def read_table(path: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
             raise UserError(f"{path}: line {line}: split {split[:60]!r} should be train, val or test")
         split = SPLITS[split.lower()] if split else None
         if splits.setdefault(image, split) != split:
-            raise UserError(f"{path}: line {line}: {image} is in split {splits[image]} and in {split}; keep one")
+            raise UserError(f"{path}: line {line}: {image[:60]!r} is in split {splits[image]} and in {split}; keep one")
         captions.setdefault(image, []).append(caption)
     report(path, empty, "empty captions")
     if not captions:
         raise UserError(f"{path}: no captions in it")
     without = [image for image, split in splits.items() if split is None]
     if 0 < len(without) < len(splits):
-        raise UserError(f"{path}: {without[0]} has no split, others have; give every image one, or none")
+        raise UserError(f"{path}: {without[0][:60]!r} has no split, others have; give every image one, or none")
     return captions, {} if without else splits
 
 
@@ -121,7 +121,7 @@ def _csv_rows(path: Path, text: str) -> Rows:
     quoting = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
     try:
-        columns = [field.strip().lower() for field in next(reader, [])]
+        columns = [" ".join(field.lower().split()) for field in next(reader, [])]
         columns = [COLUMNS.get(field, field) for field in columns]
         if not columns.count("image") == columns.count("caption") == 1 or columns.count("split") > 1:
             raise UserError(f'{path}: line 1 should be "image,caption" or "image,caption,split", found "{header[:60]}"')
@@ -137,7 +137,7 @@ def _csv_rows(path: Path, text: str) -> Rows:
             fields = dict(zip(columns, map(str.strip, row), strict=False))
             if len(row) != len(columns) or not fields["image"]:
                 raise UserError(
-                    f"{path}: line {reader.line_num} is not {','.join(columns)}: {delimiter.join(row)[:60]!r}"
+                    f"{path}: line {reader.line_num} is not {','.join(columns)[:60]}: {delimiter.join(row)[:60]!r}"
                     + "; a caption with commas wants quotation marks" * (len(row) > len(columns))
                 )
             if "\n" in fields["caption"] or "\r" in fields["caption"]:

@@ -179,7 +179,7 @@ def test_karpathy_flickr(tmp_path, name, folder):
         ),
         (
             karpathy(*[{"filename": "1.jpg", "split": "val"}] * 2),
-            "images[1] is 1.jpg, which stands there already; remove one",
+            "images[1] is '1.jpg', which stands there already; remove one",
         ),
         (karpathy({"filename": "1.jpg", "split": "val", "sentences": []}), "no captions in it"),
     ],
@@ -246,8 +246,8 @@ def test_own_table_without_splits_has_them_drawn_by_image(tmp_path):
         ("a.csv", "1.jpg,a,b,val", "line 2 is not image,caption,split: '1.jpg,a,b,val'; a caption with commas wants "
          "quotation marks"),
         ("a.csv", "1.jpg,a,dog", "line 2: split 'dog' should be train, val or test"),
-        ("a.csv", "1.jpg,a,val\n1.jpg,b,test", "line 3: 1.jpg is in split val and in test; keep one"),
-        ("a.csv", "1.jpg,a,val\n2.jpg,b,", "2.jpg has no split, others have; give every image one, or none"),
+        ("a.csv", "1.jpg,a,val\n1.jpg,b,test", "line 3: '1.jpg' is in split val and in test; keep one"),
+        ("a.csv", "1.jpg,a,val\n2.jpg,b,", "'2.jpg' has no split, others have; give every image one, or none"),
         ("a.tsv", "1.jpg\n", "line 2 is not image,caption: '1.jpg'"),
         ("a.jsonl", "", "no captions in it"),
         ("a.jsonl", '\n{"image": "1.jp', "line 2 is not whole JSON: Unterminated string starting at: line 1 column 11 "
