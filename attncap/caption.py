@@ -10,9 +10,9 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from attncap import command
+from attncap import command, data
 from attncap.captioner import Caption, Captioner
-from attncap.data import Example
+from attncap.data import Example, coco
 from attncap.data.images import find_images
 from attncap.data.loader import Pictures, batches, report
 from attncap.errors import CallError, UserError
@@ -22,7 +22,8 @@ from attncap.pictures import save_attention
 @dataclass
 class CaptionConfig(command.CaptioningConfig):
     images: tyro.conf.Positional[tuple[str, ...]]
-    """Image files, and folders that are searched for images."""
+    """Image files, folders that are searched for images, and COCO's JSON files, e.g. image_info_test2017.json, whose
+    images are captioned by their ids."""
     model: tuple[str, ...]
     """Folder of a trained model, as `python -m attncap.train` writes it; of several, words' probabilities are
     averaged."""
@@ -33,12 +34,11 @@ class CaptionConfig(command.CaptioningConfig):
 
 
 def main(config: CaptionConfig) -> None:
-    paths = find_images(config.images)
-    if not paths:
+    examples = find_examples(config.images)
+    if not examples:
         raise CallError(f"no images in {', '.join(config.images)}; give image files, or folders that hold some")
     device = command.find_device(config.device)
     models = [Captioner.from_pretrained(folder, config.implementation).to(device) for folder in config.model]
-    examples = [Example(name=str(path), captions=(), path=path) for path in paths]
     written = 0
     with contextlib.closing(caption_examples(models, examples, config)) as captions:
         for example, caption in captions:
@@ -54,6 +54,20 @@ def main(config: CaptionConfig) -> None:
             written += 1
     if not written:
         raise UserError("none of the images could be read")
+
+
+def find_examples(images: Sequence[str]) -> list[Example]:
+    """What the images given on the command line are. Raises CallError for what is not there, UserError for a JSON file
+    other than COCO's."""
+    examples = []
+    for given in images:
+        if given.lower().endswith(".json"):
+            found, missing = coco.read_images(Path(given))
+            data.report(given, missing, "images, whose files are missing")
+            examples += found
+        else:
+            examples += [Example(name=str(path), captions=(), path=path) for path in find_images([given])]
+    return examples
 
 
 def caption_examples(

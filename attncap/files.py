@@ -1,8 +1,9 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and text and JSON read with errors that name the file."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,3 +38,22 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write the bytes, or the text in UTF-8, to `path`. Raises UserError, see `atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of a file, without a byte order mark. Raises UserError when there is no such text to be read."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def read_json(path: Path) -> object:
+    """The value in a JSON file. Raises UserError when it cannot be read or is cut short."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a whole JSON file: {error}") from error

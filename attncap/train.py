@@ -39,7 +39,8 @@ from attncap.pictures import save_attention
 @dataclass(kw_only=True)
 class TrainConfig(command.CaptioningConfig):
     data: str = "shapes"
-    """shapes, a folder in Flickr8k's layout (captions.txt, Images/), or one with COCO's annotations/ and images."""
+    """shapes, or the path of a data set: Flickr8k, Flickr30k, COCO, Karpathy's splits, or a table of your own (see
+    `python -m attncap.data PATH`)."""
     output: str | None = None
     """Folder for the model and the log; by default runs/NAME, after the data."""
     epochs: int = 10

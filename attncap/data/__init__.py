@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from attncap.data.images import load_image
+from attncap.data.images import file_names, load_image
 from attncap.errors import CallError, UserError
 
 log = logging.getLogger("attncap")
@@ -34,29 +34,59 @@ Splits = dict[str, Sequence[Example]]
 """Examples under "train", "val" and "test". Those of `shapes` are scenes with the same face: name,
 captions, image()."""
 
+# What data sets call a split -> what it is here. Karpathy's restval is the part of COCO's val that nobody validates on.
+SPLITS = {"train": "train", "restval": "train", "val": "val", "dev": "val", "validation": "val", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set as it was found: the name of its layout, its examples, and the images it names that are not there."""
+
+    layout: str
+    splits: Splits
+    missing: Sequence[Path] = ()
+
 
 def open_dataset(path: str | Path, seed: int) -> Splits:
+    """Read the data set at `path` to train on it or to score on it, and report the images that are missing.
+
+    Raises what `read_dataset` raises, and UserError for a data set without captions.
+    """
+    dataset = read_dataset(path, seed)
+    report(path, dataset.missing, "images, whose files are missing")
+    if not any(example.captions for examples in dataset.splits.values() for example in examples):
+        raise UserError(f"{path}: has no captions; its images can be captioned: python -m attncap.caption {path}")
+    return dataset.splits
+
+
+def read_dataset(path: str | Path, seed: int) -> Dataset:
     """Read the data set at `path`, whose layout is recognised, or draw the built-in `shapes`.
 
-    `seed` draws what a data set leaves open: its splits, always by image. No image is opened.
+    `seed` draws what a data set leaves open: its splits, always by image. No image is opened. Of several layouts in a
+    folder the first in the order below is read, and the others are reported.
     Raises CallError when there is nothing at `path`, UserError when it is no data set or a broken one.
     """
     # The readers need Example from above.
-    from attncap.data import coco, flickr8k
+    from attncap.data import coco, karpathy, tables
 
     if str(path) == "shapes":
         from attncap.data.shapes import open_shapes
 
-        return open_shapes(seed)
+        return Dataset("shapes, which draws itself", open_shapes(seed))
     path = Path(path)
-    if not path.exists():
-        raise CallError(f'{path}: no such file or folder; give "shapes" or the path of a data set')
     try:
-        for layout in (flickr8k, coco):
-            if layout.recognises(path):
-                return layout.read(path, seed)
-        expected = f"expected {flickr8k.EXPECTED}, or {coco.EXPECTED}"
-        raise UserError(f"{path}: not a data set: {expected}; found {_contents(path)}")
+        if not path.exists():
+            raise CallError(f'{path}: no such file or folder; give "shapes" or the path of a data set')
+        readers = (tables.find_flickr, tables.read), (coco.find, coco.read), (karpathy.find, karpathy.read)
+        found = [(files, read) for find, read in readers if (files := find(path))]
+        found = found or [(files, tables.read) for files in [tables.find(path)] if files]
+        if not found:
+            expected = "; ".join((*tables.EXPECTED, coco.EXPECTED, karpathy.EXPECTED))
+            raise UserError(f"{path}: not a data set; found {_contents(path)}; expected one of: {expected}")
+        (files, read), *others = found
+        beside = f"data sets beside {files[0].name}; give the path of one to read it"
+        report(path, [files[0] for files, _ in others], beside)
+        return read(path, files, seed)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
@@ -84,40 +114,43 @@ def draw_parts(examples: Sequence[Example], sizes: Sequence[int], seed: int) -> 
     return [[examples[i] for i in part] for part in drawn]
 
 
-def keep_existing(examples: Sequence[Example], source: Path) -> list[Example]:
-    """The examples whose file is there; the others are reported. UserError when none is.
+def told_splits(examples: Sequence[Example], told: Mapping[str, str]) -> Splits:
+    """The split that `told` has for each example's name."""
+    splits: dict[str, list[Example]] = {"train": [], "val": [], "test": []}
+    for example in examples:
+        splits[told[example.name]].append(example)
+    return splits
+
+
+def keep_existing(examples: Sequence[Example], source: Path) -> tuple[list[Example], list[Path]]:
+    """The examples whose file is there, and the paths of the other files. Raises UserError when none is there.
 
     `source` is the file that names them. Each folder is listed once: a look at every single file
     takes minutes on a network's disk.
     """
-    folders = {example.path.parent for example in examples}
-    present = {folder: _file_names(folder) for folder in folders}
+    present = {folder: file_names(folder) for folder in {example.path.parent for example in examples}}
     kept: list[Example] = []
-    missing: list[str] = []
+    missing: list[Path] = []
     for example in examples:
         if example.path.name in present[example.path.parent]:
             kept.append(example)
         else:
-            missing.append(str(example.path))
+            missing.append(example.path)
     if not kept:
         raise UserError(
-            f"{source}: none of the {len(missing)} images it names is there, e.g. {missing[0]}; "
+            f"{source}: none of the {len(missing)} images it names is there, e.g. {_short(missing[0])}; "
             "put the images in that folder"
         )
-    report(missing, f"{source}: left out %d of {len(examples)} images, whose files are missing")
-    return kept
+    return kept, missing
 
 
-def _file_names(folder: Path) -> set[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries}
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
-
-
-def report(names: Sequence[str], message: str) -> None:
-    """One line of warning with the count (in place of %d) and the first names; none, no line."""
+def report(source: Path | str, names: Sequence[object], what: str) -> None:
+    """One line of warning that `source` had what is left out, with the count and the first names; none, no line."""
     if names:
-        first = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-        log.warning("%s: %s", message % len(names), first)
+        first = ", ".join(map(_short, names[:3])) + ", ..." * (len(names) > 3)
+        log.warning("%s: left out %d %s: %s", source, len(names), what, first)
+
+
+def _short(name: object) -> str:
+    """A name out of a file as a part of one line, whatever it holds."""
+    return " ".join(str(name).split())[:300]

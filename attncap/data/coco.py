@@ -1,34 +1,49 @@
-"""COCO captions (Chen et al. 2015): annotations/captions_train2017.json beside train2017/, and so on."""
+"""COCO captions (Chen et al. 2015): annotations/captions_train2017.json beside train2017/, and so on.
+
+The official test set, annotations/image_info_test2017.json beside test2017/, has images only: to be captioned.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 from pathlib import Path
 
 from pycocotools.coco import COCO
 
-from attncap.data import Example, Splits, draw_parts, draw_splits, keep_existing, report
+from attncap.data import Dataset, Example, draw_parts, draw_splits, karpathy, keep_existing, report
 from attncap.errors import UserError
+from attncap.files import read_json
 
 EXPECTED = "annotations/captions_*.json beside folders such as train2017/ (COCO)"
+TYPES = {
+    "annotations": {"id": (int, str), "image_id": (int, str), "caption": str},
+    "images": {"id": (int, str), "file_name": str},
+}
 
 
-def recognises(path: Path) -> bool:
-    return path.suffix == ".json" if path.is_file() else bool(_caption_files(path))
+def find(path: Path) -> list[Path]:
+    """The file itself, if it is not Karpathy's, or the caption files in annotations/, or else its lists of images."""
+    if path.is_file():
+        return [path] if path.suffix.lower() == ".json" and not karpathy.find(path) else []
+    annotations = path / "annotations"
+    return sorted(annotations.glob("captions_*.json")) or sorted(annotations.glob("image_info_*.json"))
 
 
-def read(path: Path, seed: int) -> Splits:
+def read(path: Path, files: list[Path], seed: int) -> Dataset:
     """The examples by split; `name` is the image id, so that results are in COCO's own format.
 
     With a train and a val file, train is train and the seed cuts val into halves, val and test (the
-    official test set has no public captions). A single file is cut 80/10/10. Raises UserError on
-    broken files, missing fields and missing folders.
+    official test set has no public captions). A single file is cut 80/10/10; a list of images is all
+    test. Raises UserError on broken files, missing fields and missing folders.
     """
-    files = [path] if path.is_file() else _caption_files(path)
+    layout = f"COCO ({', '.join(file.name for file in files)})"
+    if len(files) == 1 and files[0].name.startswith("image_info_"):
+        examples, missing = read_images(files[0])
+        return Dataset(f"{layout}: images without captions", {"train": [], "val": [], "test": examples}, missing)
     if len(files) == 1:
-        return draw_splits(_examples(files[0]), seed)
+        examples, missing = _examples(files[0])
+        return Dataset(layout, draw_splits(examples, seed), missing)
     kinds = {kind: [f for f in files if _suffix(f).startswith(kind)] for kind in ("train", "val")}
     if len(files) != 2 or not all(len(found) == 1 for found in kinds.values()):
         names = ", ".join(file.name for file in files)
@@ -36,21 +51,30 @@ def read(path: Path, seed: int) -> Splits:
             f"{path / 'annotations'}: expected one captions_train*.json and one captions_val*.json, "
             f"found {names}; give the path of one file, or move the others away"
         )
-    held = _examples(kinds["val"][0])
+    held, missing_held = _examples(kinds["val"][0])
+    train, missing = _examples(kinds["train"][0])
     val, test = draw_parts(held, [len(held) // 2], seed)
-    return {"train": _examples(kinds["train"][0]), "val": val, "test": test}
+    return Dataset(layout, {"train": train, "val": val, "test": test}, missing + missing_held)
 
 
 def read_captions(path: str | Path) -> dict[str, list[str]]:
     """Captions by image id (as text). Raises UserError naming the file and the field that is wrong."""
     captions: dict[str, list[str]] = {}
-    for annotation in _load(Path(path)).dataset["annotations"]:
+    for annotation in _load(Path(path), "annotations").dataset["annotations"]:
         captions.setdefault(str(annotation["image_id"]), []).append(annotation["caption"])
     return captions
 
 
-def _examples(path: Path) -> list[Example]:
-    coco = _load(path, with_images=True)
+def read_images(path: Path) -> tuple[list[Example], list[Path]]:
+    """All images of a file, without captions, and the missing ones. Raises UserError."""
+    coco = _load(path, "images")
+    folder = _image_folder(path)
+    examples = [Example(str(key), (), folder / image["file_name"]) for key, image in coco.imgs.items()]
+    return keep_existing(examples, path)
+
+
+def _examples(path: Path) -> tuple[list[Example], list[Path]]:
+    coco = _load(path, "annotations", "images")
     folder = _image_folder(path)
     captions = {
         key: tuple(a["caption"].strip() for a in annotations if a["caption"].strip())
@@ -62,7 +86,7 @@ def _examples(path: Path) -> list[Example]:
         if captions.get(key)
     ]
     unknown = [str(key) for key in captions if key not in coco.imgs]
-    report(unknown, f'{path}: left out %d image ids with captions that "images" lacks')
+    report(path, unknown, 'image ids with captions that "images" lacks')
     if not examples:
         raise UserError(f'{path}: no caption belongs to an image of field "images"')
     return keep_existing(examples, path)
@@ -77,17 +101,13 @@ def _image_folder(path: Path) -> Path:
     raise UserError(f"{path}: no folder with its images; put them in {candidates[0]}")
 
 
-def _load(path: Path, with_images: bool = False) -> COCO:
+def _load(path: Path, *fields: str) -> COCO:
+    """An index of these fields alone: pycocotools stumbles over other ones that are not as in COCO's own files."""
+    content = read_json(path)
+    for field in fields:
+        _check(path, content, field, TYPES[field])
     coco = COCO()
-    try:
-        coco.dataset = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a whole JSON file: {error}") from error
-    _check(path, coco.dataset, "annotations", {"id": (int, str), "image_id": (int, str), "caption": str})
-    if with_images:
-        _check(path, coco.dataset, "images", {"id": (int, str), "file_name": str})
+    coco.dataset = {field: content[field] for field in fields}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         coco.createIndex()
     return coco
@@ -104,9 +124,6 @@ def _check(path: Path, content: object, field: str, types: dict) -> None:
                 raise UserError(f'{path}: field "{key}" of {field}[{i}] is missing or of the wrong type')
 
 
-def _caption_files(path: Path) -> list[Path]:
-    return sorted((path / "annotations").glob("captions_*.json"))
-
-
 def _suffix(path: Path) -> str:
-    return path.stem.removeprefix("captions_")
+    """What images' folder a file is about. COCO's test-dev has no folder of its own: it is a part of test."""
+    return path.stem.removeprefix("captions_").removeprefix("image_info_").replace("-dev", "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -88,3 +90,60 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
 
 def _refuse(error: OSError) -> None:
     raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+
+def find_image_folder(names: Iterable[str], tops: Iterable[Path]) -> Path:
+    """The folder that holds most of the files `names` (which may name subfolders), in the first of `tops` where there
+    are any.
+
+    In a top are looked at: it, the folders in it that are named after images (Images, Flicker8k_Dataset,
+    flickr30k-images, ...), and such folders in those. With no file anywhere it is the first folder looked at.
+    """
+    tails: dict[str, set[str]] = {}
+    for name in names:
+        head, tail = os.path.split(name)
+        tails.setdefault(head, set()).add(tail)
+
+    def count(folder: Path) -> int:
+        return sum(len(files & file_names(folder / head)) for head, files in tails.items())
+
+    bests = []
+    for top in tops:
+        inside = _image_folders(top)
+        nested = [inner for folder in inside for inner in _image_folders(folder)]
+        bests.append(max([*inside, *nested, top], key=count))
+        if count(bests[-1]):
+            return bests[-1]
+    return bests[0]
+
+
+def tops_of(path: Path, source: Path) -> list[Path]:
+    """Where to look for the images of a file in the data set `path`: beside it, then in the data set's folder (never
+    outside of it), which for a path that is the file itself may be the folder above."""
+    return [source.parent, path if path.is_dir() else source.parent.parent]
+
+
+def _image_folders(top: Path) -> list[Path]:
+    return [folder for folder in subfolders(top) if re.search("image|dataset", folder.name, re.IGNORECASE)]
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Sorted; none in a folder that may not be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(folder / entry.name for entry in entries if entry.is_dir())
+    except OSError:
+        return []
+
+
+def file_names(folder: Path) -> set[str]:
+    """All that stands in a folder, {} when there can be no such folder. Raises OSError when it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries}
+    except ValueError:  # no name of a file has a NUL in it
+        return set()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            return set()
+        raise

@@ -5,7 +5,7 @@ import os
 import pytest
 from PIL import Image
 
-from attncap.data import coco, draw_splits, open_dataset
+from attncap.data import coco, draw_splits, open_dataset, read_dataset
 from attncap.errors import CallError, UserError
 
 
@@ -72,15 +72,22 @@ def test_nothing_there(tmp_path):
 
 def test_no_data_set_says_what_was_expected_and_found(tmp_path):
     expected = (
-        f"{tmp_path}: not a data set: expected captions.txt beside a folder Images/ (Flickr8k), or "
-        "annotations/captions_*.json beside folders such as train2017/ (COCO); found "
+        "captions.txt or Flickr8k.token.txt beside the images' folder (Flickr8k); "
+        "results.csv or results_20130124.token beside the images' folder (Flickr30k); "
+        "one .csv, .tsv or .jsonl file of image, caption and perhaps split (your own); "
+        "annotations/captions_*.json beside folders such as train2017/ (COCO); "
+        "dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json beside the images' folder (Karpathy)"
     )
-    assert failure(tmp_path) == expected + "an empty folder"
+
+    def message(found):
+        return f"{tmp_path}: not a data set; found {found}; expected one of: {expected}"
+
+    assert failure(tmp_path) == message("an empty folder")
     (tmp_path / "a").mkdir()
     for name in "bcdefg":
         (tmp_path / name).touch()
-    assert failure(tmp_path) == expected + "a/, b, c, d, e and 2 more"
-    assert failure(tmp_path / "b").endswith("found a file")
+    assert failure(tmp_path) == message("a/, b, c, d, e and 2 more")
+    assert "not a data set; found a file; expected" in failure(tmp_path / "b")
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(0, (0, 0, 0)), (2, (2, 0, 0)), (3, (1, 1, 1)), (50, (40, 5, 5))])
@@ -107,7 +114,7 @@ def test_shapes_come_from_their_own_file(monkeypatch):
     from attncap.data import shapes
 
     monkeypatch.setattr(shapes, "open_shapes", lambda seed: {"train": [seed]})
-    assert open_dataset("shapes", 5) == {"train": [5]}
+    assert read_dataset("shapes", 5).splits == {"train": [5]}
 
 
 # Flickr8k
@@ -168,8 +175,7 @@ def test_flickr8k_missing_images_are_reported(flickr8k, caplog):
     splits = open_dataset(flickr8k, 0)
     assert sorted(sum(names(splits).values(), [])) == ["6.jpg", "7.jpg", "8.jpg", "9.jpg"]
     first = ", ".join(str(flickr8k / "Images" / f"{i}.jpg") for i in range(3))
-    source = flickr8k / "captions.txt"
-    assert caplog.messages == [f"{source}: left out 6 of 10 images, whose files are missing: {first}, ..."]
+    assert caplog.messages == [f"{flickr8k}: left out 6 images, whose files are missing: {first}, ..."]
 
 
 def test_flickr8k_without_any_image(flickr8k):
@@ -180,17 +186,20 @@ def test_flickr8k_without_any_image(flickr8k):
         f"{flickr8k / 'Images' / '0.jpg'}; put the images in that folder"
     )
     (flickr8k / "Images").rmdir()
-    assert failure(flickr8k) == f"{flickr8k}: no folder Images/ beside captions.txt; put the photographs there"
+    assert f"e.g. {flickr8k / '0.jpg'}; put the images in that folder" in failure(flickr8k)
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", 'line 1 should be "image,caption", found ""'),
-        (b"1.jpg,A dog\n", 'line 1 should be "image,caption", found "1.jpg,A dog"'),
-        (b"image,caption\n", "no captions in it, only the header"),
-        (b"image,caption\n1.jpg,a\n2.jpg\n", "line 3 is not image,caption: '2.jpg'"),
-        (b"image,caption\n,a\n", "line 2 is not image,caption: ''"),
+        (b"", 'line 1 should be "image,caption" or "image,caption,split", found ""'),
+        (b"1.jpg,A dog\n", 'line 1 should be "image,caption" or "image,caption,split", found "1.jpg,A dog"'),
+        (b"image,caption\n", "no captions in it"),
+        (
+            b"image,caption\n1.jpg,a\n2.jpg\n",
+            "line 3 is not image,caption: '2.jpg'",
+        ),
+        (b"image,caption\n,a\n", "line 2 is not image,caption: ',a'"),
         (
             b'image,caption\n1.jpg,"a dog\n2.jpg,a cat\n',
             "the caption that ends on line 3 runs over several lines; close its quotation mark",
@@ -249,7 +258,7 @@ def test_coco_missing_images_and_stray_captions_are_reported(coco_2017, caplog):
     assert sorted(splits["val"] + splits["test"]) == ["101", "102", "103"]
     assert caplog.messages == [
         f'{path}: left out 1 image ids with captions that "images" lacks: 7',
-        f"{path}: left out 1 of 4 images, whose files are missing: {gone}",
+        f"{coco_2017}: left out 1 images, whose files are missing: {gone}",
     ]
 
 

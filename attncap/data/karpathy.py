@@ -1,0 +1,71 @@
+"""Karpathy's splits (Karpathy and Fei-Fei 2015): dataset_coco.json, dataset_flickr8k.json, dataset_flickr30k.json.
+
+{"images": [{"filepath": "val2014", "filename": "COCO_val2014_000000391895.jpg", "cocoid": 391895,
+             "split": "test", "sentences": [{"raw": "A man with a red helmet ..."}]}]}
+
+Flickr's have no filepath and no cocoid. Images' folders are looked for beside the file, then in the folder above it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from attncap.data import SPLITS, Dataset, Example, keep_existing, report, told_splits
+from attncap.data.images import find_image_folder, subfolders, tops_of
+from attncap.errors import UserError
+from attncap.files import read_json
+
+EXPECTED = "dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json beside the images' folder (Karpathy)"
+
+
+def find(path: Path) -> list[Path]:
+    """The file itself, known by its first image, or those in the folder, or else in one of its folders."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return [path] if path.suffix.lower() == ".json" and re.search(rb'"sentences"\s*:', file.read(2**16)) else []
+    tops = [path, *subfolders(path)]
+    return next((files for top in tops if (files := sorted(top.glob("dataset_*.json")))), [])
+
+
+def read(path: Path, files: list[Path], seed: int) -> Dataset:
+    """The examples by the file's own split, restval in train; `name` is COCO's id, or the file name of a Flickr image.
+
+    Raises UserError on a broken file, and when several files are there to choose from.
+    """
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise UserError(f"{path}: expected one of Karpathy's files, found {names}; give the path of one")
+    [source] = files
+    content = read_json(source)
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list) or not images:
+        raise UserError(f'{source}: field "images" should be a list with entries, as in Karpathy\'s files')
+    captions: dict[str, tuple[str, ...]] = {}
+    names: dict[str, str] = {}
+    told: dict[str, str] = {}
+    for i, image in enumerate(images):
+        _check(source, f"images[{i}]", image, {"filename": str, "split": str, "sentences": list})
+        if image["split"] not in SPLITS:
+            raise UserError(f'{source}: field "split" of images[{i}] should be train, restval, val or test')
+        for j, sentence in enumerate(image["sentences"]):
+            _check(source, f"images[{i}].sentences[{j}]", sentence, {"raw": str})
+        key = str(image.get("cocoid", image["filename"]))
+        if key in told:
+            raise UserError(f"{source}: images[{i}] is {key[:60]!r}, which stands there already; remove one")
+        names[key] = f"{image.get('filepath', '.')}/{image['filename']}"
+        captions[key] = tuple(text for sentence in image["sentences"] if (text := sentence["raw"].strip()))
+        told[key] = SPLITS[image["split"]]
+    report(source, [key for key, texts in captions.items() if not texts], "images without captions")
+    folder = find_image_folder(names.values(), tops_of(path, source))
+    examples = [Example(key, texts, folder / names[key]) for key, texts in captions.items() if texts]
+    if not examples:
+        raise UserError(f"{source}: no captions in it")
+    examples, missing = keep_existing(examples, source)
+    return Dataset(f"Karpathy's splits ({source.name})", told_splits(examples, told), missing)
+
+
+def _check(source: Path, place: str, entry: object, types: dict[str, type]) -> None:
+    for key, kind in types.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+            raise UserError(f'{source}: field "{key}" of {place} is missing or of the wrong type')
