@@ -94,5 +94,5 @@ def tokenize(text: str) -> list[str]:
     `-lrb-` and so on: coco-caption's list has them in capitals, and so never meets them.
     """
     tokens = _TOKEN.findall(_SKIPPED.sub(" ", html.unescape(text).translate(_RESPELLED)).strip())
-    kept = (_BRACKETS.get(token, token) for token in tokens if token not in _DROPPED)
-    return [token.replace("(", "-lrb-").replace(")", "-rrb-").lower() for token in kept]
+    kept = [_BRACKETS.get(token, token) for token in tokens if token not in _DROPPED]
+    return " ".join(kept).replace("(", "-lrb-").replace(")", "-rrb-").lower().split()
