@@ -2,6 +2,7 @@ import runpy
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 COLORS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 210)}
@@ -11,6 +12,15 @@ TINY = (
     "--attention-size 16 --embedding-size 16 --hidden-size 32 --dropout 0 --epochs 15 --batch-size 8 --workers 0 "
     "--learning-rate 1e-2 --encoder-learning-rate 1e-3 --label-smoothing 0 --no-augment --min-count 1 --device cpu"
 ).split()
+
+
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])])
+def device(request) -> str:
+    """A test that asks for this runs on every device."""
+    return request.param
 
 
 @pytest.fixture

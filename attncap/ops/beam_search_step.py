@@ -69,7 +69,8 @@ def beam_search_step(
         ValueError: shapes, dtypes, devices or numbers do not fit.
         attncap.errors.UserError: there is no kernel for the device; says how to get it.
     """
-    _check(logits, scores, finished, end, suppressed, penalty_words, penalties, temperature)
+    numbers = {"temperature": temperature, "length_penalty": length_penalty, "last_length_penalty": last_length_penalty}
+    _check(logits, scores, finished, end, suppressed, penalty_words, penalties, numbers)
     library.require(logits.device)
     return BeamSearchStep(
         *torch.ops.attncap.beam_search_step(
@@ -95,7 +96,8 @@ def beam_search_step_reference(
     last_length_penalty: float = 1.0,
 ) -> BeamSearchStep:
     """`beam_search_step` in plain PyTorch: same arguments, results and errors, on any device."""
-    _check(logits, scores, finished, end, suppressed, penalty_words, penalties, temperature)
+    numbers = {"temperature": temperature, "length_penalty": length_penalty, "last_length_penalty": last_length_penalty}
+    _check(logits, scores, finished, end, suppressed, penalty_words, penalties, numbers)
     (B, J), K, V = scores.shape, finished.shape[1], logits.shape[1]
     log_probs = (logits.float() / temperature).log_softmax(dim=1).view(B, J, V)
     is_live = scores > -torch.inf
@@ -164,7 +166,7 @@ def _check(
     suppressed: Tensor | None,
     penalty_words: Tensor | None,
     penalties: Tensor | None,
-    temperature: float,
+    numbers: dict[str, float],
 ) -> None:
     if logits.dim() != 2 or scores.dim() != 2 or finished.dim() != 2:
         raise ValueError(
@@ -178,8 +180,9 @@ def _check(
         raise ValueError(f"logits has dtype {logits.dtype}; beam_search_step takes float32, bfloat16 and float16")
     if not 0 <= end < V:
         raise ValueError(f"end is {end}, but there are {V} words")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, but must be above 0")
+    for name, number in numbers.items():
+        if not number > 0:
+            raise ValueError(f"{name} is {number}, but must be above 0")
     if (penalty_words is None) != (penalties is None):
         raise ValueError("penalty_words and penalties come together")
     M = 0 if penalty_words is None else penalty_words.shape[-1]

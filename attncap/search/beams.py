@@ -58,9 +58,10 @@ class Search:
         started = [step.start(values) for step, values in zip(self.steps, features, strict=True)]
         memories, h, c = zip(*started, strict=True)
         if config.method == "sample":  # a number in [0, 1) for every word that will be drawn
-            draws = [torch.Generator().manual_seed(config.sample_seed + seed) for seed in seeds]
-            shape = (config.max_length, config.beam_size)
-            self.draws = torch.stack([torch.rand(shape, generator=g, dtype=torch.double) for g in draws]).to(device)
+            draws = torch.empty(B, config.max_length, config.beam_size, dtype=torch.double)
+            for of_image, seed in zip(draws, seeds, strict=True):
+                of_image.uniform_(generator=torch.Generator().manual_seed(config.sample_seed + seed))
+            self.draws = draws.to(device)
         images = torch.arange(B, device=device)
         return Beams(
             memories,
@@ -162,7 +163,7 @@ class Search:
         drawn = self.draws[beams.images, t].view(-1, 1) * total
         tokens = words.gather(1, (below <= drawn).sum(dim=1, keepdim=True).clamp(max=V - 1)).view(B, K)
         scores = beams.scores + log_probs.gather(1, tokens.view(-1, 1)).view(B, K)
-        is_live = beams.scores != -torch.inf
+        is_live = (beams.scores != -torch.inf) & (ranked[:, 0] != -torch.inf).view(B, K)  # some word is allowed
         ends = (tokens == Vocabulary.END) & is_live
         goes_on = is_live & ~ends
         return BeamSearchStep(

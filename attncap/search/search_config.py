@@ -54,14 +54,14 @@ class SearchConfig:
             raise CallError(f"--groups {self.groups}: must divide --beam-size {self.beam_size}")
         if self.groups > 1 and self.method == "sample":
             raise CallError("--groups: samples are not searched in groups; leave it out, or --method sample")
-        if isinstance(self.length_penalty, float | int) and self.length_penalty < 0:
+        if isinstance(self.length_penalty, float | int) and not self.length_penalty >= 0:
             raise CallError(f"--length-penalty {self.length_penalty}: must be at least 0")
         if not self.temperature > 0:
             raise CallError(f"--temperature {self.temperature}: must be above 0")
         if not 0 < self.top_p <= 1:
             raise CallError(f"--top-p {self.top_p}: must be above 0 and at most 1")
         for name in ("diversity", "no_repeat_ngram", "top_k"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise CallError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0")
 
     def divisor(self, length: int) -> float:

@@ -35,7 +35,8 @@ struct BeamSearchSizes {
   int64_t B, J, K, V;
 };
 
-constexpr int64_t kMostBeams = 32;  // K and J; CUDA keeps an image's beams in the lanes of a warp
+constexpr int64_t kMostBeams = 32;       // K and J; CUDA keeps an image's beams in the lanes of a warp
+constexpr int64_t kMostWords = 1 << 30;  // V; CUDA counts the words of a row in an int
 
 struct Candidate {
   float score = -INFINITY;    // none, behind all others
@@ -58,7 +59,7 @@ struct BeamSearchStep {
   const T* logits;               // [B J, V]
   const float* scores;           // [B, J]
   const float* finished;         // [B, K], best first; -infinity: none
-  const bool* suppressed;        // [V] or null
+  const bool* suppressed;        // [V] or null; of `end`, end_allowed decides
   const int64_t* penalty_words;  // [B J, M] or null; a negative one is none
   const float* penalties;        // [B J, M], at least 0, subtracted; of a word named twice, the sum
   int64_t* tokens;               // [B, K]; `end` where no beam goes on
@@ -78,53 +79,74 @@ ATTNCAP_HOST_DEVICE inline float penalty_of(const BeamSearchStep<T>& params, int
   return sum;
 }
 
-// The end of a step for image b, from its K best candidates of words other than `end`, best first, and ends[j], the
-// score of beam j's candidate of `end`. is_nan: see above.
 template <typename T>
-ATTNCAP_HOST_DEVICE inline void finish_step(const BeamSearchStep<T>& params, int64_t b, const Candidate* best,
-                                            const float* ends, bool is_nan) {
-  const int64_t J = params.sizes.J, K = params.sizes.K, V = params.sizes.V;
-  const float* finished = params.finished + b * K;
-  float *next_finished = params.next_finished + b * K, *next_scores = params.next_scores + b * K;
+ATTNCAP_HOST_DEVICE inline bool is_suppressed(const BeamSearchStep<T>& params, int64_t w) {
+  return params.suppressed && params.suppressed[w];
+}
+
+// An image's step ends in the three functions below, in this order; calls of one of them for different numbers may run
+// side by side, as CUDA's lanes do. best: the image's K best candidates of words other than `end`, best first. ends[j]:
+// the score of beam j's candidate of `end`. is_nan: see above.
+
+template <typename T>
+ATTNCAP_HOST_DEVICE inline int64_t width_of(const BeamSearchStep<T>& params, int64_t b) {
+  const int64_t K = params.sizes.K;
   int64_t width = K;
-  for (int64_t k = 0; k < K; ++k) {
-    next_finished[k] = finished[k];
-    if (params.shrink && finished[k] > -INFINITY) --width;
-  }
+  for (int64_t k = 0; k < K && params.shrink; ++k) width -= params.finished[b * K + k] > -INFINITY;
+  return width;
+}
 
-  int64_t room = 0;  // for candidates that go on; in shrink mode those that end take theirs from it
-  for (; room < K && params.shrink; ++room) {
-    int64_t rank = room;
-    for (int64_t j = 0; j < J; ++j) rank += is_better({ends[j], j * V + params.end}, best[room]);
-    if (rank >= width) break;
-  }
-  if (!params.shrink) room = K;
-  for (int64_t j = 0; j < J; ++j) {
-    const Candidate end{ends[j], j * V + params.end};
-    int64_t rank = 0;
-    for (int64_t k = 0; k < K; ++k) rank += is_better(best[k], end);
-    for (int64_t i = 0; i < J; ++i) rank += is_better({ends[i], i * V + params.end}, end);
-    const bool ends_here = !is_nan && end.score > -INFINITY && rank < width;
-    params.ended[b * J + j] = ends_here ? end.score : -INFINITY;
-    if (!ends_here) continue;
-    float score = end.score / params.length_penalty;
-    for (int64_t k = 0; k < K; ++k) {  // into its place; the worst falls off
-      if (score > next_finished[k]) {
-        const float lower = next_finished[k];
-        next_finished[k] = score;
-        score = lower;
-      }
+// The h-th of the image's hypotheses: the K of `finished`, then those that end here, one a beam.
+template <typename T>
+ATTNCAP_HOST_DEVICE inline Candidate hypothesis(const BeamSearchStep<T>& params, int64_t b, int64_t h) {
+  const int64_t J = params.sizes.J, K = params.sizes.K;
+  return {h < K ? params.finished[b * K + h] : params.ended[b * J + h - K] / params.length_penalty, h};
+}
+
+// For j < J: whether the beam ends here.
+template <typename T>
+ATTNCAP_HOST_DEVICE inline void end_beam(const BeamSearchStep<T>& params, int64_t b, const Candidate* best,
+                                         const float* ends, bool is_nan, int64_t j) {
+  const int64_t J = params.sizes.J, K = params.sizes.K, V = params.sizes.V;
+  const Candidate end{ends[j], j * V + params.end};
+  int64_t rank = 0;
+  for (int64_t k = 0; k < K; ++k) rank += is_better(best[k], end);
+  for (int64_t i = 0; i < J; ++i) rank += is_better({ends[i], i * V + params.end}, end);
+  params.ended[b * J + j] = !is_nan && rank < width_of(params, b) ? end.score : -INFINITY;
+}
+
+// For h < K + J: the hypothesis to its place, if that is among the K best.
+template <typename T>
+ATTNCAP_HOST_DEVICE inline void keep_hypothesis(const BeamSearchStep<T>& params, int64_t b, int64_t h) {
+  const int64_t J = params.sizes.J, K = params.sizes.K;
+  const Candidate kept = hypothesis(params, b, h);
+  int64_t rank = 0;
+  for (int64_t i = 0; i < K + J; ++i) rank += is_better(hypothesis(params, b, i), kept);
+  if (rank < K) params.next_finished[b * K + rank] = kept.score;
+}
+
+// For k < K: whether best[k] goes on.
+template <typename T>
+ATTNCAP_HOST_DEVICE inline void go_on(const BeamSearchStep<T>& params, int64_t b, const Candidate* best,
+                                      const float* ends, bool is_nan, int64_t k) {
+  const int64_t J = params.sizes.J, K = params.sizes.K, V = params.sizes.V;
+  bool goes_on = !is_nan && best[k].score > -INFINITY;
+  if (params.shrink) {
+    int64_t rank = k;
+    for (int64_t j = 0; j < J; ++j) rank += is_better({ends[j], j * V + params.end}, best[k]);
+    goes_on = goes_on && rank < width_of(params, b);
+  } else {
+    const float attainable = best[0].score / params.last_length_penalty;
+    int64_t as_good = 0;
+    for (int64_t h = 0; h < K + J; ++h) {
+      const float score = hypothesis(params, b, h).score;
+      as_good += score > -INFINITY && score >= attainable;
     }
+    goes_on = goes_on && as_good < K;
   }
-
-  const float attainable = best[0].score / params.last_length_penalty;
-  if (!params.shrink && next_finished[K - 1] > -INFINITY && !(attainable > next_finished[K - 1])) room = 0;
-  for (int64_t k = 0; k < K; ++k) {
-    const bool goes_on = !is_nan && k < room && best[k].score > -INFINITY;
-    params.next_scores[b * K + k] = goes_on ? best[k].score : is_nan ? NAN : -INFINITY;
-    params.tokens[b * K + k] = goes_on ? best[k].place % V : params.end;
-    params.parents[b * K + k] = b * J + (goes_on ? best[k].place / V : 0);
-  }
+  params.next_scores[b * K + k] = goes_on ? best[k].score : is_nan ? NAN : -INFINITY;
+  params.tokens[b * K + k] = goes_on ? best[k].place % V : params.end;
+  params.parents[b * K + k] = b * J + (goes_on ? best[k].place / V : 0);
 }
 
 #define DECLARE(isa)                                                           \

@@ -49,7 +49,7 @@ void search_image(const BeamSearchStep<T>& params, int64_t b) {
     const float factor = params.inverse_temperature, base = params.scores[row] - log_sum_exp(logits, V, factor);
     if (base != base) {
       is_nan = true;
-      break;
+      continue;
     }
     if (params.end_allowed) {
       const Vector<float> score = load(logits + params.end, 1) * factor + base;
@@ -60,8 +60,7 @@ void search_image(const BeamSearchStep<T>& params, int64_t b) {
       if (!any_above(scores, best[K - 1].score)) return;
       for (int64_t lane = 0; lane < kLanes<float>; ++lane) {
         const int64_t w = first + lane;
-        if (!(scores[lane] > best[K - 1].score) || w == params.end) continue;
-        if (params.suppressed && params.suppressed[w]) continue;
+        if (!(scores[lane] > best[K - 1].score) || w == params.end || is_suppressed(params, w)) continue;
         Candidate candidate{scores[lane] - penalty_of(params, row, w), j * V + w};
         for (int64_t k = 0; k < K; ++k) {  // into its place; the worst falls off
           if (!is_better(candidate, best[k])) continue;
@@ -72,7 +71,9 @@ void search_image(const BeamSearchStep<T>& params, int64_t b) {
       }
     });
   }
-  finish_step(params, b, best, ends, is_nan);
+  for (int64_t j = 0; j < J; ++j) end_beam(params, b, best, ends, is_nan, j);
+  for (int64_t h = 0; h < K + J; ++h) keep_hypothesis(params, b, h);
+  for (int64_t k = 0; k < K; ++k) go_on(params, b, best, ends, is_nan, k);
 }
 
 }  // namespace

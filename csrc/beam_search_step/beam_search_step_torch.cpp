@@ -16,6 +16,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> beam_search_step(Tensor logit
   const int64_t B = scores.size(0), J = scores.size(1), K = finished.size(1), V = logits.size(1);
   check(J > 0 && J <= kMostBeams && K > 0 && K <= kMostBeams,
         "beam_search_step takes 1 to " + std::to_string(kMostBeams) + " beams an image");
+  check(V <= kMostWords, "beam_search_step takes at most " + std::to_string(kMostWords) + " words");
   check(end >= 0 && end < V, "beam_search_step: end is no word");
   check(temperature > 0 && length_penalty > 0 && last_length_penalty > 0,
         "beam_search_step: temperature and length penalties must be above 0");

@@ -31,7 +31,9 @@ def build(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["test_cuda_emulator", "test_soft_attention"])
+@pytest.mark.parametrize(
+    "name", ["test_cuda_emulator", "test_soft_attention", "test_beam_search_step", "test_lstm_step"]
+)
 def test_passes(build, name):
     done = run(build / name)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -53,7 +55,8 @@ def test_nothing_compiled_for_a_newer_processor_can_be_shared(build):
     assert objects
     symbols = run("nm", "-C", "--defined-only", *objects).stdout.splitlines()
     shared = [line.split(maxsplit=2)[2] for line in symbols if line.split()[1:2] == ["W"]]
-    assert shared and all(name.startswith("void attncap::") and "::soft_attention_" in name for name in shared), shared
+    own = tuple(f"void attncap::{isa}::" for isa in ("baseline", "avx2", "avx512"))
+    assert shared and all(name.startswith(own) for name in shared), shared
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,32 @@ void reductions(double* out) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = sum + 1e8 * largest;
 }
 
+// What each lane gets from the shuffles and votes that reductions() does not use, as a number of six digits.
+void exchanges(int* out) {
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int from_last = __shfl_sync(0xffffffffu, lane, 31), from_below = __shfl_up_sync(0xffffffffu, lane, 3);
+  const unsigned ballot = __ballot_sync(0xffffffffu, lane % 8 == warp);  // 4 bits, the lowest is `warp`
+  out[threadIdx.x] = 10000 * from_last + 100 * from_below + 10 * __popc(ballot) + __ffs(ballot);
+}
+
+// In round r thread r alone votes yes; in the first one nobody.
+void votes(int* out) {
+  int yes = 0;
+  for (unsigned r = 0; r < kThreads; ++r) yes += __syncthreads_or(r > 0 && threadIdx.x == r) ? 1 : 1000;
+  out[threadIdx.x] = yes;
+}
+
+// As pass_to_neighbour, in a warp.
+template <bool with_barrier>
+void pass_to_lane(int* out) {
+  __shared__ int values[kThreads];
+  values[threadIdx.x] = -1;
+  __syncthreads();
+  values[threadIdx.x] = 100 + static_cast<int>(threadIdx.x);
+  if (with_barrier) __syncwarp();
+  out[threadIdx.x] = values[threadIdx.x ^ 1];
+}
+
 void barrier_for_some() {
   if (threadIdx.x < 32) __syncthreads();
 }
@@ -85,7 +111,7 @@ int main(int count, char** arguments) {
     return 0;
   }
 
-  int wrong = 0;
+  int wrong = 0, wrong_in_warp = 0;
   for (const Schedule schedule : kSchedules) {
     expect(neighbour_is_right(schedule, pass_to_neighbour<true>), "a barrier makes neighbours' values visible");
     wrong += !neighbour_is_right(schedule, pass_to_neighbour<false>);
@@ -96,8 +122,26 @@ int main(int count, char** arguments) {
       const unsigned end = (i % kThreads / 32 + 1) * 32;  // of the warp's threads
       expect(out[i] == 32 * end - 31 * 16 + 1e8 * (end - 1), "warp_reduce");
     }
+
+    std::vector<int> got(kThreads);
+    launch(schedule, 1, kThreads, 0, exchanges, got.data());
+    for (int i = 0; i < int(kThreads); ++i) {
+      const int lane = i % 32, below = lane < 3 ? lane : lane - 3;
+      expect(got[i] == 10000 * 31 + 100 * below + 10 * 4 + i / 32 + 1, "shuffles and ballot");
+    }
+    launch(schedule, 1, kThreads, 0, votes, got.data());
+    expect(got == std::vector<int>(kThreads, 1000 + kThreads - 1), "__syncthreads_or");
+    const auto lane_is_right = [&](auto kernel) {
+      launch(schedule, 1, kThreads, 0, kernel, got.data());
+      for (int i = 0; i < int(kThreads); ++i) {
+        if (got[i] != 100 + (i ^ 1)) return false;
+      }
+      return true;
+    };
+    expect(lane_is_right(pass_to_lane<true>), "__syncwarp makes other lanes' values visible");
+    wrong_in_warp += !lane_is_right(pass_to_lane<false>);
   }
-  expect(wrong > 0, "a missing barrier shows in some schedule");
+  expect(wrong > 0 && wrong_in_warp > 0, "a missing barrier shows in some schedule");
 
   bool caught = false;
   try {

@@ -33,9 +33,9 @@ void test_functions() {
     }
   }
   const Vector<float> nan = broadcast(NAN);
-  expect(std::isnan(exp(nan)[0]) && std::isnan(tanh(nan)[0]) && std::isnan(short_tanh(nan)[0]) &&
-             std::isnan(relu(nan)[0]),
-         "NaN stays", NAN);
+  expect(
+      std::isnan(exp(nan)[0]) && std::isnan(tanh(nan)[0]) && std::isnan(short_tanh(nan)[0]) && std::isnan(relu(nan)[0]),
+      "NaN stays", NAN);
   expect(tanh(Vector<double>{} + 0.5)[0] == std::tanh(0.5), "tanh in float64", 0.5);
 }
 

@@ -14,6 +14,7 @@
 #include "cuda_emulator.h"  // first: it defines what device code needs
 
 #include "soft_attention/soft_attention_launch.h"
+#include "testing.h"
 
 using namespace attncap;
 using cuda_emulator::launch;
@@ -21,14 +22,8 @@ using cuda_emulator::Schedule;
 
 namespace {
 
-int failures = 0;
-
-void serial(int64_t count, void (*work)(int64_t, int64_t, void*), void* context) { work(0, count, context); }
-
-// Every piece by itself, the last one first: no piece may count on another.
-void backwards(int64_t count, void (*work)(int64_t, int64_t, void*), void* context) {
-  while (count-- > 0) work(count, count + 1, context);
-}
+using attncap::compare;  // beside those for whole problems below
+using attncap::widen;
 
 // All arrays of one forward and backward pass. Outputs start as NaN, so that what is never written shows. `gap` numbers
 // lie between the features, and the keys, of one image and the next.
@@ -174,14 +169,6 @@ struct Problem {
 };
 
 template <typename T>
-std::vector<T> normal(int64_t count, double scale, std::mt19937& random) {
-  std::normal_distribution<double> distribution(0, scale);
-  std::vector<T> values(count);
-  for (T& value : values) value = static_cast<T>(static_cast<float>(distribution(random)));
-  return values;
-}
-
-template <typename T>
 Problem<T> make_problem(SoftAttentionSizes sizes, Activation activation, bool masked, bool gated, int64_t gap,
                         double scale) {
   const auto [B, K, P, D, A] = sizes;
@@ -201,11 +188,6 @@ Problem<T> make_problem(SoftAttentionSizes sizes, Activation activation, bool ma
   }
   problem.allocate();
   return problem;
-}
-
-template <typename T>
-std::vector<double> widen(const std::vector<T>& values) {
-  return std::vector<double>(values.begin(), values.end());
 }
 
 // The same numbers in float64.
@@ -228,21 +210,6 @@ Problem<double> widen(const Problem<T>& problem) {
   return wide;
 }
 
-// The largest error, as a share of the largest true value, is at most `tolerance`.
-template <typename T>
-void compare(const std::string& name, const std::vector<T>& actual, const std::vector<double>& truth,
-             double tolerance) {
-  double largest = 1e-30, error = 0;
-  for (size_t i = 0; i < truth.size(); ++i) {
-    largest = std::max(largest, std::fabs(truth[i]));
-    const double difference = std::fabs(static_cast<double>(actual[i]) - truth[i]);
-    if (!(difference <= error)) error = difference;  // a NaN is taken and kept
-  }
-  if (truth.size() == actual.size() && error <= tolerance * largest + 1e-30) return;
-  std::printf("FAILED: %s: error %g of %g\n", name.c_str(), error, largest);
-  ++failures;
-}
-
 template <typename T>
 void compare(const std::string& name, const Problem<T>& problem, const Problem<double>& truth, double tolerance) {
   compare(name + ": context", problem.context, truth.context, tolerance);
@@ -253,8 +220,6 @@ void compare(const std::string& name, const Problem<T>& problem, const Problem<d
   compare(name + ": gate_grad", problem.gate_grad, truth.gate_grad, tolerance);
   compare(name + ": score_weight_grad", problem.score_weight_grad, truth.score_weight_grad, tolerance);
 }
-
-bool has(Isa isa) { return isa <= best_isa(); }
 
 // Every activation, with and without mask, gate and gap.
 template <typename T>
@@ -272,19 +237,16 @@ void test_sizes(const char* dtype, double tolerance, std::initializer_list<SoftA
                     int(sizes.K), int(sizes.P), int(sizes.D), int(sizes.A), variant);
       const std::string name = buffer;
 
-      for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
-        for (const Threads threads : {serial, backwards}) {
-          if (!has(isa)) continue;
-          problem.allocate();
-          problem.run_on_cpu(isa, threads);
-          compare(name + "CPU " + std::to_string(int(isa)), problem, truth, tolerance);
-        }
-      }
-      for (const Schedule schedule : cuda_emulator::kSchedules) {
+      for_each_isa([&](const std::string& how, Isa isa, Threads threads) {
+        problem.allocate();
+        problem.run_on_cpu(isa, threads);
+        compare(name + how, problem, truth, tolerance);
+      });
+      for_each_schedule([&](const std::string& how, Schedule schedule) {
         problem.allocate();
         problem.run_emulated(schedule, 100);
-        compare(name + "schedule " + std::to_string(int(schedule)), problem, truth, tolerance);
-      }
+        compare(name + how, problem, truth, tolerance);
+      });
       problem.allocate();
       problem.run_emulated(Schedule::random, 1);
       compare(name + "one processor", problem, truth, tolerance);
@@ -319,12 +281,6 @@ void test_large_scores() {
   check("emulated");
 }
 
-void expect(bool condition, const char* what) {
-  if (condition) return;
-  std::printf("FAILED: %s\n", what);
-  ++failures;
-}
-
 // kCellsInParts comes in parts of 35 and 36 cells on a chip that it cannot fill, and so does one image of real size;
 // many images do not, nor a few cells, whatever the chip.
 constexpr SoftAttentionSizes kCellsInParts{2, 3, 71, 12, 4};
@@ -357,9 +313,6 @@ void test_short_types() {
 }  // namespace
 
 int main() {
-  for (const Isa isa : {Isa::avx2, Isa::avx512}) {
-    if (!has(isa)) std::printf("left out: instruction set %d, which this processor has not\n", int(isa));
-  }
   test_short_types();
   test_parts<float>();
   test_parts<double>();
@@ -380,6 +333,5 @@ int main() {
   test_sizes<float16>("float16", 0.002, {{2, 3, 7, 8, 5}, {1, 2, 33, 65, 100}, {2, 6, 9, 72, 16}, kCellsInParts});
   test_many_cells();
   test_large_scores();
-  if (failures == 0) std::printf("ok\n");
-  return failures != 0;
+  return report();
 }

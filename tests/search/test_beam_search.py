@@ -1,105 +1,602 @@
+"""The search against an obvious one: plain lists, one beam at a time, whole captions run again for every word."""
+
+import copy
+import dataclasses
+import functools
+import gc
 import itertools
+import math
+import weakref
+from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from attncap.config import ModelConfig
-from attncap.data.vocabulary import Vocabulary
+from attncap.errors import CallError, UserError
 from attncap.models import Decoder
-from attncap.search import beam_search
+from attncap.ops import IMPLEMENTATIONS
+from attncap.search import Hypothesis, SearchConfig, beam_search
+from attncap.search.beams import Search
+from attncap.search.decoder_step import DecoderStep
 
-SUPPRESSED = [0, 1, 3]
+PAD, START, END, UNK = range(4)
+P = 5
+# A, E, H and D of an ensemble's decoders.
+SIZES = [(6, 4, 8, 7), (5, 3, 9, 4)]
+BIASES = {"ends seldom": -2.0, "ends sometimes": 1.0, "ends soon": 4.0}  # added to <end>'s logit
 
-P, D = 5, 7
+both_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
-def make_decoder(V: int, seed: int = 0, end_bias: float = 0.0) -> Decoder:
-    """A decoder with random weights, large enough that words depend on the picture."""
-    torch.manual_seed(seed)
-    decoder = Decoder(ModelConfig(attention_size=6, embedding_size=4, hidden_size=8), D, V).double().eval()
+def make_decoder(
+    which: int = 0, V: int = 9, end_bias: float = 0.0, output_layer: str = "deep", implementation: str = "native"
+) -> Decoder:
+    """A decoder in float64 with random weights, large enough that words depend on the picture."""
+    torch.manual_seed(which)
+    A, E, H, D = SIZES[which]
+    config = ModelConfig(attention_size=A, embedding_size=E, hidden_size=H, output_layer=output_layer)
+    decoder = Decoder(config, D, V, implementation).double().eval()
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(3)
-        decoder.word_output.bias[Vocabulary.END] += end_bias
+        decoder.word_output.bias[END] += end_bias
     return decoder
 
 
-@torch.no_grad()
-def next_log_probs(decoder: Decoder, features: torch.Tensor, words: list[int]) -> torch.Tensor:
-    """Log-probabilities [V] after the words, by running the whole caption again under teacher forcing."""
-    tokens = torch.tensor([[Vocabulary.START, *words, Vocabulary.PAD]])
-    log_probs = decoder(features.unsqueeze(0), tokens)[0][0, -1].log_softmax(0)
-    log_probs[SUPPRESSED] = -torch.inf
-    return log_probs
+def make_features(B: int, which: int = 0, seed: int = 7) -> Tensor:
+    return torch.randn(B, P, SIZES[which][3], dtype=torch.double, generator=torch.Generator().manual_seed(seed + which))
 
 
-def obvious_search(decoder: Decoder, features: torch.Tensor, K: int, max_length: int) -> tuple[list[int], float]:
-    """The same search for one image, one beam at a time, without any state kept from word to word."""
-    live, ended = [([], 0.0)], []
-    for _ in range(max_length):
-        candidates = []
-        for words, score in live:
-            for word, log_prob in enumerate(next_log_probs(decoder, features, words).tolist()):
-                if log_prob > -float("inf"):
-                    candidates.append((words + [word], score + log_prob))
-        candidates.sort(key=lambda candidate: -candidate[1])
-        chosen = candidates[: K - len(ended)]
-        ended += [(words[:-1], score) for words, score in chosen if words[-1] == Vocabulary.END]
-        live = [(words, score) for words, score in chosen if words[-1] != Vocabulary.END]
-        if not live:
+class Truth:
+    """What decoders write for one image, by running whole captions again under teacher forcing in float64."""
+
+    def __init__(self, decoders: list[Decoder], features: list[Tensor]):
+        self.decoders, self.features = decoders, features
+        self.run = functools.cache(self.run)  # of the words alone
+
+    @torch.no_grad()
+    def run(self, words: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The next word's log-probabilities [V], and the attention [len(words),P] with which the words were written."""
+        tokens = torch.tensor([[START, *words, PAD]])
+        outputs = [d(f.unsqueeze(0), tokens) for d, f in zip(self.decoders, self.features, strict=True)]
+        probabilities = torch.stack([logits[0, -1].softmax(0) for logits, _ in outputs]).mean(0)
+        return probabilities.log(), torch.stack([weights[0, :-1] for _, weights in outputs]).mean(0)
+
+    def next_words(self, words: list[int], config: SearchConfig, suppressed: tuple[int, ...]) -> dict[int, float]:
+        """The log-probability of every word that may come next."""
+        log_probs = (self.run(tuple(words))[0] / config.temperature).log_softmax(0)
+        return {w: log_probs[w].item() for w in range(len(log_probs)) if is_allowed(words, w, config, suppressed)}
+
+
+def is_allowed(words: list[int], word: int, config: SearchConfig, suppressed: tuple[int, ...]) -> bool:
+    if word == END:
+        return len(words) >= config.min_length
+    caption, n = [*words, word], config.no_repeat_ngram
+    ngrams = [tuple(caption[i : i + n]) for i in range(len(caption) - n + 1)] if n else []
+    return word not in (PAD, START, *suppressed) and len(ngrams) == len(set(ngrams))
+
+
+def rank(score: float, length: int, config: SearchConfig) -> float:
+    """What captions are compared by; `length` counts the end."""
+    if config.length_penalty == "none":
+        return score
+    return score / (length if config.length_penalty == "average" else ((5 + length) / 6) ** config.length_penalty)
+
+
+def obvious_search(
+    truth: Truth, config: SearchConfig, suppressed: tuple[int, ...] = (UNK,), stops_early: bool = True
+) -> list[tuple[list[int], float]]:
+    """The search for one image, after the docstrings of SearchConfig and beam_search: (words, score), best first."""
+    k = config.beam_size // config.groups
+    live = [[([], 0.0)] for _ in range(config.groups)]  # of every group
+    ended = [[] for _ in range(config.groups)]
+    for _ in range(config.max_length):
+        chosen = []  # words of the groups before
+        for g in range(config.groups):
+            candidates = [
+                ([*words, word], score + log_prob - config.diversity * chosen.count(word))
+                for words, score in live[g]
+                for word, log_prob in truth.next_words(words, config, suppressed).items()
+            ]
+            candidates.sort(key=lambda candidate: -candidate[1])
+            width = k - len(ended[g]) if config.method == "shrink" else k
+            ended[g] += [(words[:-1], score) for words, score in candidates[:width] if words[-1] == END]
+            going = candidates[:width] if config.method == "shrink" else candidates
+            live[g] = [(words, score) for words, score in going if words[-1] != END][:k]
+            if config.method == "fixed" and stops_early and len(ended[g]) >= k and live[g]:
+                worst = sorted(rank(score, len(words) + 1, config) for words, score in ended[g])[-k]
+                if rank(live[g][0][1], config.max_length, config) <= worst:  # longer captions are divided by more
+                    live[g] = []
+            chosen += [words[-1] for words, _ in live[g]]
+    ended, live = sum(ended, []), sum(live, [])
+    ended.sort(key=lambda found: -rank(found[1], len(found[0]) + 1, config))
+    live.sort(key=lambda found: -found[1])
+    return (ended + live)[: config.n_best] or [([], -math.inf)]
+
+
+@functools.cache
+def truths(V: int, end_bias: float, output_layer: str, ensemble: int, B: int) -> list[Truth]:
+    """Of B images; kept, since a caption's truth is the same for every search."""
+    decoders = [make_decoder(i, V, end_bias, output_layer, "torch") for i in range(ensemble)]
+    features = [make_features(B, i) for i in range(ensemble)]
+    return [Truth(decoders, [f[b] for f in features]) for b in range(B)]
+
+
+def check_hypothesis(found: Hypothesis, truth: Truth, words: list[int], score: float):
+    assert found.tokens == words
+    assert found.score == pytest.approx(score, rel=1e-6, abs=1e-5)  # the search adds up in float32
+    assert found.attention.dtype == torch.float32 and found.attention.device.type == "cpu"
+    torch.testing.assert_close(found.attention, truth.run(tuple(words))[1].float())
+
+
+def check_search(
+    config: SearchConfig,
+    suppressed=(UNK,),
+    *,
+    V=9,
+    end_bias=1.0,
+    output_layer="deep",
+    ensemble=1,
+    implementation="native",
+    device="cpu",
+    B=3,
+    **options,
+):
+    """beam_search finds what obvious_search finds."""
+    decoders = [make_decoder(i, V, end_bias, output_layer, implementation).to(device) for i in range(ensemble)]
+    features = [make_features(B, i).to(device) for i in range(ensemble)]
+    found = beam_search(decoders, features, config, suppressed)
+    assert len(found) == B
+    for of_image, truth in zip(found, truths(V, end_bias, output_layer, ensemble, B), strict=True):
+        expected = obvious_search(truth, config, suppressed, **options)
+        assert len(of_image) == len(expected)
+        for hypothesis, (words, score) in zip(of_image, expected, strict=True):
+            check_hypothesis(hypothesis, truth, words, score)
+
+
+# Each with what differs from the defaults; ensembles and suppressed words are no fields of SearchConfig.
+TABLE = [
+    *(dict(beam_size=K, n_best=n) for K, n in [(1, 1), (2, 2), (3, 1), (5, 5), (10, 10), (32, 32)]),
+    dict(length_penalty="average", n_best=5),
+    dict(length_penalty=0.7, n_best=5),
+    dict(length_penalty=2, n_best=5),
+    dict(min_length=3),
+    dict(min_length=6),
+    dict(max_length=1, n_best=5),
+    dict(max_length=2, n_best=5),
+    dict(no_repeat_ngram=1, n_best=5),
+    dict(no_repeat_ngram=2, n_best=5),
+    dict(no_repeat_ngram=3, n_best=5),
+    dict(no_repeat_ngram=1, min_length=6, n_best=5),  # more words than there are: beams run dry
+    dict(suppressed=(), n_best=5),
+    dict(suppressed=(UNK, 5, 6, 8), n_best=5),
+    dict(temperature=0.5, n_best=5),
+    dict(temperature=2.0, n_best=5),
+    dict(beam_size=6, groups=6, n_best=6),
+    dict(beam_size=6, groups=2, n_best=6, diversity=0.3),
+    dict(beam_size=6, groups=3, n_best=6, diversity=2.0),
+    dict(beam_size=6, groups=3, n_best=6, no_repeat_ngram=2),
+    dict(beam_size=6, groups=2, n_best=6, length_penalty="average", min_length=2),
+    dict(ensemble=2, n_best=5),
+    dict(ensemble=2, beam_size=4, groups=2, n_best=4, no_repeat_ngram=1, length_penalty=1),
+]
+
+
+@both_implementations
+@pytest.mark.parametrize("output_layer", ["plain", "deep"])
+@pytest.mark.parametrize("end_bias", BIASES.values(), ids=BIASES)
+@pytest.mark.parametrize("method", ["shrink", "fixed"])
+@pytest.mark.parametrize("changes", TABLE, ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
+def test_equals_the_obvious_search(device, implementation, output_layer, end_bias, method, changes):
+    fields = dict(method=method, max_length=7) | changes
+    options = dict(ensemble=fields.pop("ensemble", 1), suppressed=fields.pop("suppressed", (UNK,)))
+    models = dict(end_bias=end_bias, output_layer=output_layer, implementation=implementation, device=device)
+    check_search(SearchConfig(**fields), **models, **options)
+
+
+@both_implementations
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(data=st.data())
+def test_options_together(implementation, data):
+    groups = data.draw(st.integers(1, 4))
+    K = groups * data.draw(st.integers(1, 4))
+    max_length = data.draw(st.integers(1, 7))
+    config = SearchConfig(
+        beam_size=K,
+        groups=groups,
+        max_length=max_length,
+        method=data.draw(st.sampled_from(["shrink", "fixed"])),
+        min_length=data.draw(st.integers(0, max_length - 1)),
+        length_penalty=data.draw(st.sampled_from(["none", "average", 0, 0.6, 1.5])),
+        no_repeat_ngram=data.draw(st.integers(0, 3)),
+        temperature=data.draw(st.sampled_from([0.6, 1.0, 1.7])),
+        n_best=data.draw(st.integers(1, K)),
+        diversity=data.draw(st.sampled_from([0.0, 0.4, 3.0])),
+    )
+    check_search(
+        config,
+        tuple(data.draw(st.sets(st.integers(3, 8)))),
+        end_bias=data.draw(st.sampled_from(list(BIASES.values()))),
+        ensemble=data.draw(st.integers(1, 2)),
+        implementation=implementation,
+        B=2,
+    )
+
+
+@both_implementations
+@pytest.mark.parametrize("length_penalty", ["none", "average", 0.7, 2])
+@pytest.mark.parametrize("end_bias", BIASES.values(), ids=BIASES)
+def test_a_fixed_search_stops_without_loss(implementation, length_penalty, end_bias):
+    """What it finds is what it would find if it never stopped before max_length."""
+    config = SearchConfig(beam_size=4, method="fixed", max_length=9, length_penalty=length_penalty, n_best=4)
+    check_search(config, end_bias=end_bias, implementation=implementation, stops_early=False)
+
+
+def captions_up_to(length: int, V: int) -> list[tuple[int, ...]]:
+    """All captions of so many words at most, <unk> not among them."""
+    return [words for n in range(length + 1) for words in itertools.product(range(UNK + 1, V), repeat=n)]
+
+
+def score_of(truth: Truth, words: tuple[int, ...]) -> float:
+    """The sum of log-probabilities; words[:-1] alone came before the last."""
+    return sum(truth.run(words[:t])[0][word].item() for t, word in enumerate(words))
+
+
+@both_implementations
+@pytest.mark.parametrize("length_penalty", ["none", "average", 0.7])
+@pytest.mark.parametrize("output_layer", ["plain", "deep"])
+def test_a_wide_beam_finds_all_captions(implementation, length_penalty, output_layer):
+    """With more beams than captions the search is exhaustive; captions that did not end follow those that did."""
+    V, max_length, K = 6, 4, 32
+    config = SearchConfig(K, "fixed", max_length, length_penalty=length_penalty, n_best=K)
+    found = beam_search(make_decoder(0, V, 0.0, output_layer, implementation), make_features(2), config)
+    for of_image, truth in zip(found, truths(V, 0.0, output_layer, 1, 2), strict=True):
+        ended = [(words, score_of(truth, (*words, END))) for words in captions_up_to(max_length - 1, V)]
+        ended.sort(key=lambda caption: -rank(caption[1], len(caption[0]) + 1, config))
+        live = [(words, score_of(truth, words)) for words in captions_up_to(max_length, V) if len(words) == max_length]
+        live.sort(key=lambda caption: -caption[1])
+        assert len(ended) == 1 + 2 + 4 + 8 and len(live) == 16
+        for hypothesis, (words, score) in zip(of_image, ended + live, strict=True):
+            check_hypothesis(hypothesis, truth, list(words), score)
+
+
+@both_implementations
+def test_greedy_takes_the_likeliest_word(implementation):
+    [truth] = truths(9, 1.0, "deep", 1, 1)
+    words = []
+    while len(words) < 7:
+        log_probs = truth.run(tuple(words))[0]
+        log_probs = log_probs.index_fill(0, torch.tensor([PAD, START, UNK]), -math.inf)
+        if log_probs.argmax() == END:
             break
-    return max(ended or live, key=lambda hypothesis: hypothesis[1])
+        words.append(log_probs.argmax().item())
+    assert words
+    for method in ("shrink", "fixed"):
+        config = SearchConfig(beam_size=1, max_length=7, method=method)
+        [[found]] = beam_search(make_decoder(end_bias=1.0, implementation=implementation), make_features(1), config)
+        assert found.tokens == words
 
 
-@pytest.mark.parametrize("K", [1, 2, 3, 5, 10])
-@pytest.mark.parametrize("end_bias", [0.0, 3.0, -1e4])
-def test_equals_the_obvious_search(K, end_bias):
-    decoder = make_decoder(V=9, end_bias=end_bias)
-    features = torch.randn(6, P, D, dtype=torch.double)
-    found = beam_search(decoder, features, K, max_length=7)
-    assert len(found) == 6
-    for hypothesis, picture in zip(found, features, strict=True):
-        words, score = obvious_search(decoder, picture, K, max_length=7)
-        assert hypothesis.tokens == words
-        assert hypothesis.score == pytest.approx(score, rel=1e-6, abs=1e-5)  # the search adds up in float32
-        assert hypothesis.attention.shape == (len(words), P)
-        tokens = torch.tensor([[Vocabulary.START, *words, Vocabulary.END]])
-        with torch.no_grad():
-            weights = decoder(picture.unsqueeze(0), tokens)[1][0, : len(words)]
-        torch.testing.assert_close(hypothesis.attention, weights.float())
+methods = pytest.mark.parametrize("method", ["shrink", "fixed", "sample"])
 
 
-def test_wide_beam_finds_the_best_of_all_captions():
-    """With more beams than captions the search is exhaustive."""
-    V, max_length = 7, 4  # three words beside the special ones
-    decoder = make_decoder(V)
-    features = torch.randn(2, P, D, dtype=torch.double)
-    for picture, hypothesis in zip(features, beam_search(decoder, features, 150, max_length), strict=True):
-        scores = {}
-        for length in range(max_length):
-            for words in itertools.product(range(4, V), repeat=length):
-                caption = [*words, Vocabulary.END]
-                scores[words] = sum(
-                    next_log_probs(decoder, picture, caption[:t])[caption[t]].item() for t in range(length + 1)
-                )
-        assert tuple(hypothesis.tokens) == max(scores, key=scores.get)
+@both_implementations
+@methods
+def test_where_nothing_ends_live_beams_are_returned(implementation, method):
+    decoder = make_decoder(end_bias=-1e4, implementation=implementation)
+    config = SearchConfig(beam_size=3, method=method, max_length=5, n_best=3)
+    for found, truth in zip(beam_search(decoder, make_features(3), config), truths(9, -1e4, "deep", 1, 3), strict=True):
+        assert [len(hypothesis.tokens) for hypothesis in found] == [5, 5, 5]
+        assert [hypothesis.score for hypothesis in found] == sorted((h.score for h in found), reverse=True)
+        for hypothesis in found:
+            check_hypothesis(hypothesis, truth, hypothesis.tokens, score_of(truth, tuple(hypothesis.tokens)))
 
 
-def test_best_live_beam_where_nothing_ends():
-    decoder = make_decoder(V=9, end_bias=-1e4)
-    for hypothesis in beam_search(decoder, torch.randn(3, P, D, dtype=torch.double), 3, max_length=5):
-        assert len(hypothesis.tokens) == 5 and not set(hypothesis.tokens) & set(range(4))
+@both_implementations
+def test_live_beams_only_fill_up(implementation):
+    """Captions that ended come first, though the live ones' scores are better."""
+    filled = 0
+    for method in ("shrink", "fixed"):
+        config = SearchConfig(beam_size=6, method=method, max_length=2, n_best=6, min_length=1)
+        decoder = make_decoder(end_bias=1.0, implementation=implementation)
+        for found in beam_search(decoder, make_features(3), config):
+            has_ended = [len(hypothesis.tokens) < 2 for hypothesis in found]
+            assert has_ended == sorted(has_ended, reverse=True) and any(has_ended)
+            ended, live = (([h.score for h in found if (len(h.tokens) < 2) == which]) for which in (True, False))
+            filled += bool(live) and max(live) > min(ended)
+    assert filled > 0
 
 
-def test_empty_caption():
-    decoder = make_decoder(V=9, end_bias=1e4)
-    [hypothesis] = beam_search(decoder, torch.randn(1, P, D, dtype=torch.double), 3, max_length=5)
-    assert hypothesis.tokens == [] and hypothesis.attention.shape == (0, P)
+@both_implementations
+@methods
+def test_empty_caption(implementation, method):
+    decoder = make_decoder(end_bias=1e4, implementation=implementation)
+    config = SearchConfig(beam_size=3, method=method, max_length=5)
+    [[found]] = beam_search(decoder, make_features(1), config)
+    assert found.tokens == [] and found.attention.shape == (0, P)
+    assert found.score == pytest.approx(0, abs=1e-5)
 
 
-def test_results_do_not_depend_on_the_batch():
-    decoder = make_decoder(V=30)
-    features = torch.randn(8, P, D, dtype=torch.double)
-    together = beam_search(decoder, features, 4, max_length=12)
-    alone = [beam_search(decoder, features[i : i + 1], 4, max_length=12)[0] for i in range(8)]
-    assert [hypothesis.tokens for hypothesis in together] == [hypothesis.tokens for hypothesis in alone]
+@both_implementations
+@methods
+def test_no_images(implementation, method):
+    decoder = make_decoder(implementation=implementation)
+    assert beam_search(decoder, make_features(0), SearchConfig(method=method, max_length=5)) == []
+
+
+@both_implementations
+@methods
+@pytest.mark.parametrize("no_repeat_ngram", [0, 1])
+def test_where_no_word_is_allowed_the_caption_is_empty(implementation, method, no_repeat_ngram):
+    """From the start, or when all words are used up before the caption may end."""
+    suppressed = range(UNK, 9) if no_repeat_ngram == 0 else range(UNK, 7)
+    decoder = make_decoder(end_bias=1.0, implementation=implementation)
+    config = SearchConfig(4, method, max_length=7, min_length=4, no_repeat_ngram=no_repeat_ngram, n_best=4)
+    for of_image in beam_search(decoder, make_features(3), config, suppressed):
+        [found] = of_image
+        assert found.tokens == [] and found.score == -math.inf and found.attention.shape == (0, P)
+
+
+@both_implementations
+@methods
+def test_more_beams_than_words(implementation, method):
+    decoder = make_decoder(V=6, implementation=implementation)
+    config = SearchConfig(beam_size=32, method=method, max_length=4, n_best=32)
+    for of_image in beam_search(decoder, make_features(2), config):
+        assert all(set(hypothesis.tokens) <= {4, 5} for hypothesis in of_image)
+    if method != "sample":
+        check_search(config, V=6, implementation=implementation)
+
+
+def the_same(found: list[Hypothesis], expected: list[Hypothesis]):
+    assert [hypothesis.tokens for hypothesis in found] == [hypothesis.tokens for hypothesis in expected]
+    for hypothesis, other in zip(found, expected, strict=True):
+        assert hypothesis.score == pytest.approx(other.score, rel=1e-5, abs=1e-5)
+        torch.testing.assert_close(hypothesis.attention, other.attention, rtol=1e-4, atol=1e-5)
+
+
+@both_implementations
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(method="shrink"),
+        dict(method="fixed", length_penalty="average"),
+        dict(method="fixed", groups=2),
+        dict(method="sample"),
+    ],
+    ids=str,
+)
+def test_results_depend_neither_on_the_batch_nor_on_the_place_in_it(device, implementation, fields, monkeypatch):
+    """In float32, with captions of very different lengths: finished images are taken out on the way, several times."""
+    kept = []
+    keep = Search.keep
+    monkeypatch.setattr(Search, "keep", lambda search, beams, rows: kept.append(len(rows)) or keep(search, beams, rows))
+    B = 16
+    decoder = make_decoder(V=60, end_bias=3.0, implementation=implementation).float().to(device)
+    features = make_features(B).float().to(device)
+    config = SearchConfig(beam_size=4, max_length=30, n_best=2, no_repeat_ngram=1, **fields)
+    together = beam_search(decoder, features, config, seeds=range(B))
+    if device == "cpu":  # CUDA looks seldom at what has finished
+        assert len(kept) >= 3 and kept == sorted(kept, reverse=True)  # several times, and to fewer and fewer
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(0)).tolist()
+    for b, found in zip(order, beam_search(decoder, features[order], config, seeds=order), strict=True):
+        the_same(found, together[b])
+    for b in range(B):
+        [alone] = beam_search(decoder, features[b : b + 1], config, seeds=[b])
+        the_same(alone, together[b])
+
+
+@both_implementations
+@methods
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_named(implementation, method, value):
+    decoder = make_decoder(implementation=implementation)
+    with torch.no_grad():
+        decoder.word_output.bias[5] = value
+    with pytest.raises(UserError, match="3 of 3 images, the first at place 0 of its batch, is not a number"):
+        beam_search(decoder, make_features(3), SearchConfig(method=method, max_length=5))
+
+
+@both_implementations
+@methods
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("end_bias", BIASES.values(), ids=BIASES)
+def test_an_image_that_is_no_number_is_named(device, implementation, method, value, end_bias):
+    """At its place in the batch, though others were taken out of it before."""
+    decoder = make_decoder(implementation=implementation, end_bias=end_bias).float().to(device)
+    features = make_features(6).float().to(device)
+    features[4, 2, 1] = value
+    with pytest.raises(UserError, match="1 of 6 images, the first at place 4 of its batch, is not a number"):
+        beam_search(decoder, features, SearchConfig(method=method, max_length=5))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(beam_size=0), "--beam-size 0: must be from 1 to 32"),
+        (dict(beam_size=33), "--beam-size 33: must be from 1 to 32"),
+        (dict(max_length=0), "--min-length 0: must be below --max-length 0"),
+        (dict(min_length=-1), "--min-length -1: must be below"),
+        (dict(min_length=7, max_length=7), "--min-length 7: must be below --max-length 7"),
+        (dict(n_best=0), "--n-best 0: must be from 1 to --beam-size 5"),
+        (dict(n_best=6), "--n-best 6: must be from 1 to --beam-size 5"),
+        (dict(groups=0), "--groups 0: must divide --beam-size 5"),
+        (dict(groups=2), "--groups 2: must divide --beam-size 5"),
+        (dict(groups=5, method="sample"), "--groups: samples are not searched in groups"),
+        (dict(length_penalty=-0.1), "--length-penalty -0.1: must be at least 0"),
+        (dict(length_penalty=math.nan), "--length-penalty nan: must be at least 0"),
+        (dict(temperature=0.0), "--temperature 0.0: must be above 0"),
+        (dict(temperature=math.nan), "--temperature nan: must be above 0"),
+        (dict(top_p=0.0), "--top-p 0.0: must be above 0 and at most 1"),
+        (dict(top_p=1.1), "--top-p 1.1: must be above 0 and at most 1"),
+        (dict(diversity=-0.5), "--diversity -0.5: must be at least 0"),
+        (dict(diversity=math.nan), "--diversity nan: must be at least 0"),
+        (dict(no_repeat_ngram=-1), "--no-repeat-ngram -1: must be at least 0"),
+        (dict(top_k=-1), "--top-k -1: must be at least 0"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_go_together(fields, message):
+    with pytest.raises(CallError) as error:
+        beam_search(make_decoder(), make_features(1), SearchConfig(**fields))
+    assert message in str(error.value)
+
+
+def train(decoder: Decoder):
+    optimizer = torch.optim.SGD(decoder.parameters(), lr=0.5)
+    decoder(make_features(2).to(decoder.score_weight.dtype), torch.tensor([[1, 4, 5, 2]] * 2))[0].sin().sum().backward()
+    optimizer.step()
+
+
+def load(decoder: Decoder):
+    decoder.load_state_dict({name: value.flip(0) for name, value in decoder.state_dict().items()})
+
+
+def replace(decoder: Decoder):
+    for parameter in decoder.parameters():
+        parameter.data = parameter.data.flip(0)
+
+
+CHANGES = [train, load, replace, Decoder.float, Decoder.bfloat16]
+
+
+@both_implementations
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_changed_weights_are_noticed(implementation, change):
+    decoder, config = make_decoder(end_bias=-2.0, implementation=implementation), SearchConfig(max_length=7)
+
+    def found(decoder: Decoder) -> list[Hypothesis]:
+        return beam_search(decoder, make_features(4).to(decoder.score_weight.dtype), config)
+
+    before = [of_image[0].score for of_image in found(decoder)]
+    assert DecoderStep.of(decoder) is DecoderStep.of(decoder)
+    change(decoder)
+    after = found(decoder)
+    assert [of_image[0].score for of_image in after] != before
+    for of_image, expected in zip(after, found(copy.deepcopy(decoder)), strict=True):
+        the_same(of_image, expected)
+
+
+def test_a_search_keeps_no_decoder_alive():
+    decoder = make_decoder()
+    beam_search(decoder, make_features(1), SearchConfig(max_length=3))
+    gone = weakref.ref(decoder)
+    del decoder
+    gc.collect()
+    assert gone() is None
+
+
+def filtered(log_probs: dict[int, float], config: SearchConfig) -> dict[int, float]:
+    """The probabilities of what can be drawn, top_k's words first, of these as many as have top_p together."""
+    ranked = sorted(log_probs, key=lambda word: -log_probs[word])[: config.top_k or None]
+    total = sum(math.exp(log_probs[word]) for word in ranked)
+    left = {}
+    for word in ranked:
+        if sum(left.values()) < config.top_p:
+            left[word] = math.exp(log_probs[word]) / total
+    total = sum(left.values())
+    return {word: probability / total for word, probability in left.items()}
+
+
+def check_frequencies(counts: Counter, probabilities: dict, total: int):
+    """Each within 4.5 standard deviations; what has probability 0 never comes."""
+    assert sum(probabilities.values()) == pytest.approx(1) and sum(counts.values()) == total
+    assert set(counts) <= set(probabilities)
+    for what, p in probabilities.items():
+        assert abs(counts[what] - total * p) <= 4.5 * math.sqrt(total * p * (1 - p)) + 1, what
+
+
+def draw(config: SearchConfig, images: int = 128, **options) -> tuple[list[list[Hypothesis]], Truth]:
+    """Samples of one picture as that many images, each with its own seed."""
+    found = beam_search(make_decoder(end_bias=1.0, **options), make_features(1).expand(images, -1, -1), config)
+    assert all(len(of_image) == config.beam_size for of_image in found)
+    return found, truths(9, 1.0, "deep", 1, 1)[0]
+
+
+FILTERS = [
+    dict(),
+    dict(temperature=0.5),
+    dict(temperature=3.0),
+    dict(top_k=1),
+    dict(top_k=3),
+    dict(top_p=0.01),
+    dict(top_p=0.6),
+    dict(top_p=0.9, temperature=2.0),
+    dict(top_k=4, top_p=0.8, temperature=2.0),
+    dict(min_length=1, top_k=3),
+]
+
+
+@both_implementations
+@pytest.mark.parametrize("fields", FILTERS, ids=str)
+def test_first_words_are_drawn_from_the_distribution(implementation, fields):
+    config = SearchConfig(32, "sample", max_length=2, n_best=32, **fields)
+    found, truth = draw(config, implementation=implementation)
+    first = Counter((*hypothesis.tokens, END)[0] for of_image in found for hypothesis in of_image)
+    check_frequencies(first, filtered(truth.next_words([], config, (UNK,)), config), 32 * 128)
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(no_repeat_ngram=1, top_k=4, top_p=0.9, temperature=3.0)], ids=str)
+def test_whole_captions_are_drawn_from_the_distribution(fields):
+    """A word depends on those before it, and on nothing else."""
+    config = SearchConfig(32, "sample", max_length=2, n_best=32, **fields)
+    found, truth = draw(config, images=256)
+    probabilities = {}
+    for first, p in filtered(truth.next_words([], config, (UNK,)), config).items():
+        if first == END:
+            probabilities[()] = p
+        else:
+            for second, q in filtered(truth.next_words([first], config, (UNK,)), config).items():
+                probabilities[(first,) if second == END else (first, second)] = p * q
+    assert len(probabilities) > 10
+    counts = Counter(tuple(hypothesis.tokens) for of_image in found for hypothesis in of_image)
+    check_frequencies(counts, probabilities, 32 * 256)
+
+
+def test_beams_of_a_sample_are_independent():
+    config = SearchConfig(2, "sample", max_length=1, n_best=2)
+    found, truth = draw(config, images=4000)
+    p = filtered(truth.next_words([], config, (UNK,)), config)
+    pairs = {(a, b): (1 + (a != b)) * p[a] * p[b] for a, b in itertools.combinations_with_replacement(sorted(p), 2)}
+    firsts = [[(*hypothesis.tokens, END)[0] for hypothesis in of_image] for of_image in found]
+    check_frequencies(Counter(tuple(sorted(pair)) for pair in firsts), pairs, 4000)
+
+
+@both_implementations
+@pytest.mark.parametrize("fields", [dict(), dict(temperature=1.5, top_k=3, top_p=0.7, no_repeat_ngram=2)], ids=str)
+def test_samples_have_the_scores_of_their_words(implementation, fields):
+    """Before top_k and top_p."""
+    config = SearchConfig(4, "sample", max_length=6, n_best=4, length_penalty="average", **fields)
+    found, truth = draw(config, images=8, implementation=implementation)
+    plain = dataclasses.replace(config, no_repeat_ngram=0)
+    for of_image in found:
+        ranks = []
+        for hypothesis in of_image:
+            caption = [*hypothesis.tokens, END][: config.max_length]
+            assert all(is_allowed(caption[:t], w, config, (UNK,)) for t, w in enumerate(caption))
+            score = sum(truth.next_words(caption[:t], plain, (UNK,))[w] for t, w in enumerate(caption))
+            check_hypothesis(hypothesis, truth, hypothesis.tokens, score)
+            ranks.append((len(hypothesis.tokens) == config.max_length, -rank(score, len(caption), config)))
+        assert ranks == sorted(ranks)  # live ones last
+
+
+def test_every_image_has_its_seed():
+    with pytest.raises(ValueError, match="shorter"):
+        beam_search(make_decoder(), make_features(3), SearchConfig(method="sample", max_length=5), seeds=[0, 1])
+
+
+def test_a_seed_decides_what_is_drawn():
+    config = SearchConfig(3, "sample", max_length=6, n_best=3)
+    decoder, features = make_decoder(), make_features(8)
+
+    def tokens(**changes) -> list[list[list[int]]]:
+        found = beam_search(decoder, features, dataclasses.replace(config, **changes))
+        return [[hypothesis.tokens for hypothesis in of_image] for of_image in found]
+
+    assert tokens() == tokens(sample_seed=0) != tokens(sample_seed=1)
+    one_picture = beam_search(decoder, features[:1].expand(8, -1, -1), config)  # the images' seeds differ
+    assert len({str([hypothesis.tokens for hypothesis in of_image]) for of_image in one_picture}) > 4

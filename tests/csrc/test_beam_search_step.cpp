@@ -1,0 +1,281 @@
+// beam_search_step's kernels without torch: the device code in the emulator, the CPU code of every instruction set that
+// this processor has.
+//
+// Truth is the text of beam_search_step.h in float64: all candidates in one list, sorted. Scores of different
+// candidates are kept apart (logits lie on a grid; numbers are drawn again where scores come too close), so ranks must
+// agree exactly, while candidates with equal logits do tie.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda_emulator.h"  // first: it defines what device code needs
+
+#include "beam_search_step/beam_search_step.cuh"
+#include "testing.h"
+
+using namespace attncap;
+using cuda_emulator::launch;
+using cuda_emulator::Schedule;
+
+namespace {
+
+constexpr double kTolerance = 1e-5;
+
+struct Results {
+  std::vector<int64_t> tokens, parents;
+  std::vector<double> next_scores, ended, next_finished;
+};
+
+// What the logits of an image are.
+enum class Kind { fine, coarse, equal, one_word, none_finite, with_nan, with_infinity, kinds };
+
+template <typename T>
+struct Problem {
+  BeamSearchStep<T> step;  // pointers are into these:
+  std::vector<T> logits;
+  std::vector<float> scores, finished, penalties, next_scores, ended, next_finished;
+  std::unique_ptr<bool[]> suppressed;
+  std::vector<int64_t> penalty_words, tokens, parents;
+
+  Problem(const BeamSearchSizes& sizes, unsigned seed) : step{} {
+    const auto [B, J, K, V] = step.sizes = sizes;
+    const int64_t N = B * J;
+    std::mt19937 random(seed);
+    const auto below = [&](int64_t count) { return static_cast<int64_t>(random() % count); };
+    const auto one_of = [&](std::initializer_list<float> values) { return values.begin()[below(values.size())]; };
+
+    step.inverse_temperature = 1 / one_of({1, 1, 0.5, 0.7, 2});
+    step.length_penalty = one_of({1, 2.5});
+    step.last_length_penalty = step.length_penalty * one_of({1, 1.5, 4});
+    step.end = below(V);
+    step.end_allowed = below(4) > 0;
+    step.shrink = below(2);
+
+    const int64_t offset = below(4);  // of the first row, from an address that is a multiple of 16
+    step.logits_stride = V + below(2) * below(20);
+    logits.assign(offset + (N > 0 ? (N - 1) * step.logits_stride + V : 0), static_cast<T>(INFINITY));
+    for (int64_t b = 0; b < B; ++b) {
+      const int64_t draw = below(2 * int64_t(Kind::kinds));
+      const Kind kind = draw < int64_t(Kind::kinds) ? Kind(draw) : Kind::fine;
+      const std::vector<float> values = normal<float>(J * V, 2, random);
+      for (int64_t j = 0; j < J; ++j) {
+        T* row = &logits[offset + (b * J + j) * step.logits_stride];
+        const double grid = kind == Kind::coarse ? 8 : 1024;
+        for (int64_t w = 0; w < V; ++w) row[w] = static_cast<T>(float(std::round(values[j * V + w] * grid) / grid));
+        if (below(2)) row[step.end] = *std::max_element(row, row + V);
+        if (kind == Kind::equal) std::fill(row, row + V, static_cast<T>(0.5f));
+        if (kind == Kind::one_word || kind == Kind::none_finite) std::fill(row, row + V, static_cast<T>(-INFINITY));
+        if (kind == Kind::one_word) row[below(V)] = static_cast<T>(1.5f);
+        if (kind == Kind::with_nan && below(J) == 0) row[below(V)] = static_cast<T>(NAN);
+        if (kind == Kind::with_infinity && below(J) == 0) row[below(V)] = static_cast<T>(INFINITY);
+        const bool is_none = below(5) == 0;
+        scores.push_back(is_none ? -INFINITY : kind == Kind::equal ? -2.5f : -float(below(1 << 12)) / (1 << 10));
+      }
+      const int64_t count = one_of({0, 0, float(below(K + 1)), float(K)});
+      std::vector<float> of_image(K, -INFINITY);
+      for (int64_t k = 0; k < count; ++k) of_image[k] = -float(below(1 << 13)) / (1 << 10);
+      std::sort(of_image.rbegin(), of_image.rend());
+      finished.insert(finished.end(), of_image.begin(), of_image.end());
+    }
+    step.logits = logits.data() + offset;
+    step.scores = scores.data();
+    step.finished = finished.data();
+
+    const auto likely = [&](int64_t n) {  // a word of the row, often its best
+      const T* row = step.logits + n * step.logits_stride;
+      return below(2) ? std::max_element(row, row + V) - row : below(V);
+    };
+    if (below(2)) {
+      suppressed.reset(new bool[V]);
+      for (int64_t w = 0; w < V; ++w) suppressed[w] = below(5) == 0;
+      for (int64_t n = 0; n < N; ++n) suppressed[likely(n)] = true;
+      step.suppressed = suppressed.get();
+    }
+    if (below(2)) {
+      step.penalty_count = below(5);
+      for (int64_t n = 0; n < N; ++n) {
+        for (int64_t m = 0; m < step.penalty_count; ++m) {
+          const bool again = m > 0 && below(2);
+          penalty_words.push_back(again ? penalty_words.back() : below(4) ? likely(n) : -1);
+          penalties.push_back(below(4) ? below(32) / 8.0f + 1 / 32.0f : INFINITY);
+        }
+      }
+      step.penalty_words = penalty_words.data();
+      step.penalties = penalties.data();
+    }
+    allocate();
+  }
+
+  // Outputs start as what no kernel writes, so that what is never written shows.
+  void allocate() {
+    const auto [B, J, K, V] = step.sizes;
+    tokens.assign(B * K, -7), parents.assign(B * K, -7);
+    next_scores.assign(B * K, 7), ended.assign(B * J, 7), next_finished.assign(B * K, 7);
+    step.tokens = tokens.data(), step.parents = parents.data(), step.next_scores = next_scores.data();
+    step.ended = ended.data(), step.next_finished = next_finished.data();
+  }
+
+  // The text of the header; false where scores come too close for float32 to tell them apart.
+  bool run_plainly(Results& results) const {
+    const auto [B, J, K, V] = step.sizes;
+    struct Candidate {
+      double score;
+      int64_t j, w;
+    };
+    bool is_clear = true;
+    const auto apart = [&](double x, double y) { is_clear &= x == y || !(std::fabs(x - y) < 4 * kTolerance); };
+    for (int64_t b = 0; b < B; ++b) {
+      std::vector<Candidate> candidates;
+      bool is_nan = false;
+      for (int64_t j = 0; j < J; ++j) {
+        const int64_t row = b * J + j;
+        if (scores[row] == -INFINITY) continue;
+        std::vector<double> x(step.logits + row * step.logits_stride, step.logits + row * step.logits_stride + V);
+        double largest = -INFINITY, total = 0;
+        for (double& logit : x) {
+          is_nan |= std::isnan(logit) || logit == INFINITY;
+          logit *= step.inverse_temperature;
+          largest = std::max(largest, logit);
+        }
+        is_nan |= largest == -INFINITY;
+        for (const double logit : x) total += std::exp(logit - largest);
+        for (int64_t w = 0; w < V; ++w) {
+          double score = scores[row] + x[w] - largest - std::log(total);
+          for (int64_t m = 0; m < step.penalty_count; ++m) {
+            if (penalty_words[row * step.penalty_count + m] == w) score -= penalties[row * step.penalty_count + m];
+          }
+          if (suppressed && suppressed[w] && w != step.end) continue;  // of `end`, end_allowed decides
+          if (w == step.end && !step.end_allowed) continue;
+          if (score > -INFINITY) candidates.push_back({score, j, w});
+        }
+      }
+      if (is_nan) candidates.clear();
+      std::stable_sort(candidates.begin(), candidates.end(),
+                       [](const Candidate& a, const Candidate& b) { return a.score > b.score; });
+      for (size_t i = 0; i + 1 < candidates.size() && int64_t(i) < J + K; ++i) {
+        apart(candidates[i].score, candidates[i + 1].score);
+      }
+
+      std::vector<double> hypotheses, ended_here(J, -INFINITY);
+      for (int64_t k = 0; k < K; ++k) {
+        if (finished[b * K + k] > -INFINITY) hypotheses.push_back(finished[b * K + k]);
+      }
+      const size_t width = step.shrink ? K - hypotheses.size() : K;
+      std::vector<Candidate> live;
+      for (size_t i = 0; i < candidates.size(); ++i) {
+        const Candidate& candidate = candidates[i];
+        if (candidate.w == step.end && i < width) {
+          ended_here[candidate.j] = candidate.score;
+          hypotheses.push_back(candidate.score / step.length_penalty);
+        }
+        if (candidate.w != step.end && (step.shrink ? i < width : live.size() < size_t(K))) live.push_back(candidate);
+      }
+      std::sort(hypotheses.rbegin(), hypotheses.rend());
+      hypotheses.resize(K, -INFINITY);
+      if (!step.shrink && !live.empty() && hypotheses[K - 1] > -INFINITY) {
+        const double attainable = live[0].score / step.last_length_penalty;
+        apart(hypotheses[K - 1], attainable);
+        if (hypotheses[K - 1] >= attainable) live.clear();
+      }
+      for (int64_t k = 0; k < K; ++k) {
+        const bool goes_on = k < int64_t(live.size());
+        results.tokens.push_back(goes_on ? live[k].w : step.end);
+        results.parents.push_back(b * J + (goes_on ? live[k].j : 0));
+        results.next_scores.push_back(goes_on ? live[k].score : is_nan ? NAN : -INFINITY);
+      }
+      results.ended.insert(results.ended.end(), ended_here.begin(), ended_here.end());
+      results.next_finished.insert(results.next_finished.end(), hypotheses.begin(), hypotheses.end());
+    }
+    return is_clear;
+  }
+
+  void run_on_cpu(Isa isa, Threads threads) const {
+    switch (isa) {
+#define CASE(isa)                             \
+  case Isa::isa:                              \
+    isa::beam_search_step_cpu(step, threads); \
+    break;
+      ATTNCAP_FOR_EACH_ISA(CASE)
+#undef CASE
+      default:
+        break;
+    }
+  }
+
+  void run_emulated(Schedule schedule) const {
+    const int threads = beam_search_step_threads(step.sizes);
+    launch(schedule, step.sizes.B, threads, beam_search_step_shared_bytes(step.sizes, threads),
+           beam_search_step_kernel<T>, step);
+  }
+
+  void check(const std::string& name, const Results& truth) const {
+    expect(tokens == truth.tokens, name + ": tokens");
+    expect(parents == truth.parents, name + ": parents");
+    expect(is_close(next_scores, truth.next_scores), name + ": next_scores");
+    expect(is_close(ended, truth.ended), name + ": ended");
+    expect(is_close(next_finished, truth.next_finished), name + ": next_finished");
+  }
+
+  static bool is_close(const std::vector<float>& actual, const std::vector<double>& truth) {
+    return std::equal(actual.begin(), actual.end(), truth.begin(), truth.end(), [](double x, double y) {
+      return x == y || (std::isnan(x) && std::isnan(y)) || std::fabs(x - y) <= kTolerance;
+    });
+  }
+};
+
+unsigned seed = 0;  // of the last draw
+
+template <typename T>
+void test(const char* dtype, const BeamSearchSizes& sizes, int draws) {
+  while (draws > 0) {
+    Problem<T> problem(sizes, ++seed);
+    Results truth;
+    if (!problem.run_plainly(truth)) continue;
+    --draws;
+    char buffer[200];
+    std::snprintf(buffer, sizeof(buffer), "%s B=%d J=%d K=%d V=%d seed %u ", dtype, int(sizes.B), int(sizes.J),
+                  int(sizes.K), int(sizes.V), seed);
+    for_each_isa([&](const std::string& how, Isa isa, Threads threads) {
+      problem.allocate();
+      problem.run_on_cpu(isa, threads);
+      problem.check(buffer + how, truth);
+    });
+    for_each_schedule([&](const std::string& how, Schedule schedule) {
+      problem.allocate();
+      problem.run_emulated(schedule);
+      problem.check(buffer + how, truth);
+    });
+  }
+}
+
+}  // namespace
+
+int main() {
+  const auto test_dtypes = [](const BeamSearchSizes& sizes, int draws) {
+    test<float>("float32", sizes, draws);
+    test<bfloat16>("bfloat16", sizes, draws);
+    test<float16>("float16", sizes, draws);
+  };
+  for (const BeamSearchSizes& sizes : std::initializer_list<BeamSearchSizes>{{0, 2, 2, 7},
+                                                                             {2, 1, 1, 1},
+                                                                             {3, 1, 2, 2},
+                                                                             {3, 2, 5, 3},
+                                                                             {2, 2, 2, 2},
+                                                                             {2, 5, 7, 7},
+                                                                             {2, 1, 32, 33},
+                                                                             {3, 5, 5, 33},
+                                                                             {2, 3, 4, 512},
+                                                                             {2, 2, 1, 1000}}) {
+    test_dtypes(sizes, 4);
+  }
+  for (const BeamSearchSizes& sizes : std::initializer_list<BeamSearchSizes>{
+           {1, 32, 2, 600}, {1, 32, 32, 33}, {1, 2, 32, 1000}, {2, 1, 5, 4099}, {1, 5, 5, 4099}}) {
+    test_dtypes(sizes, 1);
+  }
+  return report();
+}
