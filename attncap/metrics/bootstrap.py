@@ -1,5 +1,6 @@
-"""How far figures can be trusted: the bootstrap over images (Efron and Tibshirani 1993; for corpus metrics, and in pairs
-for two systems, Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation", sections 2 and 3)."""
+"""How far figures can be trusted: the bootstrap over images (Efron and Tibshirani 1993, "An Introduction to the
+Bootstrap", chapter 13), of corpus metrics and in pairs for two systems (Koehn 2004, "Statistical Significance Tests for
+Machine Translation Evaluation")."""
 
 from __future__ import annotations
 
@@ -50,11 +51,11 @@ def compare(scores: Scores, others: Scores, seed: int = 0) -> dict[str, Differen
 def _draw(systems: list[Scores], seed: int) -> list[dict[str, np.ndarray]]:
     """The figures of each system in DRAWS corpora, the same ones for all."""
     rng, images = np.random.default_rng(seed), len(systems[0].images)
-    chunks = []
+    chunks: list[list[dict[str, np.ndarray]]] = []
     for _ in range(0, DRAWS, CHUNK):
         times = np.array([np.bincount(rng.integers(images, size=images), minlength=images) for _ in range(CHUNK)])
         chunks.append([scores.drawn(times.astype(float)) for scores in systems])
     return [
-        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for parts in zip(*chunks, strict=True)
+        {name: np.concatenate([chunk[i][name] for chunk in chunks]) for name in chunks[0][i]}
+        for i in range(len(systems))
     ]

