@@ -40,7 +40,12 @@ def score(name: str, predictions: Sequence[Words], references: Sequence[Sequence
         if name == "METEOR":
             from pycocoevalcap.meteor.meteor import Meteor
 
-            total, by_image = Meteor().compute_score(refs, texts)
+            meteor = Meteor()
+            try:
+                total, by_image = meteor.compute_score(refs, texts)
+            finally:
+                if meteor.lock.locked():  # by a call that failed: the destructor would wait for it for ever
+                    meteor.lock.release()
         else:
             from pycocoevalcap.spice.spice import Spice
 
