@@ -89,9 +89,10 @@ def tokenize(text: str) -> list[str]:
     The same answer as Stanford's PTBTokenizer with `-preserveLines -lowerCase` followed by
     coco-caption's list of punctuation: on all 70,070 references of the test and validation images
     of Flickr8k, Flickr30k and COCO, and on strings of words, symbols and punctuation put together
-    at random; not on strings of random characters. The vocabulary and the metrics both
-    use this function, so that a model speaks the words it is scored in. Brackets survive as
-    `-lrb-` and so on: coco-caption's list has them in capitals, and so never meets them.
+    at random; not on strings of random characters. Java joins `1 1/2` and `(555) 555-1234` by a
+    no-break space, which only coco-caption's ROUGE-L takes for no space; here they are two words.
+    The vocabulary and the metrics both use this function, so that a model speaks the words it is
+    scored in. Brackets survive as `-lrb-` and so on: coco-caption's list has them in capitals, and so never meets them.
     """
     tokens = _TOKEN.findall(_SKIPPED.sub(" ", html.unescape(text).translate(_RESPELLED)).strip())
     kept = [_BRACKETS.get(token, token) for token in tokens if token not in _DROPPED]
