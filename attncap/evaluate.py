@@ -1,86 +1,172 @@
 """Score a model on a data set, or captions in a file against references.
 
 python -m attncap.evaluate --model runs/shapes --data shapes
+python -m attncap.evaluate --predictions results.json --data flickr8k --compare others.json
 python -m attncap.evaluate --predictions results.json --references captions.json
 """
 
+import dataclasses
 import json
-import sys
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from attncap import command, metrics
+import numpy as np
+from PIL import Image
+
+from attncap import command
 from attncap.caption import caption_examples
 from attncap.captioner import Captioner
 from attncap.data import open_dataset
 from attncap.data.coco import read_captions
 from attncap.data.shapes import Scene, is_true
+from attncap.data.tokenizer import tokenize
+from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError, UserError
 from attncap.files import write_atomically
+from attncap.metrics import Scores, bootstrap, java, score
+from attncap.metrics.diversity import diversity
+from attncap.report import as_markdown, as_text, write_page
+
+log = logging.getLogger("attncap")
 
 
 @dataclass
 class EvaluateConfig(command.CaptioningConfig):
     model: tuple[str, ...] | None = None
     """Folder of a trained model; goes with --data. Of several, words' probabilities are averaged."""
+    predictions: str | None = None
+    """Captions in COCO's results format, [{"image_id": 1, "caption": "..."}, ...], instead of a model; goes with --data
+    or --references."""
     data: str | None = None
     """shapes, or the path of a data set (see `python -m attncap.train --help`)."""
     split: str = "test"
     """Part of the data set to score: train, val or test."""
-    predictions: str | None = None
-    """Captions in COCO's results format, [{"image_id": 1, "caption": "..."}, ...]; goes with --references."""
     references: str | None = None
-    """COCO's caption JSON that holds the references of the same image ids."""
+    """COCO's caption JSON that holds the references of the same image ids; instead of --data."""
+    compare: str | None = None
+    """Captions of the same images by another system, in COCO's results format: also tell the differences."""
     output: str | None = None
-    """Also write the figures to this JSON file, NAME.json, and a model's captions to NAME.results.json."""
+    """Also write the figures to this JSON file, NAME.json; a model's captions to NAME.results.json; the figures of each
+    image to NAME.images.jsonl; the tables to NAME.report.json and NAME.report.md; and the images with their captions,
+    from the worst to the best, to the page NAME.html."""
     seed: int | None = None
     """Seed of `shapes`, and of splits that the data set leaves open; by default the one the model was trained with."""
 
 
+# Which of --model, --predictions, --data and --references go together.
+WAYS = [[True, False, True, False], [False, True, True, False], [False, True, False, True]]
+
+
 def main(config: EvaluateConfig) -> None:
-    given = [config.model, config.data, config.predictions, config.references]
-    match [value is not None for value in given]:
-        case [True, True, False, False]:
-            device = command.find_device(config.device)
-            models = [Captioner.from_pretrained(folder, config.implementation).to(device) for folder in config.model]
-            splits = open_dataset(config.data, training_seed(config.model[0]) if config.seed is None else config.seed)
-            if config.split not in splits:
-                raise CallError(f"--split {config.split}: {config.data} has only {', '.join(splits)}")
-            figures, results = evaluate(models, splits[config.split], config)
-        case [False, False, True, True]:
-            predictions, references = read_results(config.predictions), read_captions(config.references)
-            if len(predictions) < len(references):
-                print(f"scoring {len(predictions)} of the {len(references)} images with references", file=sys.stderr)
-            figures, results = metrics.score(predictions, {key: references.get(key, ()) for key in predictions}), None
-        case _:
-            raise CallError("give --model and --data, or --predictions and --references")
-    print(table(figures))
+    given = [config.model, config.predictions, config.data, config.references]
+    if [value is not None for value in given] not in WAYS:
+        raise CallError("give --model and --data, or --predictions and --data, or --predictions and --references")
+    captions, others = (path and read_results(path) for path in (config.predictions, config.compare))
+    examples, training, vocabulary = [], None, None
+    if config.references is not None:
+        references = read_captions(config.references)
+    else:
+        trained = training_seed(config.model[0]) if config.model else 0
+        splits = open_dataset(config.data, trained if config.seed is None else config.seed)
+        if config.split not in splits:
+            raise CallError(f"--split {config.split}: {config.data} has only {', '.join(splits)}")
+        examples = splits[config.split]
+        references = {example.name: example.captions for example in examples}
+        training = [caption for example in splits["train"] for caption in example.captions]
+    if captions:
+        check_images(config.predictions, captions, references, config.references or config.data)
+    left_out = java.left_out()  # said before the work, not after it
+    for name, reason in left_out.items():
+        log.warning("%s left out: %s", name, reason)
+    with_java = [name for name in java.NAMES if name not in left_out]
+
+    if captions:
+        if others:
+            check_others(config.compare, others, captions)
+        scores = score(captions, {name: references[name] for name in captions}, with_java)
+    else:
+        if others:
+            check_others(config.compare, others, references)
+        device = command.find_device(config.device)
+        models = [Captioner.from_pretrained(folder, config.implementation).to(device) for folder in config.model]
+        vocabulary = models[0].vocabulary
+        scores, captions = evaluate(models, examples, config, with_java)
+    if empty := [name for name, caption in captions.items() if not tokenize(caption)]:
+        log.warning("%d of %d captions have no words, e.g. that of image %s", len(empty), len(captions), empty[0])
+    report = {**summary(scores, captions, vocabulary, training), "left out": left_out}
+    if others:
+        compared = score({name: others[name] for name in captions}, {name: references[name] for name in captions})
+        differences = bootstrap.compare(scores, compared)
+        figures = {name: dataclasses.asdict(difference) for name, difference in differences.items()}
+        report["difference"] = {"from": config.compare, "figures": figures}
+    print(as_text(report))
     if config.output is not None:
-        output = Path(config.output)
-        write_atomically(output, json.dumps(figures, indent=2) + "\n")
-        if results is not None:
-            write_atomically(output.with_suffix(".results.json"), json.dumps(results, indent=1) + "\n")
+        images = {example.name: example.image for example in examples}
+        write(Path(config.output), config.model is not None, report, scores, captions, references, images)
+
+
+def write(
+    path: Path,
+    captioned: bool,
+    report: Mapping,
+    scores: Scores,
+    captions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    images: Mapping[str, Callable[[], Image.Image]],
+) -> None:
+    """The files of --output; the captions only where a model has just written them."""
+    write_atomically(path, json.dumps(scores.figures(), indent=2) + "\n")
+    if captioned:
+        write_atomically(path.with_suffix(".results.json"), json.dumps(results(captions), indent=1) + "\n")
+    lines = (json.dumps({**line, **row}) for line, row in zip(results(captions), scores.rows(), strict=True))
+    write_atomically(path.with_suffix(".images.jsonl"), "".join(f"{line}\n" for line in lines))
+    write_atomically(path.with_suffix(".report.json"), json.dumps(report, indent=2) + "\n")
+    write_atomically(path.with_suffix(".report.md"), as_markdown(report))
+    write_page(path.with_suffix(".html"), report, captions, references, scores, images)
 
 
 def evaluate(
-    models: Sequence[Captioner], examples: Sequence, config: command.CaptioningConfig
-) -> tuple[dict[str, float], list[dict[str, int | str]]]:
+    models: Sequence[Captioner],
+    examples: Sequence,
+    config: command.CaptioningConfig,
+    with_java: Collection[str] = (),
+) -> tuple[Scores, dict[str, str]]:
     """Caption every example freely, each image once, and score the captions against all its references.
 
-    Returns the figures (see `metrics.score`; on `shapes` also `true`, the share of captions exactly true of their
-    scene) and the captions in COCO's results format.
+    Returns the scores (see `metrics.score`; on `shapes` also `true`, the share of captions exactly true of their
+    scene) and the captions by image.
     """
     written = list(caption_examples(models, examples, config))
     if not written:
         raise UserError("none of the images to be scored could be read")
-    figures = metrics.score(
-        {example.name: caption.text for example, caption in written},
-        {example.name: example.captions for example, _ in written},
-    )
+    captions = {example.name: caption.text for example, caption in written}
+    scores = score(captions, {example.name: example.captions for example, _ in written}, with_java)
     if isinstance(examples[0], Scene):
-        figures["true"] = sum(is_true(caption.text, scene) for scene, caption in written) / len(written)
-    return figures, [{"image_id": image_id(example.name), "caption": caption.text} for example, caption in written]
+        scores.by_image["true"] = np.array([float(is_true(caption.text, scene)) for scene, caption in written])
+    return scores, captions
+
+
+def summary(
+    scores: Scores, captions: Mapping[str, str], vocabulary: Vocabulary | None, training: Collection[str] | None
+) -> dict:
+    """What is told of a system: its figures with their 95 % intervals, and how varied its captions are beside the
+    model's vocabulary and the training captions."""
+    intervals = bootstrap.intervals(scores)
+    figures = {}
+    for name, value in scores.figures().items():
+        low, high = intervals.get(name, (None, None))
+        figures[name] = {"value": value, "low": low, "high": high}
+    words = vocabulary and vocabulary.words[len(vocabulary.SPECIALS) :]
+    seen = None if training is None else (tokenize(caption) for caption in training)
+    varied = diversity([tokenize(caption) for caption in captions.values()], words, seen)
+    return {"images": len(captions), "figures": figures, "captions": varied}
+
+
+def results(captions: Mapping[str, str]) -> list[dict[str, int | str]]:
+    """The captions in COCO's results format."""
+    return [{"image_id": image_id(name), "caption": caption} for name, caption in captions.items()]
 
 
 def image_id(name: str) -> int | str:
@@ -95,25 +181,46 @@ def training_seed(model: str) -> int:
 
 
 def read_results(path: str | Path) -> dict[str, str]:
-    """COCO's results format -> caption by image id. Raises UserError when the file is something else."""
+    """COCO's results format -> caption by image id. Raises CallError when there is no such file, UserError naming the
+    field when it holds something else."""
     try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
-        captions = {str(result["image_id"]): str(result["caption"]) for result in results}
-    except OSError as error:
-        raise CallError(f"--predictions {path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f'{path}: expected [{{"image_id": 1, "caption": "..."}}, ...]: {error!r}') from error
-    if len(captions) < len(results):
-        raise UserError(
-            f"{path}: {len(results) - len(captions)} image ids stand there twice; keep one caption an image"
-        )
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, OSError):
+            raise CallError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: not a whole JSON file: {error}") from error
+    if not isinstance(found, list):
+        raise UserError(f'{path}: expected a list, [{{"image_id": 1, "caption": "..."}}, ...]')
+    captions: dict[str, str] = {}
+    for i, result in enumerate(found):
+        for field, kinds in (("image_id", (int, str)), ("caption", (str,))):
+            if not isinstance(result, dict) or type(result.get(field)) not in kinds:
+                raise UserError(f'{path}: field "{field}" of entry {i} is missing or of the wrong type')
+        name = str(result["image_id"])
+        if name in captions:
+            raise UserError(f"{path}: image id {name} stands there twice; keep one caption an image")
+        captions[name] = result["caption"]
+    if not captions:
+        raise UserError(f"{path}: the list of captions is empty")
     return captions
 
 
-def table(figures: dict[str, float]) -> str:
-    """The figures as aligned lines of text."""
-    width = max(map(len, figures))
-    return "\n".join(f"{name:{width}}  {value:.4f}" for name, value in figures.items())
+def check_images(path: str, captions: Mapping[str, str], references: Mapping[str, Sequence], source: str) -> None:
+    """Raises UserError for captions of images without references; says how many images with references lack one."""
+    unknown = [name for name in captions if not references.get(name)]
+    if unknown:
+        raise UserError(
+            f"{path}: {len(unknown)} of {len(captions)} image ids have no references in {source}, e.g. {unknown[0]}"
+        )
+    if missing := [name for name in references if name not in captions]:
+        counts = f"scoring {len(captions)} of the {len(references)} images with references"
+        log.warning("%s: %s; no caption for image %s and so on", path, counts, missing[0])
+
+
+def check_others(path: str, others: Mapping[str, str], captions: Mapping[str, str]) -> None:
+    """Raises UserError unless the captions to compare with are of all the images."""
+    if missing := [name for name in captions if name not in others]:
+        raise UserError(f"--compare {path}: no caption for {len(missing)} of the images, e.g. image {missing[0]}")
 
 
 if __name__ == "__main__":

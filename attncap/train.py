@@ -30,10 +30,11 @@ from attncap.data import open_dataset
 from attncap.data.loader import AugmentedPictures, Pictures, batches, caption_rows, pad, report
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError, UserError
-from attncap.evaluate import evaluate, table
+from attncap.evaluate import evaluate, results, summary
 from attncap.files import atomic_path, write_atomically
 from attncap.info import versions
 from attncap.pictures import save_attention
+from attncap.report import as_text
 
 
 @dataclass(kw_only=True)
@@ -185,7 +186,7 @@ class Trainer:
             start = time.time()
             losses = self.train_epoch()
             seconds = time.time() - start
-            figures, _ = evaluate([self.average], self.splits["val"], self.config)
+            figures = evaluate([self.average], self.splits["val"], self.config)[0].figures()
             self.epoch += 1
             line = {"epoch": self.epoch, **losses, "seconds": round(seconds, 1), **figures}
             with open(self.output / "metrics.jsonl", "a", encoding="utf-8") as log:
@@ -276,11 +277,13 @@ class Trainer:
     def test(self) -> None:
         """Caption the test images with the best model; write the figures, the captions, and a picture of attention."""
         self.model = Captioner.from_pretrained(self.output, self.config.implementation).to(self.model.device)
-        figures, results = evaluate([self.model], self.splits["test"], self.config)
-        write_atomically(self.output / "test.json", json.dumps(figures, indent=2) + "\n")
-        write_atomically(self.output / "results.json", json.dumps(results, indent=1) + "\n")
-        print(f"test split, beam {self.config.search.beam_size}\n{table(figures)}")
-        names = [str(result["image_id"]) for result in results[:4]]
+        scores, captions = evaluate([self.model], self.splits["test"], self.config)
+        write_atomically(self.output / "test.json", json.dumps(scores.figures(), indent=2) + "\n")
+        write_atomically(self.output / "results.json", json.dumps(results(captions), indent=1) + "\n")
+        training = [caption for example in self.splits["train"] for caption in example.captions]
+        report = summary(scores, captions, self.model.vocabulary, training)
+        print(f"test split, beam {self.config.search.beam_size}\n{as_text(report)}")
+        names = list(captions)[:4]
         images = [example.image() for example in self.splits["test"] if example.name in names]
         captions = self.model.caption(images, self.config.search)
         for name, caption in zip(names, captions, strict=True):

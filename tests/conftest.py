@@ -25,7 +25,9 @@ def device(request) -> str:
 
 @pytest.fixture
 def attncap(monkeypatch, capsys):
-    """Runs `python -m attncap.NAME ARGUMENTS` in this process: (exit status, standard output, standard error)."""
+    """Runs `python -m attncap.NAME ARGUMENTS` in this process: (exit status, standard output, standard error). Java,
+    which takes seconds, is as if it were missing."""
+    monkeypatch.setattr("attncap.metrics.java.find_java", lambda: None)
 
     def run(name: str, *arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])

@@ -1,9 +1,12 @@
 """The commands as a user calls them, rightly and wrongly."""
 
 import json
+import re
 
 import pytest
 from conftest import TINY, make_flickr8k
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -84,7 +87,30 @@ def test_evaluate_a_model(attncap, trained, flickr8k, tmp_path):
     assert status == 0 and figures == json.loads((trained / "test.json").read_text())
     for name, value in figures.items():
         assert f"{name:7}  {value:.4f}" in out
-    assert len(json.loads((tmp_path / "figures" / "metrics.results.json").read_text())) == 6
+    results = json.loads((tmp_path / "figures" / "metrics.results.json").read_text())
+    assert len(results) == 6
+    lines = list(map(json.loads, (tmp_path / "figures" / "metrics.images.jsonl").read_text().splitlines()))
+    assert [{name: line[name] for name in ("image_id", "caption")} for line in lines] == results
+    assert sum(line["CIDEr"] for line in lines) / 6 == pytest.approx(figures["CIDEr"])
+    report = json.loads((tmp_path / "figures" / "metrics.report.json").read_text())
+    assert report["images"] == 6 and {name: f["value"] for name, f in report["figures"].items()} == figures
+    assert all(f["low"] <= f["value"] <= f["high"] for name, f in report["figures"].items() if "BLEU" not in name)
+    assert 0 < report["captions"]["vocabulary"] <= 1 and 0 <= report["captions"]["new"] <= 1
+    markdown = (tmp_path / "figures" / "metrics.report.md").read_text()
+    assert f"| CIDEr | {figures['CIDEr']:.4f} |" in markdown
+    page = (tmp_path / "figures" / "metrics.html").read_text()
+    assert page.count("<img") == page.count("<article>") == 6
+    cider = {str(line["image_id"]): line["CIDEr"] for line in lines}
+    shown = [cider[name] for name in re.findall(r"<small>(.*?):", page)]
+    assert shown == sorted(cider.values())
+
+    # The captions just written, scored as a file against the same split, give the same.
+    again = ["--predictions", tmp_path / "figures" / "metrics.results.json", "--data", flickr8k]
+    status, out, err = attncap("evaluate", *again, "--compare", again[1], "--output", tmp_path / "again.json")
+    assert status == 0 and json.loads((tmp_path / "again.json").read_text()) == figures
+    assert "METEOR left out: no Java" in err and "SPICE left out: no Java" in err
+    assert re.search(r"CIDEr +\+0.0000  0.0000 to 0.0000  0.0% of draws", out)
+    assert not (tmp_path / "again.results.json").exists()
 
 
 def test_evaluate_takes_the_seed_of_the_training(trained, tmp_path):
@@ -130,20 +156,59 @@ def test_evaluate_a_results_file(attncap, tmp_path):
     for name, value in (("BLEU-4", 1), ("ROUGE-L", 1), ("CIDEr", 10)):  # what equal captions get
         assert f"{name:7}  {value:.4f}" in out
 
+    empty = [{"image_id": 1, "caption": "."}, {"image_id": 2, "caption": "two men play chess in a park"}]
+    (tmp_path / "others.json").write_text(json.dumps(empty))
+    status, out, err = attncap("evaluate", *files, "--compare", tmp_path / "others.json")
+    assert status == 0 and "CIDEr               +5.0000" in out and "words" not in err
+    status, _, err = attncap("evaluate", "--predictions", tmp_path / "others.json", *files[2:])
+    assert status == 0 and "1 of 2 captions have no words, e.g. that of image 1" in err
+    (tmp_path / "others.json").write_text(json.dumps(results[:1]))
+    status, _, err = attncap("evaluate", *files, "--compare", tmp_path / "others.json")
+    assert status == 1 and "others.json: no caption for 1 of the images, e.g. image 2" in one_line(err)
+
     (tmp_path / "results.json").write_text(json.dumps(results[:1]))
     status, out, err = attncap("evaluate", *files)
-    assert status == 0 and "1 of the 2 images" in err
+    assert status == 0 and "1 of the 2 images" in err and "no caption for image 2" in err
 
     (tmp_path / "results.json").write_text(json.dumps([{"image_id": 3, "caption": "a cat"}]))
     status, _, err = attncap("evaluate", *files)
-    assert status == 1 and "3" in one_line(err) and "no references" in one_line(err)
+    assert status == 1 and "1 of 1 image ids have no references" in one_line(err) and "e.g. 3" in one_line(err)
+
+
+# Anything JSON can say, and things close to COCO's results.
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["image_id", "caption", "x"]), inner),
+    max_leaves=20,
+)
+RESULTS = st.lists(
+    st.fixed_dictionaries({"image_id": st.integers(0, 9) | st.text(max_size=2) | JSON, "caption": st.text() | JSON})
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(content=st.binary() | st.text().map(str.encode) | (JSON | RESULTS).map(lambda value: json.dumps(value).encode()))
+def test_any_results_file_is_read_or_refused(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.json"
+    path.write_bytes(content)
+    try:
+        captions = read_results(path)
+    except UserError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert captions == {str(entry["image_id"]): entry["caption"] for entry in json.loads(content)}
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("[", "expected"),
-        ('[{"caption": "a"}]', "image_id"),
+        ("[", "not a whole JSON file"),
+        ("[" * 100_000, "not a whole JSON file"),
+        ("[]", "empty"),
+        ('[{"caption": "a"}]', 'field "image_id" of entry 0'),
+        ('[{"image_id": 1, "caption": "a"}, {"image_id": 2, "caption": null}]', 'field "caption" of entry 1'),
+        ('[{"image_id": true, "caption": "a"}]', 'field "image_id" of entry 0'),
+        ("[7]", 'field "image_id" of entry 0'),
         ('{"image_id": 1}', "expected"),
         ('[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]', "twice"),
     ],

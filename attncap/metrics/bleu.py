@@ -1,34 +1,44 @@
 """BLEU."""
 
-import math
-from collections.abc import Sequence
+import numpy as np
+from numpy import ndarray
 
-from attncap.metrics.ngrams import Words, count_ngrams
+from attncap.metrics.ngrams import Corpus
 
 # coco-caption's guards against division by zero. They show in the figures: 0 matches give 1e-8 or
 # so, not 0, so they belong to the definition.
 TINY, SMALL = 1e-15, 1e-9
 
 
-def bleu(predictions: Sequence[Words], references: Sequence[Sequence[Words]], max_n: int = 4) -> list[float]:
-    """Corpus BLEU-1 to BLEU-`max_n`, each 0 to 1 (Papineni et al. 2002, section 2.3).
+def bleu_statistics(corpus: Corpus) -> ndarray:
+    """What BLEU is computed from, [I,N,4] for n = 1 to N: of each image the n-grams that match, those predicted, the
+    words predicted, and the words of the closest reference.
 
-    p_n = matches / n-grams predicted, over the corpus; an n-gram matches at most as often as it
-    occurs in the one reference that has it most often. BLEU-N = BP (p_1 ... p_N)^(1/N), with
-    BP = min(1, exp(1 - r/c)), c the words predicted and r the sum of the closest reference lengths,
-    the shorter where two are equally close.
+    An n-gram matches at most as often as it occurs in the one reference that has it most often. The closest reference
+    is that with the closest number of words, the shorter where two are equally close.
     """
-    matches, guesses = [0] * max_n, [0] * max_n
-    predicted = closest = 0
-    for words, refs in zip(predictions, references, strict=True):
-        predicted += len(words)
-        closest += min((abs(len(ref) - len(words)), len(ref)) for ref in refs)[1]
-        for i in range(max_n):
-            in_refs = [count_ngrams(ref, i + 1) for ref in refs]
-            for ngram, count in count_ngrams(words, i + 1).items():
-                matches[i] += min(count, max(counts.get(ngram, 0) for counts in in_refs))
-                guesses[i] += count
+    words = corpus.lengths[: corpus.images]
+    lengths = np.split(corpus.lengths[corpus.images :], np.cumsum(corpus.references)[:-1])
+    closest = [min((abs(r - w), r) for r in refs.tolist())[1] for w, refs in zip(words.tolist(), lengths, strict=True)]
+    statistics = []
+    for n in corpus.ngrams:
+        matched, common = np.zeros(n.predicted), n.partner >= 0
+        np.maximum.at(matched, n.partner[common], n.count[n.predicted :][common])
+        owner, count = n.caption[: n.predicted], n.count[: n.predicted]
+        matches = np.bincount(owner, np.minimum(matched, count), corpus.images)
+        statistics.append([matches, np.bincount(owner, count, corpus.images), words, closest])
+    return np.array(statistics).transpose(2, 0, 1)
+
+
+def bleu(statistics: ndarray) -> ndarray:
+    """BLEU-1 to BLEU-N, 0 to 1, [...,N], from statistics [...,N,4] summed over the images of a corpus (Papineni et al.
+    2002, section 2.3).
+
+    p_n = matches / n-grams predicted, over the corpus. BLEU-N = BP (p_1 ... p_N)^(1/N), with
+    BP = min(1, exp(1 - r/c)), c the words predicted and r those of the closest references.
+    """
+    matches, guesses, predicted, closest = np.moveaxis(statistics, -1, 0)
     ratio = (predicted + TINY) / (closest + SMALL)
-    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    precisions = [(m + TINY) / (g + SMALL) for m, g in zip(matches, guesses, strict=True)]
-    return [penalty * math.prod(precisions[:n]) ** (1 / n) for n in range(1, max_n + 1)]
+    penalty = np.exp(np.minimum(0, 1 - 1 / ratio))
+    precisions = (matches + TINY) / (guesses + SMALL)
+    return penalty * np.cumprod(precisions, axis=-1) ** (1 / np.arange(1, precisions.shape[-1] + 1))
