@@ -27,6 +27,7 @@ from attncap.errors import CallError, UserError
 from attncap.files import write_atomically
 from attncap.metrics import Scores, bootstrap, java, score
 from attncap.metrics.diversity import diversity
+from attncap.metrics.grounding import grounding
 from attncap.report import as_markdown, as_text, write_page
 
 log = logging.getLogger("attncap")
@@ -136,7 +137,7 @@ def evaluate(
     """Caption every example freely, each image once, and score the captions against all its references.
 
     Returns the scores (see `metrics.score`; on `shapes` also `true`, the share of captions exactly true of their
-    scene) and the captions by image.
+    scene, and `grounded`, see `grounding`) and the captions by image.
     """
     written = list(caption_examples(models, examples, config))
     if not written:
@@ -145,6 +146,8 @@ def evaluate(
     scores = score(captions, {example.name: example.captions for example, _ in written}, with_java)
     if isinstance(examples[0], Scene):
         scores.by_image["true"] = np.array([float(is_true(caption.text, scene)) for scene, caption in written])
+        grounded = np.array([grounding(scene, caption) for scene, caption in written])
+        scores.by_image |= {"grounded": grounded[:, 0], "grounded by chance": grounded[:, 1]}
     return scores, captions
 
 

@@ -26,18 +26,15 @@ def caption(words: str, *peaks: tuple[int, int]) -> Caption:
     return Caption(words, -1.0, words.split(), attention)
 
 
-def test_a_hand_worked_scene():
-    # The circles cover the centres of cells (0, 1) and (0, 2), the cross that of (3, 0): 2 and 1 of 16 cells.
-    found = grounding(
-        [
-            (SCENE, caption("two small red circles", (3, 0), (0, 1), (0, 2), (0, 3))),  # 2 of 3
-            (SCENE, caption("a large blue cross", (0, 0), (3, 0), (3, 0), (3, 0))),  # 3 of 3
-            (SCENE, caption("a large red cross", (0, 0), (3, 0), (3, 0), (3, 0))),  # names nothing in the scene
-        ]
-    )
-    assert found["grounded"] == pytest.approx(5 / 6)
-    assert found["grounded by chance"] == pytest.approx((3 * 2 / 16 + 3 * 1 / 16) / 6)
-
-
-def test_nothing_named():
-    assert grounding([(SCENE, caption("a picture", (0, 0), (0, 0)))]) == {"grounded": 0, "grounded by chance": 0}
+@pytest.mark.parametrize(
+    "words, peaks, share, chance",
+    [  # the circles cover the centres of cells (0, 1) and (0, 2), the cross that of (3, 0): 2 and 1 of 16 cells
+        ("two small red circles", [(3, 0), (0, 1), (0, 2), (0, 3)], 2 / 3, 2 / 16),
+        ("a large blue cross", [(0, 0), (3, 0), (3, 0), (3, 0)], 1, 1 / 16),
+        ("large blue cross small red circles", [(3, 0)] * 6, 1 / 2, 3 / 32),
+        ("a large red cross", [(0, 0), (3, 0), (3, 0), (3, 0)], 0, 0),  # names nothing in the scene
+        ("a picture", [(0, 0), (0, 0)], 0, 0),
+    ],
+)
+def test_a_hand_worked_scene(words, peaks, share, chance):
+    assert grounding(SCENE, caption(words, *peaks)) == (pytest.approx(share), pytest.approx(chance))
