@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,9 @@ class CaptionConfig(command.CaptioningConfig):
     images: tyro.conf.Positional[tuple[str, ...]]
     """Image files, folders that are searched for images, and COCO's JSON files, e.g. image_info_test2017.json, whose
     images are captioned by their ids."""
-    model: tuple[str, ...]
-    """Folder of a trained model, as `python -m attncap.train` writes it; of several, words' probabilities are
-    averaged."""
+    model: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """Folder of a trained model, as `python -m attncap.train` writes it; of several (--model A --model B), words'
+    probabilities are averaged."""
     format: Literal["text", "jsonl"] = "text"
     """Print `path: caption`, or a JSON object a line; of several captions of an image, the best first."""
     attention_dir: str | None = None
@@ -34,6 +35,8 @@ class CaptionConfig(command.CaptioningConfig):
 
 
 def main(config: CaptionConfig) -> None:
+    if not config.model:
+        raise CallError("give --model, the folder of a trained model")
     examples = find_examples(config.images)
     if not examples:
         raise CallError(f"no images in {', '.join(config.images)}; give image files, or folders that hold some")
@@ -46,7 +49,8 @@ def main(config: CaptionConfig) -> None:
                 if config.format == "text":
                     tqdm.write(f"{example.name}: {found.text}")
                 else:
-                    line = {"image": example.name, "caption": found.text, "score": found.score}
+                    score = found.score if math.isfinite(found.score) else None  # -inf: no word was allowed
+                    line = {"image": example.name, "caption": found.text, "score": score}
                     tqdm.write(json.dumps(line, ensure_ascii=False))
             if config.attention_dir is not None:
                 picture = Path(config.attention_dir) / f"{written:06d}-{example.path.stem}.png"
@@ -84,7 +88,11 @@ def caption_examples(
                 report(str(error))
             if images is not None:
                 captions = model.caption(
-                    images, config.search, batch_size=config.batch_size, suppressed=config.suppressed, ensemble=ensemble
+                    images,
+                    config.search,
+                    batch_size=config.batch_size,
+                    suppressed=config.suppressed.split(),
+                    ensemble=ensemble,
                 )
                 yield from ((examples[i], caption) for i, caption in zip(indices, captions, strict=True))
             bar.update(len(indices) + len(errors))

@@ -4,7 +4,7 @@ import json
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -28,7 +28,7 @@ class Caption:
     """A caption of one image."""
 
     text: str
-    score: float  # sum of the log-probabilities of its words and of <end>
+    score: float  # sum of the log-probabilities of its words and of <end>; see `attncap.search.Hypothesis`
     words: list[str]
     attention: Tensor  # float32 [len(words), rows, columns]: where the model looked as it wrote each word
     others: list["Caption"] = field(default_factory=list)  # the next best, as many as `n_best` asks for
@@ -87,44 +87,53 @@ class Captioner(nn.Module):
 
         Raises UserError for a file that is no readable image, CallError for anything but the above.
         """
-        search = replace(search or SearchConfig(), **settings)
-        for model in ensemble:
-            if (model.vocabulary.words, model.config.image_size, model.grid) != (
-                self.vocabulary.words,
-                self.config.image_size,
-                self.grid,
-            ):
-                raise CallError("the models of an ensemble need the same vocabulary, image size and grid")
-        unknown = [word for word in suppressed if word not in self.vocabulary.words or word == "<end>"]
-        if unknown:
-            raise CallError(f"{unknown[0]!r} cannot be suppressed: it is no word of the vocabulary")
-        forbidden = [self.vocabulary.words.index(word) for word in suppressed]
+        try:
+            search = replace(search or SearchConfig(), **settings)
+        except TypeError as error:
+            known = ", ".join(setting.name for setting in fields(SearchConfig))
+            raise CallError(f"caption(): {error}; the settings of a search are {known}") from error
+        if batch_size < 1:
+            raise CallError(f"caption(): batch_size {batch_size}: must be at least 1")
         if isinstance(images, str | Path | Image.Image):
             raise CallError("caption() takes a list of images; put the one you have into [ ]")
         size = self.config.image_size
         if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.shape[1:] != (3, size, size)):
             found = f"{images.dtype} {list(images.shape)}"
             raise CallError(f"caption() takes a tensor of torch.uint8 [B, 3, {size}, {size}], not {found}")
+        words = self.vocabulary.words
+        for model in ensemble:
+            if (model.vocabulary.words, model.config.image_size, model.grid) != (words, size, self.grid):
+                raise CallError("the models of an ensemble need the same vocabulary, image size and grid")
+        for word in suppressed:
+            if word not in words or word == words[Vocabulary.END]:
+                raise CallError(f"{word!r} cannot be suppressed: captions need it, or it is no word of the vocabulary")
+        forbidden = [words.index(word) for word in suppressed]
+
         models = (self, *ensemble)
         training = [model.training for model in models]
-        for model in models:
-            model.eval()
         captions = []
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
-            if not isinstance(batch, Tensor):
-                pictures = (
-                    upright_rgb(image) if isinstance(image, Image.Image) else load_image(image) for image in batch
-                )
-                batch = torch.stack([to_tensor(picture, size) for picture in pictures])
-            features = [model.encoder(batch.to(model.device), repeat=False) for model in models]
-            seeds = [zlib.crc32(image.numpy()) for image in batch.cpu()] if search.method == "sample" else None
-            decoders = [model.decoder for model in models]
-            for hypotheses in beam_search(decoders, features, search, forbidden, seeds):
-                best, *best.others = map(self._caption, hypotheses)
-                captions.append(best)
-        for model, mode in zip(models, training, strict=True):
-            model.train(mode)
+        try:
+            for model in models:
+                model.eval()
+            for start in range(0, len(images), batch_size):
+                batch = images[start : start + batch_size]
+                if not isinstance(batch, Tensor):
+                    pictures = (
+                        upright_rgb(image) if isinstance(image, Image.Image) else load_image(image) for image in batch
+                    )
+                    batch = torch.stack([to_tensor(picture, size) for picture in pictures])
+                # An ensemble's models may come to the same grid by other ways, so all of them give all of its cells.
+                features = [model.encoder(batch.to(model.device), repeat=bool(ensemble)) for model in models]
+                seeds = None
+                if search.method == "sample":  # an image's own, wherever it comes
+                    seeds = [zlib.crc32(image.numpy()) for image in batch.cpu().contiguous()]
+                decoders = [model.decoder for model in models]
+                for hypotheses in beam_search(decoders, features, search, forbidden, seeds):
+                    best, *best.others = map(self._caption, hypotheses)
+                    captions.append(best)
+        finally:
+            for model, mode in zip(models, training, strict=True):
+                model.train(mode)
         return captions
 
     def _caption(self, hypothesis) -> Caption:
@@ -149,6 +158,7 @@ class Captioner(nn.Module):
         write_atomically(folder / "model.safetensors", safetensors.torch.save(state))
 
     @classmethod
+    @torch.inference_mode(False)  # so that torch counts changes of the weights, which the search's cache looks at
     def from_pretrained(cls, folder: str | Path, implementation: str = "native") -> "Captioner":
         """Load what `save_pretrained` wrote, ready to caption. Raises CallError when there is no such folder, UserError
         when a file of it is missing, cut short, or of another model."""

@@ -24,8 +24,8 @@ class CaptioningConfig:
     """The flags of every command that captions images."""
 
     search: Annotated[SearchConfig, tyro.conf.arg(name="")] = field(default_factory=SearchConfig)
-    suppressed: tuple[str, ...] = ("<unk>",)
-    """Words that no caption has."""
+    suppressed: str = "<unk>"
+    """Words that no caption has, separated by spaces."""
     batch_size: int = 32
     """Images that go through the model together."""
     workers: int | None = None

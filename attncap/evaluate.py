@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tyro
 from PIL import Image
 
 from attncap import command
@@ -35,8 +36,9 @@ log = logging.getLogger("attncap")
 
 @dataclass
 class EvaluateConfig(command.CaptioningConfig):
-    model: tuple[str, ...] | None = None
-    """Folder of a trained model; goes with --data. Of several, words' probabilities are averaged."""
+    model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Folder of a trained model; goes with --data. Of several (--model A --model B), words' probabilities are
+    averaged."""
     predictions: str | None = None
     """Captions in COCO's results format, [{"image_id": 1, "caption": "..."}, ...], instead of a model; goes with --data
     or --references."""
@@ -61,7 +63,7 @@ WAYS = [[True, False, True, False], [False, True, True, False], [False, True, Fa
 
 
 def main(config: EvaluateConfig) -> None:
-    given = [config.model, config.predictions, config.data, config.references]
+    given = [config.model or None, config.predictions, config.data, config.references]
     if [value is not None for value in given] not in WAYS:
         raise CallError("give --model and --data, or --predictions and --data, or --predictions and --references")
     captions, others = (path and read_results(path) for path in (config.predictions, config.compare))
@@ -105,7 +107,7 @@ def main(config: EvaluateConfig) -> None:
     print(as_text(report))
     if config.output is not None:
         images = {example.name: example.image for example in examples}
-        write(Path(config.output), config.model is not None, report, scores, captions, references, images)
+        write(Path(config.output), bool(config.model), report, scores, captions, references, images)
 
 
 def write(

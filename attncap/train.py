@@ -285,7 +285,7 @@ class Trainer:
         print(f"test split, beam {self.config.search.beam_size}\n{as_text(report)}")
         names = list(captions)[:4]
         images = [example.image() for example in self.splits["test"] if example.name in names]
-        captions = self.model.caption(images, self.config.search)
+        captions = self.model.caption(images, self.config.search, suppressed=self.config.suppressed.split())
         for name, caption in zip(names, captions, strict=True):
             print(f"{name}: {caption.text}")
         save_attention(self.output / "attention.png", list(zip(images, captions, strict=True)))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 
+from attncap.data.vocabulary import Vocabulary
 from attncap.errors import UserError
 from attncap.evaluate import read_results, training_seed
 
@@ -53,9 +54,16 @@ def test_caption_several_captions_and_models(attncap, trained, flickr8k):
     options = ["--workers", 0, "--n-best", 3, "--method", "fixed", "--length-penalty", 0.7, "--no-repeat-ngram", 2]
     status, out, _ = attncap("caption", picture, "--model", trained, *options)
     assert status == 0 and len(set(out.splitlines())) == 3
-    assert attncap("caption", picture, "--model", trained, trained, *options)[1] == out
-    status, out, _ = attncap("caption", picture, "--model", trained, "--suppressed", "<unk>", "green", "--workers", 0)
+    assert attncap("caption", "--model", trained, "--model", trained, *options, picture)[1] == out
+    status, out, _ = attncap("caption", "--suppressed", "<unk> green", "--model", trained, "--workers", 0, picture)
     assert status == 0 and "green" not in out.split(": ")[1]
+
+
+def test_a_caption_for_which_no_word_is_allowed(attncap, trained, flickr8k):
+    picture, words = flickr8k / "Images" / "001.png", len(Vocabulary.load(trained / "vocabulary.json"))
+    options = ["--min-length", words, "--max-length", words + 1, "--no-repeat-ngram", 1, "--workers", 0]
+    status, out, _ = attncap("caption", picture, "--model", trained, "--format", "jsonl", *options)
+    assert status == 0 and '"caption": "", "score": null' in out
 
 
 def test_native_and_torch_give_the_same_captions(attncap, trained, flickr8k):

@@ -23,7 +23,7 @@ class Hypothesis:
     """A caption as the search found it."""
 
     tokens: list[int]  # without <start> and <end>
-    score: float  # sum of the log-probabilities of its words, <end>'s included where it was reached
+    score: float  # sum of the log-probabilities of its words, <end>'s included where it was reached, less diversity's
     attention: Tensor  # float32 [len(tokens),P], on the CPU
 
 
@@ -57,25 +57,38 @@ def beam_search(
         seeds: of every image, at least 0, for sampling; 0, 1, 2, ... by default.
 
     Returns:
-        For every image its `n_best` hypotheses (fewer where there are no more), best first.
+        For every image its `n_best` hypotheses (fewer where there are no more), best first. Where no word was allowed,
+        an empty one with score -inf.
 
     Raises:
-        ValueError: ensemble members' features or vocabularies, or seeds, differ in number.
+        ValueError: features, suppressed words or seeds that do not fit, or ensemble members that differ in their
+            images, grids or vocabularies.
         CallError: settings that do not go together.
         UserError: a decoder's output is not a number.
     """
     config.check()
     decoders = [decoders] if isinstance(decoders, Decoder) else decoders
     features = [features] if isinstance(features, Tensor) else features
-    steps = [DecoderStep.of(decoder) for decoder in decoders]
-    if len({len(x) for x in features}) > 1 or len({len(step.word_table) for step in steps}) > 1:
-        raise ValueError("an ensemble needs features of the same images and decoders of the same vocabulary")
+    _check(decoders, features, suppressed)
     if len(features[0]) == 0:
         return []
-    features = [x.to(step.score_weight.dtype) for x, step in zip(features, steps, strict=True)]
     with torch.autocast(features[0].device.type, enabled=False):
+        steps = [DecoderStep.of(decoder) for decoder in decoders]
+        features = [x.to(step.score_weight.dtype) for x, step in zip(features, steps, strict=True)]
         trail, beams = _search(steps, features, config, suppressed, seeds)
     return _trace_back(trail, beams, config, len(features[0]))
+
+
+def _check(decoders: Sequence[Decoder], features: Sequence[Tensor], suppressed: Sequence[int]) -> None:
+    for decoder, values in zip(decoders, features, strict=True):
+        D = decoder.key.in_features
+        if values.dim() != 3 or values.shape[1] == 0 or values.shape[2] != D:
+            raise ValueError(f"the decoder takes features [B, P, {D}] of at least one cell, not {list(values.shape)}")
+    vocabularies = {decoder.embedding.num_embeddings for decoder in decoders}
+    if len({values.shape[:2] for values in features}) > 1 or len(vocabularies) > 1:
+        raise ValueError("an ensemble needs features of the same images and grid, and decoders of the same vocabulary")
+    if wrong := [word for word in suppressed if not 0 <= word < min(vocabularies)]:
+        raise ValueError(f"suppressed word {wrong[0]} is none of the {min(vocabularies)} words")
 
 
 def _search(

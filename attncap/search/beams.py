@@ -71,8 +71,10 @@ class Search:
             c,
             parents=images.unsqueeze(1).expand(B, rows),
             tokens=torch.full((B, rows), Vocabulary.START, device=device),
-            scores=torch.zeros(B, rows, device=device),
-            finished=torch.full((B, config.groups, config.beam_size // config.groups), -torch.inf, device=device),
+            scores=torch.zeros(B, rows, dtype=torch.float32, device=device),
+            finished=torch.full(
+                (B, config.groups, config.beam_size // config.groups), -torch.inf, dtype=torch.float32, device=device
+            ),
             words=torch.empty(B * rows, 0, dtype=torch.int64, device=device),
             images=images,
         )
@@ -125,12 +127,9 @@ class Search:
             if g > 0:  # keep away from what the groups before chose
                 taken = torch.cat([c.tokens.masked_fill(c.scores == -torch.inf, -1) for c in chosen], dim=1)
                 taken = taken.repeat_interleave(j, dim=0)
-                away = torch.full(taken.shape, config.diversity, device=logits.device)
-                words, penalties = (
-                    (taken, away)
-                    if words is None
-                    else (torch.cat([words, taken], dim=1), torch.cat([penalties, away], dim=1))
-                )
+                away = torch.full(taken.shape, config.diversity, dtype=torch.float32, device=logits.device)
+                words = taken if words is None else torch.cat([words, taken], dim=1)
+                penalties = away if penalties is None else torch.cat([penalties, away], dim=1)
             step = self.ops.beam_search_step(
                 values,
                 beams.scores[:, g * j : (g + 1) * j],
@@ -184,7 +183,7 @@ class Search:
         ngrams = words.unfold(1, n, 1)  # [N,M,n]
         last = words[:, words.shape[1] - n + 1 :].unsqueeze(1)
         banned = ngrams[:, :, -1].masked_fill((ngrams[:, :, :-1] != last).any(dim=2), -1)
-        return banned, torch.full(banned.shape, torch.inf, device=words.device)
+        return banned, torch.full(banned.shape, torch.inf, dtype=torch.float32, device=words.device)
 
     def is_live(self, beams: Beams) -> Tensor:
         """bool [B]: the images that have beams left. NaN lives on, to be found at the end."""

@@ -63,17 +63,19 @@ class DecoderStep:
     @classmethod
     def of(cls, decoder: Decoder) -> DecoderStep:
         """The step of a decoder, made once, and anew when its weights have changed, moved or been cast. (What goes
-        behind torch's back, such as `parameter.data.mul_(2)`, is not seen.)"""
-        if any(p.is_inference() for p in decoder.parameters()):  # made in inference mode: torch counts no changes
+        behind torch's back, such as `parameter.data.mul_(2)`, is not seen; a decoder made in inference mode, whose
+        changes torch does not count, gets a new step every time.)"""
+        if any(p.is_inference() for p in decoder.parameters()):
             return cls(decoder)
         made_from = [(p.data_ptr(), p._version) for p in decoder.parameters()]
         known = _steps.get(decoder)
         if known is None or known.made_from != made_from:
+            if known is not None:
+                known.graphs.clear()  # they and the old step hold each other, and much memory
             known = _steps[decoder] = cls(decoder)
             known.made_from = made_from
-            known.weights = [
-                p.detach() for p in decoder.parameters()
-            ]  # while they are kept, no others have their place
+            # While these are kept, no others can have their place in memory.
+            known.weights = [p.detach() for p in decoder.parameters()]
         return known
 
     def start(self, features: Tensor) -> tuple[Memory, Tensor, Tensor]:

@@ -17,7 +17,8 @@ MOST_GRAPHS = 8  # kept for a decoder: numbers of images, and settings
 
 class SearchGraphs:
     """A search on CUDA, captured once for each number of images and each setting: SEGMENT steps a CUDA graph. The
-    device goes on by itself, and is asked whether all is done only between graphs, while it works on the next."""
+    device goes on by itself, and is asked whether all is done only between graphs, while it works on the next. Images
+    that are done stay in. One search at a time: all of a decoder's write into the same memory."""
 
     def __init__(self, step: DecoderStep, config: SearchConfig, suppressed: Sequence[int], features: Tensor):
         search = self.search = Search([step], config, suppressed)  # what it holds is read by the graphs

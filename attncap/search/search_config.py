@@ -44,6 +44,10 @@ class SearchConfig:
 
     def check(self) -> None:
         """Raises CallError for settings that do not go together."""
+        if self.method not in ("shrink", "fixed", "sample"):
+            raise CallError(f"--method {self.method}: choose shrink, fixed or sample")
+        if isinstance(self.length_penalty, str) and self.length_penalty not in ("none", "average"):
+            raise CallError(f"--length-penalty {self.length_penalty}: choose none, average or a number")
         if not 1 <= self.beam_size <= MOST_BEAMS:
             raise CallError(f"--beam-size {self.beam_size}: must be from 1 to {MOST_BEAMS}")
         if not 0 <= self.min_length < self.max_length:
