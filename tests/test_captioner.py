@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -52,8 +54,11 @@ def test_wrong_images(model, tmp_path):
     ):
         with pytest.raises(CallError, match=message):
             model.caption(images)
+    model.train()
     with pytest.raises(UserError, match="no.jpg"):
         model.caption([tmp_path / "no.jpg"])
+    assert model.training
+    model.eval()
 
 
 def test_repeated_cells_are_attended_to_once():
@@ -99,6 +104,8 @@ def test_samples_depend_on_seed_and_image_alone(model, flickr8k):
     drawn = texts(paths)
     assert texts(paths, batch_size=2) == drawn and texts(paths[::-1]) == drawn[::-1]
     assert texts(paths, sample_seed=1) != drawn and len(set(drawn)) > 3
+    apart = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8).permute(0, 3, 1, 2)  # not contiguous
+    assert texts(apart) == texts(apart.contiguous())
 
 
 def test_ensemble(model, trained, flickr8k):
@@ -109,6 +116,15 @@ def test_ensemble(model, trained, flickr8k):
     with torch.no_grad():
         other.decoder.word_output.bias[other.vocabulary.words.index("red")] += 100
     assert all("red" in c.words for c in model.caption(paths, ensemble=[other]))
+    paths_of_cells = ("layer4", "layer3")  # 2x2 cells repeated, and 4x4 of their own
+    torch.manual_seed(0)
+    config = ModelConfig(encoder="resnet18", image_size=64, grid=4, attention_size=8, embedding_size=8, hidden_size=16)
+    same_grid = [
+        Captioner(replace(config, encoder_layer=layer), Vocabulary([*Vocabulary.SPECIALS, *"abc"]))
+        for layer in paths_of_cells
+    ]
+    [caption] = same_grid[0].caption(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), ensemble=same_grid[1:], max_length=3)
+    assert caption.attention.shape[1:] == (4, 4)
     other.vocabulary = Vocabulary(other.vocabulary.words[:-1])
     with pytest.raises(CallError, match="the same vocabulary"):
         model.caption(paths, ensemble=[other])
@@ -119,6 +135,8 @@ def test_wrong_settings(model, flickr8k):
     for settings, message in (
         (dict(suppressed=["zebra"]), "'zebra' cannot be suppressed"),
         (dict(suppressed=["<end>"]), "'<end>' cannot be suppressed"),
+        (dict(beams=4), "unexpected keyword argument 'beams'; the settings of a search are beam_size, method"),
+        (dict(batch_size=0), "batch_size 0"),
         (dict(beam_size=33), "--beam-size 33"),
     ):
         with pytest.raises(CallError, match=message):

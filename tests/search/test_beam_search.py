@@ -417,6 +417,8 @@ def test_an_image_that_is_no_number_is_named(device, implementation, method, val
 @pytest.mark.parametrize(
     "fields, message",
     [
+        (dict(method="shrnk"), "--method shrnk: choose shrink, fixed or sample"),
+        (dict(length_penalty="avg"), "--length-penalty avg: choose none, average or a number"),
         (dict(beam_size=0), "--beam-size 0: must be from 1 to 32"),
         (dict(beam_size=33), "--beam-size 33: must be from 1 to 32"),
         (dict(max_length=0), "--min-length 0: must be below --max-length 0"),
@@ -590,18 +592,75 @@ def test_ensemble_of_other_vocabularies_or_images():
     for decoders, values in (
         ([decoder, make_decoder(V=20)], [features, features]),
         ([decoder, decoder], [features, features[:2]]),
+        ([decoder, decoder], [features, features[:, :2]]),
     ):
-        with pytest.raises(ValueError, match="same images and decoders of the same vocabulary"):
+        with pytest.raises(ValueError, match="same images and grid, and decoders of the same vocabulary"):
             beam_search(decoders, values, SearchConfig())
 
 
+@pytest.mark.parametrize("output_layer", ["plain", "deep"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_changes_nothing(dtype):
-    decoder, features = make_decoder(end_bias=-2.0).to(dtype), make_features(3)
-    plain = beam_search(decoder, features.to(dtype), SearchConfig())
+def test_autocast_changes_nothing(dtype, output_layer):
+    """Also where a decoder's first search is under autocast: what is kept for the next one is as without."""
+
+    def search(decoder: Decoder) -> list[list[tuple[list[int], float]]]:
+        found = beam_search(decoder, make_features(3), SearchConfig())
+        return [[(hypothesis.tokens, hypothesis.score) for hypothesis in of_image] for of_image in found]
+
+    fresh = make_decoder(end_bias=-2.0, output_layer=output_layer).to(dtype)
+    expected = search(copy.deepcopy(fresh))
     with torch.autocast("cpu", torch.bfloat16):
-        cast = beam_search(decoder, features, SearchConfig())
-    assert [[(h.tokens, h.score) for h in of] for of in cast] == [[(h.tokens, h.score) for h in of] for of in plain]
+        assert search(fresh) == expected
+    assert search(fresh) == expected
+
+
+def test_whole_numbers_and_another_default_dtype():
+    decoder, features = make_decoder().float(), make_features(2)
+    whole = SearchConfig(4, groups=2, diversity=1, temperature=1, length_penalty=1, top_p=1)
+    expected = beam_search(decoder, features, dataclasses.replace(whole, diversity=1.0, temperature=1.0))
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = beam_search(decoder, features, whole)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [of_image[0].tokens for of_image in found] == [of_image[0].tokens for of_image in expected]
+
+
+@both_implementations
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_short_types(dtype, implementation):
+    """Scores are those of the found words under teacher forcing, but for rounding."""
+    decoder = make_decoder(V=30, end_bias=-1.0, implementation=implementation).to(dtype)
+    decoders, features = [copy.deepcopy(decoder).double()], make_features(4)
+    for picture, [found] in zip(features, beam_search(decoder, features, SearchConfig(max_length=8)), strict=True):
+        truth = Truth(decoders, [picture.to(dtype).double()])
+        caption = [*found.tokens, END][:8]
+        score = sum(truth.next_words(caption[:t], SearchConfig(), (UNK,))[w] for t, w in enumerate(caption))
+        assert found.score == pytest.approx(score, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    "shape, suppressed, message",
+    [
+        ((2, P, 3), [], r"takes features \[B, P, \d+\] of at least one cell, not \[2, 5, 3\]"),
+        ((2, 0, SIZES[0][3]), [], "at least one cell"),
+        ((2, P, SIZES[0][3]), [-1], "suppressed word -1 is none of the 9 words"),
+        ((2, P, SIZES[0][3]), [9], "suppressed word 9 is none of the 9 words"),
+    ],
+    ids=str,
+)
+def test_features_and_words_that_do_not_fit(shape, suppressed, message):
+    with pytest.raises(ValueError, match=message):
+        beam_search(make_decoder(), torch.zeros(shape), SearchConfig(), suppressed)
+
+
+def test_graphs_of_old_weights_are_let_go():
+    decoder = make_decoder()
+    old = DecoderStep.of(decoder)
+    old.graphs["a search"] = "its graphs"
+    assert DecoderStep.of(decoder) is old and old.graphs
+    train(decoder)
+    assert DecoderStep.of(decoder) is not old and not old.graphs
 
 
 def test_the_end_cannot_be_suppressed():
