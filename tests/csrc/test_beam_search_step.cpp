@@ -32,7 +32,7 @@ struct Results {
 };
 
 // What the logits of an image are.
-enum class Kind { fine, coarse, equal, one_word, none_finite, with_nan, with_infinity, kinds };
+enum class Kind { fine, coarse, large, equal, one_word, none_finite, with_nan, with_infinity, kinds };
 
 template <typename T>
 struct Problem {
@@ -67,6 +67,7 @@ struct Problem {
         T* row = &logits[offset + (b * J + j) * step.logits_stride];
         const double grid = kind == Kind::coarse ? 8 : 1024;
         for (int64_t w = 0; w < V; ++w) row[w] = static_cast<T>(float(std::round(values[j * V + w] * grid) / grid));
+        for (int64_t w = 0; w < V && kind == Kind::large && sizeof(T) == 4; ++w) row[w] = float(row[w]) + 8192;
         if (below(2)) row[step.end] = *std::max_element(row, row + V);
         if (kind == Kind::equal) std::fill(row, row + V, static_cast<T>(0.5f));
         if (kind == Kind::one_word || kind == Kind::none_finite) std::fill(row, row + V, static_cast<T>(-INFINITY));

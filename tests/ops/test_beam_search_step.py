@@ -252,6 +252,18 @@ def test_what_is_no_number_shows_in_its_image_alone(device, op, shrink, what, va
 
 
 @both_ops
+def test_large_logits_lose_no_digits(device, op):
+    """What all logits have in common does not change a score."""
+    torch.manual_seed(0)
+    logits = (torch.randn(6, 500) * 4 * 1024).round() / 1024  # 8192 can be added to them exactly
+    logits[:, 0] = -50
+    scores, finished = torch.zeros(2, 3), torch.full((2, 3), -torch.inf)
+    best = logits.double().log_softmax(dim=1).view(2, -1).topk(3).values
+    found = op((logits + 8192).to(device), scores.to(device), finished.to(device), end=0)
+    torch.testing.assert_close(found.scores.cpu().double(), best, rtol=0, atol=2e-6)
+
+
+@both_ops
 @both_methods
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_logits_of_no_beam_do_not_count(device, op, shrink, value):
