@@ -66,6 +66,11 @@ def main(config: EvaluateConfig) -> None:
     given = [config.model or None, config.predictions, config.data, config.references]
     if [value is not None for value in given] not in WAYS:
         raise CallError("give --model and --data, or --predictions and --data, or --predictions and --references")
+    if config.output is not None:
+        if not config.output.endswith(".json"):
+            raise CallError(f"--output {config.output}: should be NAME.json")
+        if Path(config.output).resolve() in [Path(path).resolve() for path in (*given[1:], config.compare) if path]:
+            raise CallError(f"--output {config.output}: is an input; give another name")
     captions, others = (path and read_results(path) for path in (config.predictions, config.compare))
     examples, training, vocabulary = [], None, None
     if config.references is not None:
@@ -176,7 +181,7 @@ def results(captions: Mapping[str, str]) -> list[dict[str, int | str]]:
 
 def image_id(name: str) -> int | str:
     """An example's name as COCO's results format has it: COCO's ids are numbers, other data sets have file names."""
-    return int(name) if name.isdecimal() else name
+    return int(name) if name.isdecimal() and str(int(name)) == name else name
 
 
 def training_seed(model: str) -> int:

@@ -151,11 +151,12 @@ def check_resume(config: TrainConfig, output: Path) -> None:
         raise CallError(f"--resume: no run to go on with in {output} ({path}: {error}); train without it") from error
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     free = {"data", "output", "epochs", "resume", "device", "workers", "debug"}
-    before, now = ({**x.pop("model"), **x.pop("search", {}), **x} for x in (before, now))
+    default = json.loads(json.dumps(dataclasses.asdict(TrainConfig())))  # for settings that came later than the run
+    before, now, default = ({**x.pop("model"), **x.pop("search", {}), **x} for x in (before, now, default))
     changed = [
         f"--{name.replace('_', '-')} {value} (was {before.get(name)})"
         for name, value in now.items()
-        if name not in free and value != before.get(name)
+        if name not in free and value != before.get(name, default[name])
     ]
     if changed:
         raise CallError(f"--resume: the run in {output} began with other settings: {', '.join(changed)}")

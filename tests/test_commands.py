@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import UserError
-from attncap.evaluate import read_results, training_seed
+from attncap.evaluate import image_id, read_results, training_seed
 
 
 def one_line(err: str) -> str:
@@ -296,6 +296,13 @@ def test_wrong_calls_of_caption_and_evaluate(attncap, trained, flickr8k, tmp_pat
         ("caption", [picture, "--model", trained, "--beam-size", 0], 2, "--beam-size"),
         ("caption", [picture, "--model", trained, "--suppressed", "zebra"], 2, "'zebra' cannot be suppressed"),
         ("evaluate", ["--model", trained], 2, "--data"),
+        (
+            "evaluate",
+            ["--model", trained, "--data", flickr8k, "--output", tmp_path / "o.html"],
+            2,
+            "should be NAME.json",
+        ),
+        ("evaluate", ["--predictions", "p.json", "--data", flickr8k, "--output", "p.json"], 2, "p.json: is an input"),
         ("evaluate", ["--model", trained, "--data", flickr8k, "--split", "dev"], 2, "--split dev"),
         ("evaluate", ["--predictions", tmp_path / "no.json", "--references", tmp_path / "no.json"], 2, "no.json"),
     ):
@@ -323,3 +330,7 @@ def test_damaged_model_folders(attncap, trained, flickr8k, tmp_path, file, damag
         (folder / file).write_bytes(content[: len(content) // 2 if damage == "cut" else 0])
     status, out, err = attncap("caption", flickr8k / "Images" / "000.png", "--model", folder, "--workers", 0)
     assert status == 1 and out == "" and str(folder) in one_line(err)
+
+
+def test_image_ids_are_numbers_only_where_they_say_the_same():
+    assert [image_id(name) for name in ("391895", "0", "007", "٣", "a.jpg")] == [391895, 0, "007", "٣", "a.jpg"]

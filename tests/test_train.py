@@ -141,6 +141,20 @@ def test_ctrl_c_at_any_moment(attncap, flickr8k, tmp_path):
     assert len((run / "metrics.jsonl").read_text().splitlines()) == done + 1
 
 
+def test_resume_of_a_run_from_before_some_settings(attncap, flickr8k, tmp_path):
+    arguments = ["--data", flickr8k, *TINY, "--output", tmp_path]
+    assert attncap("train", *arguments, "--epochs", 1)[0] == 0
+    path = tmp_path / "settings.json"
+    content = json.loads(path.read_text())
+    search = content["settings"].pop("search")
+    content["settings"] |= {"beam_size": search["beam_size"], "max_length": search["max_length"]}
+    del content["settings"]["suppressed"]
+    path.write_text(json.dumps(content))
+    assert attncap("train", *arguments, "--epochs", 2, "--resume")[0] == 0
+    status, _, err = attncap("train", *arguments, "--epochs", 3, "--resume", "--temperature", 2.0)
+    assert status == 2 and "--temperature 2.0 (was None)" in err
+
+
 def test_broken_images_are_reported_once_and_left_out(attncap, tmp_path):
     data = make_flickr8k(tmp_path / "data", count=30)
     for index in range(0, 30, 5):

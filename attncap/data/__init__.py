@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from attncap.data.images import file_names, load_image
+from attncap.data.images import file_names, load_image, subfolders
 from attncap.errors import CallError, UserError
 
 log = logging.getLogger("attncap")
@@ -73,19 +74,22 @@ def read_dataset(path: str | Path, seed: int) -> Dataset:
         from attncap.data.shapes import open_shapes
 
         return Dataset("shapes, which draws itself", open_shapes(seed))
-    path = Path(path)
+    path = Path(path).absolute()
     try:
         if not path.exists():
             raise CallError(f'{path}: no such file or folder; give "shapes" or the path of a data set')
-        readers = (tables.find_flickr, tables.read), (coco.find, coco.read), (karpathy.find, karpathy.read)
-        found = [(files, read) for find, read in readers if (files := find(path))]
-        found = found or [(files, tables.read) for files in [tables.find(path)] if files]
+        named = [(tables.find_flickr, tables.read), (coco.find, coco.read), (karpathy.find, karpathy.read)]
+        found = [(files, read) for find, read in (*named, (tables.find, tables.read)) if (files := find(path))]
+        for folder in subfolders(path):
+            with contextlib.suppress(OSError):  # one that may not be read
+                found = found or [(files, read) for find, read in named if (files := find(folder))]
         if not found:
             expected = "; ".join((*tables.EXPECTED, coco.EXPECTED, karpathy.EXPECTED))
             raise UserError(f"{path}: not a data set; found {_contents(path)}; expected one of: {expected}")
         (files, read), *others = found
         beside = f"data sets beside {files[0].name}; give the path of one to read it"
-        report(path, [files[0] for files, _ in others], beside)
+        tables_beside = files[1:] if read is tables.read and files[0].name in tables.FLICKR else []
+        report(path, [*tables_beside, *(files[0] for files, _ in others)], beside)
         return read(path, files, seed)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error

@@ -47,6 +47,8 @@ class DataConfig:
 def main(config: DataConfig) -> None:
     if config.convert is not None and not config.convert.lower().endswith(".jsonl"):
         raise CallError(f"--convert {config.convert}: should be NAME.jsonl")
+    if config.convert is not None and Path(config.convert).resolve() == Path(config.path).resolve():
+        raise CallError(f"--convert {config.convert}: is the data set itself; give another name")
     if config.convert is not None and config.path == "shapes":
         raise CallError(f"--convert {config.convert}: shapes draws its images and has no files to name")
     dataset = read_dataset(config.path, config.seed)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections import Counter
 from pathlib import Path
 
 from pycocotools.coco import COCO
@@ -87,13 +88,14 @@ def _examples(path: Path) -> tuple[list[Example], list[Path]]:
     ]
     unknown = [str(key) for key in captions if key not in coco.imgs]
     report(path, unknown, 'image ids with captions that "images" lacks')
+    report(path, [str(key) for key in coco.imgs if not captions.get(key)], "images without captions")
     if not examples:
         raise UserError(f'{path}: no caption belongs to an image of field "images"')
     return keep_existing(examples, path)
 
 
 def _image_folder(path: Path) -> Path:
-    name = _suffix(path)
+    path, name = path.absolute(), _suffix(path)
     candidates = [top / name for top in (path.parent.parent, path.parent, path.parent.parent / "images")]
     for folder in candidates:
         if folder.is_dir():
@@ -122,6 +124,10 @@ def _check(path: Path, content: object, field: str, types: dict) -> None:
         for key, kind in types.items():
             if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
                 raise UserError(f'{path}: field "{key}" of {field}[{i}] is missing or of the wrong type')
+    if field == "images":
+        [(twice, times)] = Counter(str(entry["id"]) for entry in entries).most_common(1)
+        if times > 1:
+            raise UserError(f"{path}: image id {twice} stands {times} times in its images; keep one")
 
 
 def _suffix(path: Path) -> str:

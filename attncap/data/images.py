@@ -131,9 +131,16 @@ def subfolders(folder: Path) -> list[Path]:
     """Sorted; none in a folder that may not be read."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(folder / entry.name for entry in entries if entry.is_dir())
+            return sorted(folder / entry.name for entry in entries if _is_folder(entry))
     except OSError:
         return []
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def file_names(folder: Path) -> set[str]:

@@ -12,20 +12,20 @@ import re
 from pathlib import Path
 
 from attncap.data import SPLITS, Dataset, Example, keep_existing, report, told_splits
-from attncap.data.images import find_image_folder, subfolders, tops_of
+from attncap.data.images import find_image_folder, tops_of
 from attncap.errors import UserError
 from attncap.files import read_json
 
+NAMES = ("dataset_coco.json", "dataset_flickr30k.json", "dataset_flickr8k.json")
 EXPECTED = "dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json beside the images' folder (Karpathy)"
 
 
 def find(path: Path) -> list[Path]:
-    """The file itself, known by its first image, or those in the folder, or else in one of its folders."""
-    if path.is_file():
-        with path.open("rb") as file:
-            return [path] if path.suffix.lower() == ".json" and re.search(rb'"sentences"\s*:', file.read(2**16)) else []
-    tops = [path, *subfolders(path)]
-    return next((files for top in tops if (files := sorted(top.glob("dataset_*.json")))), [])
+    """The file itself, known by its first image, or those in the folder, known by their names."""
+    if path.is_dir():
+        return [path / name for name in NAMES if (path / name).is_file()]
+    with path.open("rb") as file:
+        return [path] if path.suffix.lower() == ".json" and re.search(rb'"sentences"\s*:', file.read(2**16)) else []
 
 
 def read(path: Path, files: list[Path], seed: int) -> Dataset:

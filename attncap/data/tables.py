@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from attncap.data import SPLITS, Dataset, Example, Splits, draw_splits, keep_existing, report, told_splits
-from attncap.data.images import find_image_folder, subfolders, tops_of
+from attncap.data.images import find_image_folder, tops_of
 from attncap.errors import UserError
 from attncap.files import read_text
 
@@ -27,7 +27,7 @@ FLICKR = {
     "results.csv": "Flickr30k, as on Kaggle",
     "results_20130124.token": "Flickr30k",
 }
-# Beside any of these, lists of image names for the splits; the original names are accepted too.
+# Beside any of these, and no other table, lists of image names for the splits; the original names are accepted too.
 LISTS = {
     "train": ("trainImages.txt", "Flickr_8k.trainImages.txt"),
     "val": ("valImages.txt", "devImages.txt", "Flickr_8k.devImages.txt", "Flickr_8k.valImages.txt"),
@@ -46,17 +46,16 @@ Rows = Iterator[tuple[int, str, str, str | None]]
 
 
 def find_flickr(path: Path) -> list[Path]:
-    """The tables with a name of Flickr8k's or Flickr30k's in the folder, or else in one of its folders."""
+    """The tables with a name of Flickr8k's or Flickr30k's."""
     if path.is_file():
         return [path] if path.name in FLICKR or path.suffix in (".txt", ".token") else []
-    tops = [path, *subfolders(path)]
-    return next((files for top in tops if (files := [top / name for name in FLICKR if (top / name).is_file()])), [])
+    return [path / name for name in FLICKR if (path / name).is_file()]
 
 
 def find(path: Path) -> list[Path]:
-    """The table itself, or those in the folder."""
+    """The table itself, or those in the folder, of any other name."""
     files = [path] if path.is_file() else sorted(path.iterdir())
-    return [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()]
+    return [f for f in files if f.suffix.lower() in SUFFIXES and f.name not in FLICKR and f.is_file()]
 
 
 def read(path: Path, files: list[Path], seed: int) -> Dataset:
@@ -73,7 +72,7 @@ def read(path: Path, files: list[Path], seed: int) -> Dataset:
     examples = [Example(name, tuple(texts), folder / name) for name, texts in captions.items()]
     examples, missing = keep_existing(examples, source)
     lists = {split: _first_file(source.parent, names) for split, names in LISTS.items()}
-    if any(lists.values()):
+    if source.name in FLICKR and any(lists.values()):
         splits = _listed_splits(source.parent, lists, captions, examples)
     else:
         splits = told_splits(examples, told) if told else draw_splits(examples, seed)
@@ -129,7 +128,9 @@ def _csv_rows(path: Path, text: str) -> Rows:
         for row in reader:
             if not row:
                 continue
-            if delimiter == "|" and len(row) == last:  # Flickr30k has one "2199200615.jpg| 4   A dog runs ..."
+            if (
+                "comment_number" in columns and len(row) == last
+            ):  # Flickr30k has one "2199200615.jpg| 4   A dog runs ..."
                 row[-1:] = row[-1].split(maxsplit=1)
             # A caption with a comma should stand in quotes; without them, the pieces are joined.
             if columns[last] == "caption" and len(row) > last:

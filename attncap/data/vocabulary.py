@@ -56,7 +56,7 @@ class Vocabulary:
     def save(self, path: str | Path) -> None:
         """Write `{"words": [...]}`, a word a line by rising id. Raises UserError."""
         content = json.dumps({"words": self.words}, ensure_ascii=False, indent=0)
-        write_atomically(path, content + "\n")
+        write_atomically(path, (content + "\n").encode("utf-8", "backslashreplace"))  # half a character, as JSON has it
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:

@@ -27,7 +27,7 @@ def diversity(
         "words": len(set(words)),
     }
     if vocabulary is not None:
-        found["vocabulary"] = len(set(words) & set(vocabulary)) / len(vocabulary)
+        found["vocabulary"] = len(set(words) & set(vocabulary)) / max(1, len(vocabulary))
     if training is not None:
         seen = {tuple(caption) for caption in training}
         found["new"] = sum(tuple(caption) not in seen for caption in captions) / len(captions)

@@ -1,5 +1,6 @@
 """METEOR (Denkowski and Lavie 2014) and SPICE (Anderson et al. 2016), their authors' Java through pycocoevalcap."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -43,8 +44,12 @@ def score(name: str, predictions: Sequence[Words], references: Sequence[Sequence
             meteor = Meteor()
             try:
                 total, by_image = meteor.compute_score(refs, texts)
-            finally:
-                if meteor.lock.locked():  # by a call that failed: the destructor would wait for it for ever
+            finally:  # what its destructor does, which after a call that failed would wait for ever, or fail late
+                meteor.meteor_p.kill()
+                meteor.meteor_p.wait()
+                with contextlib.suppress(OSError):
+                    meteor.meteor_p.stdin.close()
+                if meteor.lock.locked():
                     meteor.lock.release()
         else:
             from pycocoevalcap.spice.spice import Spice

@@ -258,6 +258,7 @@ def test_coco_missing_images_and_stray_captions_are_reported(coco_2017, caplog):
     assert sorted(splits["val"] + splits["test"]) == ["101", "102", "103"]
     assert caplog.messages == [
         f'{path}: left out 1 image ids with captions that "images" lacks: 7',
+        f"{path}: left out 1 images without captions: 8",
         f"{coco_2017}: left out 1 images, whose files are missing: {gone}",
     ]
 

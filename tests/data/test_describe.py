@@ -115,6 +115,18 @@ def test_converted_reads_back_the_same(describe, tmp_path, name, place):
         assert not any(line["image"].startswith("/") for line in lines)
 
 
+def test_converted_beside_lists_reads_back_the_same(describe, tmp_path):
+    (tmp_path / "captions.txt").write_text("image,caption\na.jpg,a dog\n2.jpg,a cat\n3.jpg,a bird\n")
+    for split, image in (("train", "3.jpg"), ("val", "2.jpg"), ("test", "a.jpg")):
+        (tmp_path / f"{split}Images.txt").write_text(f"{image}\n")
+        photograph(tmp_path / "Images" / image)
+    assert describe(tmp_path, "--convert", tmp_path / "mine.jsonl")[0] == 0
+    splits = read_dataset(tmp_path / "mine.jsonl", 0).splits
+    assert content(splits, tmp_path) == content(read_dataset(tmp_path, 0).splits, tmp_path)
+    status, _, err = describe(tmp_path / "mine.jsonl", "--convert", tmp_path / "mine.jsonl")
+    assert status == 2 and "is the data set itself" in err
+
+
 def test_half_a_character_survives(tmp_path):
     photograph(tmp_path / "1.jpg")
     (tmp_path / "a.jsonl").write_text('{"image": "1.jpg", "caption": "\\ud83d 犬"}')

@@ -269,3 +269,51 @@ def test_several_own_tables(tmp_path):
     write(tmp_path / "b.jsonl", "")
     message = "expected one table of captions, found a.csv, b.jsonl; give the path of one"
     assert failure(tmp_path) == f"{tmp_path}: {message}"
+
+
+def test_lists_beside_a_table_of_ones_own_are_not_its_splits(tmp_path):
+    write(tmp_path / "mine.csv", "image,caption,split\na.jpg,a dog,test\nb.jpg,a cat,train\n")
+    for name in ("train", "val", "test"):
+        write(tmp_path / f"{name}Images.txt", "a.jpg\n")
+    photographs(tmp_path, "a.jpg", "b.jpg")
+    assert names(open_dataset(tmp_path, 0)) == {"train": ["b.jpg"], "val": [], "test": ["a.jpg"]}
+
+
+def test_what_stands_in_the_folder_itself_goes_first(tmp_path, caplog):
+    write(tmp_path / "mine.csv", "image,caption\na.jpg,mine\n")
+    write(tmp_path / "old" / "captions.txt", "image,caption\na.jpg,old\n")
+    write(tmp_path / "dataset_infos.json", '{"default": {}}')
+    photographs(tmp_path, "a.jpg")
+    assert captions(open_dataset(tmp_path, 0)) == {"a.jpg": ("mine",)} and not caplog.messages
+    write(tmp_path / "captions.txt", "image,caption\na.jpg,new\n")
+    assert captions(open_dataset(tmp_path, 0)) == {"a.jpg": ("new",)}
+    assert caplog.messages == [
+        f"{tmp_path}: left out 1 data sets beside captions.txt; give the path of one to read it: {tmp_path}/mine.csv"
+    ]
+
+
+def test_a_link_that_leads_to_itself_hides_no_folder(tmp_path):
+    write(tmp_path / "captions.txt", "image,caption\na.jpg,a dog\n")
+    photographs(tmp_path / "Images", "a.jpg")
+    (tmp_path / "loop").symlink_to("loop")
+    assert captions(open_dataset(tmp_path, 0)) == {"a.jpg": ("a dog",)}
+
+
+def test_a_path_from_the_folder_of_annotations(tmp_path, monkeypatch):
+    write_coco(tmp_path, "train2017", range(3))
+    monkeypatch.chdir(tmp_path / "annotations")
+    assert len(captions(open_dataset("captions_train2017.json", 0))) == 3
+
+
+def test_coco_image_id_that_stands_there_twice(tmp_path):
+    path = write_coco(tmp_path, "train2017", range(3))
+    content = json.loads(path.read_text())
+    content["images"].append(dict(content["images"][0], file_name="other.jpg"))
+    path.write_text(json.dumps(content))
+    assert "image id 0 stands 2 times in its images; keep one" in failure(tmp_path)
+
+
+def test_a_table_with_bars_has_no_numbers_to_mend(tmp_path):
+    write(tmp_path / "mine.csv", "image|caption\nmy.jpg dog.jpg\n")
+    photographs(tmp_path, "my.jpg")
+    assert "line 2 is not image,caption" in failure(tmp_path)

@@ -77,3 +77,9 @@ def test_wrong_files_are_named(tmp_path, content, reason):
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match="vocabulary.json: cannot be read: No such file"):
         Vocabulary.load(tmp_path / "vocabulary.json")
+
+
+def test_half_a_character_is_saved(tmp_path):
+    vocabulary = Vocabulary([*Vocabulary.SPECIALS, "a\ud83d"])
+    vocabulary.save(tmp_path / "vocabulary.json")
+    assert Vocabulary.load(tmp_path / "vocabulary.json").words == vocabulary.words

@@ -14,3 +14,10 @@ def test_worked_by_hand():
 def test_captions_without_words():
     found = diversity([[], []], vocabulary=["a"], training=[[]])
     assert found == {"distinct-1": 0, "distinct-2": 0, "words": 0, "vocabulary": 0, "new": 0, "length": 0}
+
+
+def test_nothing_to_measure_by():
+    found = diversity([[], []], vocabulary=[], training=[])
+    assert (
+        found["vocabulary"] == found["distinct-1"] == found["distinct-2"] == found["length"] == 0 and found["new"] == 1
+    )
