@@ -25,7 +25,7 @@ from attncap.data.shapes import Scene, is_true
 from attncap.data.tokenizer import tokenize
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError, UserError
-from attncap.files import write_atomically
+from attncap.files import read_json, write_atomically
 from attncap.metrics import Scores, bootstrap, java, score
 from attncap.metrics.diversity import diversity
 from attncap.metrics.grounding import grounding
@@ -193,12 +193,9 @@ def training_seed(model: str) -> int:
 def read_results(path: str | Path) -> dict[str, str]:
     """COCO's results format -> caption by image id. Raises CallError when there is no such file, UserError naming the
     field when it holds something else."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, OSError):
-            raise CallError(f"{path}: cannot be read: {error.strerror}") from error
-        raise UserError(f"{path}: not a whole JSON file: {error}") from error
+    if not Path(path).is_file():
+        raise CallError(f"{path}: no such file")
+    found = read_json(Path(path))
     if not isinstance(found, list):
         raise UserError(f'{path}: expected a list, [{{"image_id": 1, "caption": "..."}}, ...]')
     captions: dict[str, str] = {}

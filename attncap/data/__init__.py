@@ -151,8 +151,12 @@ def keep_existing(examples: Sequence[Example], source: Path) -> tuple[list[Examp
 def report(source: Path | str, names: Sequence[object], what: str) -> None:
     """One line of warning that `source` had what is left out, with the count and the first names; none, no line."""
     if names:
-        first = ", ".join(map(_short, names[:3])) + ", ..." * (len(names) > 3)
-        log.warning("%s: left out %d %s: %s", source, len(names), what, first)
+        log.warning("%s: left out %d %s: %s", source, len(names), what, first_of(names))
+
+
+def first_of(names: Sequence[object]) -> str:
+    """The first three, on one line."""
+    return ", ".join(map(_short, names[:3])) + ", ..." * (len(names) > 3)
 
 
 def _short(name: object) -> str:

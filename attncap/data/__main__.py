@@ -16,7 +16,7 @@ import tyro
 from tqdm import tqdm
 
 from attncap import command
-from attncap.data import Dataset, Splits, read_dataset
+from attncap.data import Dataset, Splits, first_of, read_dataset
 from attncap.data.loader import Pictures, batches, report
 from attncap.data.tokenizer import tokenize
 from attncap.data.vocabulary import Vocabulary
@@ -98,7 +98,7 @@ def describe(dataset: Dataset) -> str:
 
 def named(names: Sequence[object]) -> str:
     """How many, and the first of them."""
-    return f"{len(names):,}" + ": " * bool(names) + ", ".join(map(str, names[:3])) + ", ..." * (len(names) > 3)
+    return f"{len(names):,}" + ": " * bool(names) + first_of(names)
 
 
 def broken_images(splits: Splits, workers: int) -> list[str]:

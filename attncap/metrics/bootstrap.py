@@ -40,12 +40,12 @@ def compare(scores: Scores, others: Scores, seed: int = 0) -> dict[str, Differen
     drawn, drawn_others = _draw([scores, others], seed)
     figures, figures_others = scores.figures(), others.figures()
     differences = {}
-    for name in drawn.keys() & drawn_others.keys():
+    for name in (name for name in drawn if name in drawn_others):
         draws = drawn[name] - drawn_others[name]
         low, high = np.percentile(draws, [2.5, 97.5]).tolist()
         difference = figures[name] - figures_others[name]
         differences[name] = Difference(difference, low, high, float((draws > 0).mean()))
-    return {name: differences[name] for name in drawn if name in differences}
+    return differences
 
 
 def _draw(systems: list[Scores], seed: int) -> list[dict[str, np.ndarray]]:

@@ -104,8 +104,7 @@ def beam_search_step_reference(
     is_nan = scores.isnan().any(1) | (log_probs.isnan().any(2) & is_live).any(1)  # [B]
     candidates = (scores.unsqueeze(2) + log_probs).masked_fill(~is_live.unsqueeze(2), -torch.inf)
     if penalty_words is not None:
-        amounts = penalties.masked_fill(penalty_words < 0, 0)
-        candidates = candidates.view(B * J, V).scatter_add(1, penalty_words.clamp(min=0), -amounts).view(B, J, V)
+        candidates = subtract_penalties(candidates.view(B * J, V), penalty_words, penalties).view(B, J, V)
     ends = candidates[:, :, end] if end_allowed else torch.full_like(scores, -torch.inf)
     is_word = torch.arange(V, device=logits.device) != end
     if suppressed is not None:
@@ -141,6 +140,11 @@ def beam_search_step_reference(
         ended,
         finished,
     )
+
+
+def subtract_penalties(candidates: Tensor, words: Tensor, penalties: Tensor) -> Tensor:
+    """`beam_search_step`'s penalties, words and penalties [N,M], off candidates [N,V]."""
+    return candidates.scatter_add(1, words.clamp(min=0), -penalties.masked_fill(words < 0, 0))
 
 
 # A candidate's rank as one integer: its score's bits in an order that integers have too, and below them its place among

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attncap.data.vocabulary import Vocabulary
 from attncap.models.decoder import Memory
-from attncap.ops.beam_search_step import BeamSearchStep
+from attncap.ops.beam_search_step import BeamSearchStep, subtract_penalties
 from attncap.search.decoder_step import DecoderStep
 from attncap.search.search_config import SearchConfig
 
@@ -152,8 +152,7 @@ class Search:
         if t < config.min_length:
             allowed[:, Vocabulary.END] = -torch.inf
         if banned is not None:
-            amounts = amounts.masked_fill(banned < 0, 0)
-            allowed = allowed.scatter_add(1, banned.clamp(min=0), -amounts)
+            allowed = subtract_penalties(allowed, banned, amounts)
         ranked, words = allowed.sort(dim=1, descending=True, stable=True)
         if config.top_k:
             ranked[:, config.top_k :] = -torch.inf

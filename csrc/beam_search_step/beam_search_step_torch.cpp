@@ -30,13 +30,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> beam_search_step(Tensor logit
   if (penalty_words) {
     check_tensor("beam_search_step: penalty_words", *penalty_words, logits, {B * J, M}, ScalarType::Long);
     check_tensor("beam_search_step: penalties", *penalties, logits, {B * J, M}, ScalarType::Float);
-    penalty_words = torch::stable::contiguous(*penalty_words);
-    penalties = torch::stable::contiguous(*penalties);
   }
-  if (logits.stride(1) != 1) logits = torch::stable::contiguous(logits);
+  logits = contiguous_rows(logits);
   scores = torch::stable::contiguous(scores);
   finished = torch::stable::contiguous(finished);
-  if (suppressed) suppressed = torch::stable::contiguous(*suppressed);
+  suppressed = contiguous(suppressed);
+  penalty_words = contiguous(penalty_words);
+  penalties = contiguous(penalties);
   const Tensor tokens = torch::stable::new_empty(logits, {B, K}, ScalarType::Long);
   const Tensor parents = torch::stable::new_empty(logits, {B, K}, ScalarType::Long);
   const Tensor next_scores = torch::stable::new_empty(scores, {B, K});

@@ -14,6 +14,24 @@ namespace attncap {
 
 enum class Isa { baseline, avx2, avx512 };
 
+// Calls function(...) as it is compiled for an instruction set.
+#ifdef ATTNCAP_X86
+#define ATTNCAP_CALL_ISA(isa, function, ...) \
+  switch (isa) {                             \
+    case Isa::avx512:                        \
+      avx512::function(__VA_ARGS__);         \
+      break;                                 \
+    case Isa::avx2:                          \
+      avx2::function(__VA_ARGS__);           \
+      break;                                 \
+    case Isa::baseline:                      \
+      baseline::function(__VA_ARGS__);       \
+      break;                                 \
+  }
+#else
+#define ATTNCAP_CALL_ISA(isa, function, ...) baseline::function(__VA_ARGS__)
+#endif
+
 // The widest that this processor, and the operating system, can run.
 inline Isa best_isa() {
 #ifdef ATTNCAP_X86

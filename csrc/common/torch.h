@@ -50,6 +50,16 @@ inline ScalarType accumulate_dtype(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  if (!tensor) return std::nullopt;
+  return torch::stable::contiguous(*tensor);
+}
+
+// [rows, columns] as it lies where each row is contiguous, else a copy.
+inline Tensor contiguous_rows(const Tensor& tensor) {
+  return tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
 template <typename T>
 const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
@@ -95,22 +105,7 @@ inline void threads(int64_t count, void (*work)(int64_t, int64_t, void*), void* 
 }
 
 // Calls a CPU kernel, function<T>(...), in the widest instruction set that the processor has.
-#ifdef ATTNCAP_X86
-#define ATTNCAP_CALL_BEST_ISA(function, ...) \
-  switch (best_isa()) {                      \
-    case Isa::avx512:                        \
-      avx512::function(__VA_ARGS__);         \
-      break;                                 \
-    case Isa::avx2:                          \
-      avx2::function(__VA_ARGS__);           \
-      break;                                 \
-    case Isa::baseline:                      \
-      baseline::function(__VA_ARGS__);       \
-      break;                                 \
-  }
-#else
-#define ATTNCAP_CALL_BEST_ISA(function, ...) baseline::function(__VA_ARGS__)
-#endif
+#define ATTNCAP_CALL_BEST_ISA(function, ...) ATTNCAP_CALL_ISA(best_isa(), function, __VA_ARGS__)
 #endif
 
 }  // namespace attncap

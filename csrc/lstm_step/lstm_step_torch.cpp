@@ -5,11 +5,6 @@
 namespace attncap {
 namespace {
 
-// Rows as they lie where each is contiguous, else a copy.
-Tensor contiguous_rows(const Tensor& tensor) {
-  return tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
 std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor recurrent, Tensor context_part, Tensor word_table, Tensor c,
                                              Tensor parents, Tensor tokens) {
   check(recurrent.dim() == 2 && context_part.dim() == 2 && word_table.dim() == 2 && c.dim() == 2 && parents.dim() == 1,

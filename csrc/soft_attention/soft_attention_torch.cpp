@@ -26,11 +26,6 @@ SoftAttentionSizes check_inputs(const Tensor& features, const Tensor& keys, cons
   return {B, K, P, D, A};
 }
 
-std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
-  if (!tensor) return std::nullopt;
-  return torch::stable::contiguous(*tensor);
-}
-
 // [B, rows, columns] as it is when each image's part is contiguous, else a copy.
 Tensor contiguous_images(const Tensor& tensor) {
   const bool fits = tensor.stride(2) == 1 && tensor.stride(1) == tensor.size(2);

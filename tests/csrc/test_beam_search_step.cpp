@@ -195,18 +195,7 @@ struct Problem {
     return is_clear;
   }
 
-  void run_on_cpu(Isa isa, Threads threads) const {
-    switch (isa) {
-#define CASE(isa)                             \
-  case Isa::isa:                              \
-    isa::beam_search_step_cpu(step, threads); \
-    break;
-      ATTNCAP_FOR_EACH_ISA(CASE)
-#undef CASE
-      default:
-        break;
-    }
-  }
+  void run_on_cpu(Isa isa, Threads threads) const { ATTNCAP_CALL_ISA(isa, beam_search_step_cpu, step, threads); }
 
   void run_emulated(Schedule schedule) const {
     const int threads = beam_search_step_threads(step.sizes);

@@ -88,18 +88,7 @@ struct Problem {
     return results;
   }
 
-  void run_on_cpu(Isa isa, Threads threads) const {
-    switch (isa) {
-#define CASE(isa)                      \
-  case Isa::isa:                       \
-    isa::lstm_step_cpu(step, threads); \
-    break;
-      ATTNCAP_FOR_EACH_ISA(CASE)
-#undef CASE
-      default:
-        break;
-    }
-  }
+  void run_on_cpu(Isa isa, Threads threads) const { ATTNCAP_CALL_ISA(isa, lstm_step_cpu, step, threads); }
 
   void run_emulated(Schedule schedule) const {
     launch(schedule, lstm_step_blocks(step), kLstmThreads, 0, lstm_step_kernel<T>, step);

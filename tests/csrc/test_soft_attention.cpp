@@ -141,17 +141,8 @@ struct Problem {
   }
 
   void run_on_cpu(Isa isa, Threads threads) {
-    switch (isa) {
-#define CASE(isa)                                          \
-  case Isa::isa:                                           \
-    isa::soft_attention_forward_cpu(forward(), threads);   \
-    isa::soft_attention_backward_cpu(backward(), threads); \
-    break;
-      ATTNCAP_FOR_EACH_ISA(CASE)
-#undef CASE
-      default:
-        break;
-    }
+    ATTNCAP_CALL_ISA(isa, soft_attention_forward_cpu, forward(), threads);
+    ATTNCAP_CALL_ISA(isa, soft_attention_backward_cpu, backward(), threads);
   }
 
   // On a chip with so many processors: that decides the shapes of the blocks.
