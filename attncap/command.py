@@ -83,7 +83,7 @@ def check_numbers(config: object) -> None:
         elif dataclasses.is_dataclass(value):
             check_numbers(value)
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            if isinstance(value, int) and setting.name not in ("seed", "workers"):
+            if isinstance(value, int) and setting.name not in ("seed", "workers", "patience", "fine_tune_after"):
                 least = 1
             if not value >= least:
                 raise CallError(f"--{setting.name.replace('_', '-')} {value}: must be at least {least}")

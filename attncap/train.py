@@ -12,20 +12,16 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 from attncap import command
 from attncap.captioner import Captioner
-from attncap.config import ModelConfig
 from attncap.data import open_dataset
 from attncap.data.loader import AugmentedPictures, Pictures, batches, caption_rows, pad, report
 from attncap.data.vocabulary import Vocabulary
@@ -35,77 +31,12 @@ from attncap.files import atomic_path, write_atomically
 from attncap.info import versions
 from attncap.pictures import save_attention
 from attncap.report import as_text
-
-
-@dataclass(kw_only=True)
-class TrainConfig(command.CaptioningConfig):
-    data: str = "shapes"
-    """shapes, or the path of a data set: Flickr8k, Flickr30k, COCO, Karpathy's splits, or a table of your own (see
-    `python -m attncap.data PATH`)."""
-    output: str | None = None
-    """Folder for the model and the log; by default runs/NAME, after the data."""
-    epochs: int = 10
-    """Times every training image is seen."""
-    batch_size: int = 8
-    """Images in a step, each with --captions-per-image captions."""
-    captions_per_image: int = 5
-    """Captions of an image in a step; an image with more gets others the next time."""
-    learning_rate: float = 5e-4
-    """AdamW's, for the decoder; it rises over the first tenth of the run and then falls to 0 along a cosine."""
-    encoder_learning_rate: float = 1e-4
-    """The same for the layers of the encoder that are trained."""
-    weight_decay: float = 0.01
-    """AdamW's."""
-    label_smoothing: float = 0.1
-    """Share of a word's target spread over the whole vocabulary."""
-    attention_penalty: float = 1.0
-    """Weight of the doubly stochastic penalty: over a caption every cell should get attention 1 in sum."""
-    clip_norm: float = 5.0
-    """Gradients are scaled down to this norm."""
-    augment: bool = True
-    """Train on random parts of the images, mirrored half of the time."""
-    encoder_weights: str = "default"
-    """default (torchvision's ImageNet weights), none, or the file of a state dict."""
-    fine_tune_from: str = "none"
-    """Train the encoder from this layer on (torchvision's name, e.g. layer3); all of it, or none of it."""
-    min_count: int = 3
-    """Words seen less often in the training captions become <unk>."""
-    best_by: Literal["CIDEr", "BLEU-4"] = "CIDEr"
-    """The validation figure that decides which model is kept."""
-    seed: int = 0
-    """Of the weights, the order, and the splits where the data set has none."""
-    resume: bool = False
-    """Go on after the last whole epoch of the run in --output."""
-    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
-
-
-# What suits each kind of data: photographs want a pretrained encoder, shapes a small one that learns in minutes.
-PHOTOGRAPHS = TrainConfig()
-SHAPES = TrainConfig(
-    epochs=4,
-    batch_size=16,
-    captions_per_image=2,
-    learning_rate=1e-3,
-    encoder_learning_rate=1e-3,
-    label_smoothing=0.0,
-    attention_penalty=0.0,  # 64 cells and a dozen words: most cells hold nothing to look at
-    augment=False,  # a mirrored scene would make "left" a lie
-    encoder_weights="none",
-    fine_tune_from="all",
-    min_count=1,
-    model=ModelConfig(
-        encoder="resnet18",
-        encoder_layer="layer2",
-        image_size=64,
-        attention_size=128,
-        embedding_size=128,
-        hidden_size=256,
-        dropout=0.1,
-    ),
-)
+from attncap.training import recipes
+from attncap.training.config import TrainConfig
 
 
 def main(config: TrainConfig) -> None:
+    config.check()
     output = Path(config.output or Path("runs") / Path(config.data).resolve().stem)
     device = command.find_device(config.device)
     if config.resume:
@@ -150,7 +81,7 @@ def check_resume(config: TrainConfig, output: Path) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise CallError(f"--resume: no run to go on with in {output} ({path}: {error}); train without it") from error
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    free = {"data", "output", "epochs", "resume", "device", "workers", "debug"}
+    free = {"data", "recipe", "output", "epochs", "resume", "device", "workers", "debug"}
     default = json.loads(json.dumps(dataclasses.asdict(TrainConfig())))  # for settings that came later than the run
     before, now, default = ({**x.pop("model"), **x.pop("search", {}), **x} for x in (before, now, default))
     changed = [
@@ -337,6 +268,8 @@ def caption_losses(logits: Tensor, weights: Tensor, targets: Tensor, label_smoot
 if __name__ == "__main__":
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--data", default="shapes")
-    data = early.parse_known_args()[0].data
-    preset = SHAPES if data == "shapes" else PHOTOGRAPHS
-    command.run("train", main, preset, __doc__)
+    early.add_argument("--recipe")
+    chosen = early.parse_known_args()[0]
+    name = chosen.recipe or ("shapes" if chosen.data == "shapes" else "flickr8k")
+    # What an unknown name is answered with is TrainConfig.check's part.
+    command.run("train", main, recipes.load(name) if name in recipes.NAMES else TrainConfig, __doc__)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from attncap import Captioner
 from attncap.data.vocabulary import Vocabulary
-from attncap.train import SHAPES, Trainer, caption_losses
+from attncap.train import Trainer, caption_losses
+from attncap.training import recipes
 
 
 def test_moving_average_by_hand():
@@ -214,7 +215,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(attncap, flickr8k, tmp_path):
 
 def test_schedule():
     trainer = Trainer.__new__(Trainer)
-    trainer.config = replace(SHAPES, epochs=10)
+    trainer.config = replace(recipes.load("shapes"), epochs=10)
     rates = [trainer.schedule(epoch / 100) for epoch in range(1001)]
     assert 0 < rates[0] < 0.02 and max(rates) == rates[100] == 1.0 and rates[1000] == pytest.approx(0.0)
     assert trainer.schedule(5.5) == pytest.approx(0.5)

@@ -1,0 +1,5 @@
+"""coco."""
+
+from attncap.training.config import TrainConfig
+
+RECIPE = TrainConfig(recipe="coco")

@@ -1,0 +1,5 @@
+"""flickr30k."""
+
+from attncap.training.config import TrainConfig
+
+RECIPE = TrainConfig(recipe="flickr30k")

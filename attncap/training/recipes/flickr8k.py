@@ -1,0 +1,5 @@
+"""flickr8k."""
+
+from attncap.training.config import TrainConfig
+
+RECIPE = TrainConfig(recipe="flickr8k")

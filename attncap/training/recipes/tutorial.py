@@ -1,0 +1,5 @@
+"""tutorial."""
+
+from attncap.training.config import TrainConfig
+
+RECIPE = TrainConfig(recipe="tutorial")
