@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its name when the block ends without an error.
 
     Missing folders are made. Whatever goes wrong in the block, an older file at `path` stays as it
-    was and the temporary one is removed. Raises UserError when the system refuses to write.
+    was and the temporary one is removed. What is renamed is on the disk, so that a power failure
+    leaves one whole file or the other. Raises UserError when the system refuses to write.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -24,6 +26,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()  # a folder that refuses files is found before the block's work is done
         yield temporary
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, path)
     except FileExistsError as error:
         raise UserError(f"cannot write {path}: {error.filename} is not a folder") from error
@@ -32,6 +36,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote into the folder has left there."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:

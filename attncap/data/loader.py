@@ -1,7 +1,10 @@
 """From examples to batches of tensors."""
 
+import ctypes
 import functools
 import logging
+import signal
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,10 +44,12 @@ class Pictures(Dataset):
 
 
 class AugmentedPictures(Pictures):
-    """For training: a random part of the image (60 to 100 % of its area), mirrored half of the time."""
+    """For training: a random part of the image (60 to 100 % of its area), mirrored half of the time. What is drawn for
+    an image depends on the seed, the epoch and its index alone, not on who reads it or what was read before."""
 
-    def __init__(self, examples: Sequence, size: int):
+    def __init__(self, examples: Sequence, size: int, seed: int, epoch: int):
         super().__init__(examples, size)
+        self.seed, self.epoch = seed, epoch
         self.augment = v2.Compose(
             [
                 v2.RandomResizedCrop(size, scale=(0.6, 1), interpolation=InterpolationMode.BILINEAR),
@@ -52,14 +57,51 @@ class AugmentedPictures(Pictures):
             ]
         )
 
+    def __getitem__(self, index: int) -> tuple[int, Tensor | UserError]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of("augmentation", self.seed, self.epoch, index))
+            return super().__getitem__(index)
+
     def prepare(self, image: Image.Image) -> Tensor:
         return to_tensor(self.augment(image), self.size)
 
 
-def batches(pictures: Pictures, batch_size: int, workers: int, order: Sequence[int] | None = None) -> DataLoader:
+def seed_of(purpose: str, *numbers: int) -> int:
+    """A seed of its own, below 2**63, for each purpose and each tuple of numbers."""
+    return int(np.random.SeedSequence((*purpose.encode(), *numbers)).generate_state(1, np.uint64)[0]) >> 1
+
+
+def draw_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The indices of all `count` examples in the order of an epoch, cut into batches; the last one may be smaller."""
+    order = np.random.default_rng(seed_of("order", seed, epoch)).permutation(count).tolist()
+    return [order[i : i + batch_size] for i in range(0, count, batch_size)]
+
+
+def batches(
+    pictures: Dataset, batch_size: int, workers: int, chosen: Sequence[Sequence[int]] | None = None
+) -> DataLoader:
     """Batches (indices, images uint8 [B,3,S,S], errors): the images that could be read, and an error for each of the
-    others. `order` tells which examples, and in which order; by default all as they stand."""
-    return DataLoader(pictures, batch_size, sampler=order, num_workers=workers, collate_fn=_collate)
+    others; images are None where none is left. `chosen` are the indices of each batch; by default all as they stand."""
+    if chosen is None:
+        chosen = [range(i, min(i + batch_size, len(pictures))) for i in range(0, len(pictures), batch_size)]
+    return DataLoader(
+        pictures,
+        batch_sampler=chosen,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # the loader seeds its workers; the process's own random numbers stay as they are
+    )
+
+
+def _start_worker(_: int) -> None:
+    """A worker lives exactly as long as the process it reads for: signals, which launchers and Ctrl-C send to all
+    processes at once, are for that one to act on; and it leaves no worker behind, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere torch's own workers look every few seconds
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _collate(items: list[tuple[int, Tensor | UserError]]) -> tuple[list[int], Tensor | None, list[UserError]]:
@@ -75,9 +117,11 @@ def report(message: str) -> None:
     logging.getLogger("attncap").warning("skipped: %s", message)
 
 
-def caption_rows(captions: Sequence[str], rows: int, vocabulary: Vocabulary, max_length: int, rng) -> list[list[int]]:
+def caption_rows(
+    captions: Sequence[str], rows: int, vocabulary: Vocabulary, max_length: int, seed: int
+) -> list[list[int]]:
     """`rows` captions of an image as token ids, drawn without repetition; an image that has fewer has some twice."""
-    drawn = [captions[i] for i in rng.permutation(len(captions))]
+    drawn = [captions[i] for i in np.random.default_rng(seed).permutation(len(captions))]
     return [vocabulary.encode(drawn[i % len(drawn)], max_length) for i in range(rows)]
 
 
