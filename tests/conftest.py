@@ -9,6 +9,7 @@ COLORS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 210)}
 # A model and a recipe so small that an epoch takes a second.
 TINY = (
     "--encoder resnet18 --encoder-layer layer1 --image-size 32 --grid 4 --encoder-weights none --fine-tune-from all "
+    "--fine-tune-after 0 "
     "--attention-size 16 --embedding-size 16 --hidden-size 32 --dropout 0 --epochs 15 --batch-size 8 --workers 0 "
     "--learning-rate 1e-2 --encoder-learning-rate 1e-3 --label-smoothing 0 --no-augment --min-count 1 --device cpu"
 ).split()

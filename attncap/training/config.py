@@ -60,12 +60,12 @@ class TrainConfig(command.CaptioningConfig):
     clip_value: float = 0.0
     """Each gradient is clamped to this from below and above, after --clip-norm; 0: not."""
     label_smoothing: float = 0.1
-    """Share of a word's target spread over the whole vocabulary."""
+    """cross-entropy: share of a word's target spread over the whole vocabulary."""
     attention_penalty: float = 1.0
     """Weight of the doubly stochastic penalty: over a caption every cell should get attention 1 in sum."""
     scheduled_sampling: float = 0.0
-    """Probability with which the model is fed a word of its own instead of the given caption's (Bengio et al. 2015), at
-    the end of the run; it rises to this from 0. 0: never."""
+    """cross-entropy: probability with which the model is fed a word of its own instead of the given caption's (Bengio
+    et al. 2015) at the end of the run; it rises to this from 0. 0: never."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of matrix products and activations (autocast); the weights stay float32, and float16 gets a loss scale."""
     augment: bool = True
@@ -119,5 +119,3 @@ class TrainConfig(command.CaptioningConfig):
                 raise CallError("--objective scst: it starts from a trained model; add --start-from FOLDER")
             if self.samples < 2:
                 raise CallError(f"--samples {self.samples}: a sample's baseline is the others' mean; give 2 or more")
-            if self.scheduled_sampling:
-                raise CallError("--scheduled-sampling: with --objective scst all words are the model's; leave it out")
