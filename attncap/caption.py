@@ -14,6 +14,7 @@ from tqdm import tqdm
 from attncap import command, data
 from attncap.captioner import Caption, Captioner
 from attncap.data import Example, coco
+from attncap.data.feature_cache import FeatureCache
 from attncap.data.images import find_images
 from attncap.data.loader import Pictures, batches, report
 from attncap.errors import CallError, UserError
@@ -75,13 +76,16 @@ def find_examples(images: Sequence[str]) -> list[Example]:
 
 
 def caption_examples(
-    models: Sequence[Captioner], examples: Sequence, config: command.CaptioningConfig
+    models: Sequence[Captioner],
+    examples: Sequence,
+    config: command.CaptioningConfig,
+    features: FeatureCache | None = None,
 ) -> Iterator[tuple[Example, Caption]]:
     """Each example that can be read, with its caption by the model, or the ensemble of models, in order, under a
-    progress bar; the others are reported and left out."""
+    progress bar; the others are reported and left out. `features` spares encoding the examples."""
     model, *ensemble = models
     with tqdm(total=len(examples), desc="captioning", unit="image", leave=False) as bar:
-        pictures = Pictures(examples, model.config.image_size)
+        pictures = Pictures(examples, model.config.image_size) if features is None else features
         workers = command.find_workers(config.workers, model.device)
         for indices, images, errors in batches(pictures, config.batch_size, workers):
             for error in errors:

@@ -1,6 +1,7 @@
 """The captioner: encoder, decoder and vocabulary as one model that is saved, loaded and asked for captions."""
 
 import json
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -77,7 +78,8 @@ class Captioner(nn.Module):
         """Caption images with the best hypotheses of a beam search; `attncap.search.beam_search` says how it goes.
 
         Args:
-            images: paths, Pillow images, or a uint8 tensor [B,3,S,S] of images already at the model's size.
+            images: paths, Pillow images, a uint8 tensor [B,3,S,S] of images already at the model's size, or a float
+                tensor [B,P,D] of their features, with or without copies of cells (see `Encoder`); no ensemble then.
             search: settings of the search; the default ones if None.
             batch_size: images that go through the model together.
             suppressed: words that no caption has.
@@ -97,7 +99,13 @@ class Captioner(nn.Module):
         if isinstance(images, str | Path | Image.Image):
             raise CallError("caption() takes a list of images; put the one you have into [ ]")
         size = self.config.image_size
-        if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.shape[1:] != (3, size, size)):
+        encoded = isinstance(images, Tensor) and images.is_floating_point() and images.dim() == 3
+        if encoded:
+            side, channels = math.isqrt(images.shape[1]), self.decoder.key.in_features
+            if side**2 != images.shape[1] or self.grid[0] % side or images.shape[2] != channels or ensemble:
+                expected = f"[B, {self.grid[0] ** 2}, {channels}], without an ensemble"
+                raise CallError(f"caption() takes features {expected}, not {list(images.shape)}")
+        elif isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.shape[1:] != (3, size, size)):
             found = f"{images.dtype} {list(images.shape)}"
             raise CallError(f"caption() takes a tensor of torch.uint8 [B, 3, {size}, {size}], not {found}")
         words = self.vocabulary.words
@@ -122,8 +130,11 @@ class Captioner(nn.Module):
                         upright_rgb(image) if isinstance(image, Image.Image) else load_image(image) for image in batch
                     )
                     batch = torch.stack([to_tensor(picture, size) for picture in pictures])
-                # An ensemble's models may come to the same grid by other ways, so all of them give all of its cells.
-                features = [model.encoder(batch.to(model.device), repeat=bool(ensemble)) for model in models]
+                if encoded:
+                    features = [batch.to(self.decoder.score_weight)]  # its device and dtype
+                else:
+                    # An ensemble's models may come to the same grid by other ways, so all of them give all its cells.
+                    features = [model.encoder(batch.to(model.device), repeat=bool(ensemble)) for model in models]
                 seeds = None
                 if search.method == "sample":  # an image's own, wherever it comes
                     seeds = [zlib.crc32(image.numpy()) for image in batch.cpu().contiguous()]

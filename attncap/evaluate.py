@@ -21,6 +21,7 @@ from attncap.caption import caption_examples
 from attncap.captioner import Captioner
 from attncap.data import open_dataset
 from attncap.data.coco import read_captions
+from attncap.data.feature_cache import FeatureCache
 from attncap.data.shapes import Scene, is_true
 from attncap.data.tokenizer import tokenize
 from attncap.data.vocabulary import Vocabulary
@@ -140,13 +141,15 @@ def evaluate(
     examples: Sequence,
     config: command.CaptioningConfig,
     with_java: Collection[str] = (),
+    features: FeatureCache | None = None,
 ) -> tuple[Scores, dict[str, str]]:
-    """Caption every example freely, each image once, and score the captions against all its references.
+    """Caption every example freely, each image once, and score the captions against all its references. `features`
+    spares encoding the examples.
 
     Returns the scores (see `metrics.score`; on `shapes` also `true`, the share of captions exactly true of their
     scene, and `grounded`, see `grounding`) and the captions by image.
     """
-    written = list(caption_examples(models, examples, config))
+    written = list(caption_examples(models, examples, config, features))
     if not written:
         raise UserError("none of the images to be scored could be read")
     captions = {example.name: caption.text for example, caption in written}

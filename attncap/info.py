@@ -9,7 +9,17 @@ import torch
 from attncap import command
 from attncap.ops import library
 
-PACKAGES = ("attncap", "torchvision", "numpy", "pillow", "pycocotools", "safetensors", "tyro", "matplotlib")
+PACKAGES = (
+    "attncap",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "pycocotools",
+    "safetensors",
+    "tyro",
+    "matplotlib",
+    "tensorboard",
+)
 
 
 @dataclass

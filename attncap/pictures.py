@@ -1,24 +1,43 @@
-"""Pictures of results: captions with the places the model looked at."""
+"""Pictures of results: captions with the places the model looked at, and the curves of a run. Matplotlib, which takes
+a while to import, is imported where something is drawn."""
+
+from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from attncap.captioner import Caption
 from attncap.files import write_atomically
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# The panels of a run's curves: title, unit, and the names in metrics.jsonl with those in the legend.
+PANELS = (
+    ("Loss in training", "loss", {"loss_words": "words (nats a word)", "loss_attention": "attention penalty"}),
+    ("Free captions of the validation images", "score", {"CIDEr": "CIDEr", "BLEU-4": "BLEU-4"}),
+    ("Learning rate", "rate", {"learning_rate": "decoder", "encoder_learning_rate": "encoder"}),
+)
 COLUMNS = 6
 PANEL = 320  # pixels, more than a panel shows: a photograph in full size would cost seconds a word
 
 
 def save_attention(path: str | Path, captioned: Sequence[tuple[Image.Image, Caption]]) -> None:
-    """Write a PNG: each image with its caption, then a panel a word with the word's attention as a heat map over the
-    image, as in figure 5 of Xu et al. 2015. Brightness is relative to the word's own peak."""
+    """Write the picture that `draw_attention` draws as a PNG."""
+    write_atomically(Path(path), draw_attention(captioned))
+
+
+def draw_attention(captioned: Sequence[tuple[Image.Image, Caption]]) -> bytes:
+    """A PNG: each image with its caption, then a panel a word with the word's attention as a heat map over the image,
+    as in figure 5 of Xu et al. 2015. Brightness is relative to the word's own peak."""
+    from matplotlib.figure import Figure
+
     heights = [math.ceil((len(caption.words) + 1) / COLUMNS) for _, caption in captioned]
     figure = Figure(figsize=(2 * COLUMNS, 2.25 * sum(heights)), layout="constrained", dpi=80)
     rows = figure.subfigures(len(captioned), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -36,6 +55,40 @@ def save_attention(path: str | Path, captioned: Sequence[tuple[Image.Image, Capt
             panel.imshow(np.asarray(image) // 2)
             panel.imshow(heat, cmap="inferno", alpha=0.8 * heat, vmin=0, vmax=1)
             panel.set_title(word, fontsize=10, parse_math=False)
+    return _png(figure)
+
+
+def draw_curves(epochs: Sequence[Mapping[str, float]], best: int) -> bytes:
+    """A PNG of a run, `epochs` being the lines of its metrics.jsonl: a panel each for losses, validation figures and
+    learning rates, where there are any, with a mark at `best`, the index of the best epoch."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    numbers = [line["epoch"] for line in epochs]
+    present = [
+        (title, unit, {label: [line.get(name, math.nan) for line in epochs] for name, label in found.items()})
+        for title, unit, names in PANELS
+        if (found := {name: label for name, label in names.items() if any(name in line for line in epochs)})
+    ]
+    figure = Figure(figsize=(7, 0.5 + 2.4 * len(present)), layout="constrained", dpi=100)
+    panels = figure.subplots(len(present), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, (title, unit, curves) in zip(panels, present, strict=True):
+        for label, values in curves.items():
+            panel.plot(numbers, values, marker="o", markersize=3, label=label)
+        panel.axvline(numbers[best], color="grey", linestyle="--", linewidth=1, label=f"best, epoch {numbers[best]}")
+        panel.set_title(title, loc="left", fontsize=11)
+        panel.set_ylabel(unit)
+        if panel.dataLim.ymin >= 0:
+            panel.set_ylim(bottom=0)
+        panel.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
+        panel.grid(alpha=0.3)
+        panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    panels[-1].set_xlabel("epoch")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    write_atomically(Path(path), buffer.getvalue())
+    return buffer.getvalue()

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from attncap import command
 from attncap.data import Dataset, Splits, first_of, read_dataset
+from attncap.data.feature_cache import size_in_words
 from attncap.data.loader import Pictures, batches, report
 from attncap.data.tokenizer import tokenize
 from attncap.data.vocabulary import Vocabulary
@@ -85,15 +86,8 @@ def describe(dataset: Dataset) -> str:
         values = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
         lines += ["", "words in a caption, by percentile"]
         lines += ["".join(f"{p:5}%" for p in PERCENTILES), "".join(f"{value:6}" for value in values)]
-    size = images * CELLS * CHANNELS * 2 / 2**20
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"feature cache   {size:,.0f} MiB in half precision, with the default encoder",
-            f"                = {images:,} images x {CELLS} cells x {CHANNELS} channels x 2 bytes",
-        ]
-    )
+    size = size_in_words(images, CELLS, CHANNELS)
+    return "\n".join([*lines, "", f"feature cache   {size}, with the default encoder"])
 
 
 def named(names: Sequence[object]) -> str:

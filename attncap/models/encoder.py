@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import pickle
 import re
 from pathlib import Path
@@ -37,6 +38,7 @@ class Encoder(nn.Module):
     def __init__(self, name: str, layer: str | None = None, grid: int | None = None, weights: str = "none"):
         super().__init__()
         backbone = _build(name)
+        self.name = name
         self.layer = layer or _last_grid(name, backbone)
         try:
             self.backbone = create_feature_extractor(backbone, {self.layer: "grid"})
@@ -54,18 +56,29 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor, repeat: bool = True) -> Tensor:
         images = (images / 255 - self.mean) / self.std
         features = self.backbone(images.contiguous(memory_format=torch.channels_last))["grid"]  # [B,D,rows,columns]
-        if self.grid is not None and (repeat or self.grid % features.shape[2]):
+        if self.grid is not None and self.grid % features.shape[2]:
             features = F.adaptive_avg_pool2d(features, self.grid)
-        return features.flatten(2).transpose(1, 2).contiguous()
+        features = features.flatten(2).transpose(1, 2).contiguous()
+        return self.repeat_cells(features) if repeat else features
+
+    def repeat_cells(self, features: Tensor) -> Tensor:
+        """What `repeat=False` gives, or a cache of it -> features [B,P,D] of all cells, copies counted."""
+        side = math.isqrt(features.shape[1])
+        copies = (self.grid or side) // side  # of a cell, on each side
+        if copies == 1:
+            return features
+        grid = features.unflatten(1, (side, side))
+        return grid.repeat_interleave(copies, dim=1).repeat_interleave(copies, dim=2).flatten(1, 2)
 
     @torch.no_grad()
-    def grid_shape(self, image_size: int) -> tuple[int, int]:
+    def grid_shape(self, image_size: int, repeat: bool = True) -> tuple[int, int]:
         """(P, D) for images of that side. Raises CallError when they are too small for the backbone."""
         training = self.training
         self.eval()
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # torch.fx prints a traceback of what is caught here
-                _, cells, channels = self(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)).shape
+                image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=self.mean.device)
+                _, cells, channels = self(image, repeat).shape
         except (RuntimeError, AssertionError, IndexError) as error:
             raise CallError(
                 f"layer {self.layer} gives no feature grid for images of {image_size} px ({error}); try another "

@@ -1,0 +1,224 @@
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from attncap import Caption, UserError
+from attncap.pictures import draw_curves
+from attncap.training.watch import EVERY, Watch
+
+
+def line(epoch: int, cider: float = 0.0, **others) -> dict:
+    return {"epoch": epoch, "loss_words": 4 / epoch, "loss_attention": 0.5, "CIDEr": cider, "BLEU-4": 0.1, **others}
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def board(folder):
+    """What TensorBoard shows of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder / "tensorboard")).Reload()
+
+
+def points(folder, name: str) -> dict[int, float]:
+    return {event.step: pytest.approx(event.value) for event in board(folder).Scalars(name)}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn."""
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))[1])
+    return figures
+
+
+def test_a_line_an_epoch_that_is_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.path.getsize(f"/proc/self/fd/{file}")))
+    watch = Watch(tmp_path / "run", "CIDEr")
+    for epoch in (1, 2, 3):
+        watch.epoch(line(epoch))
+        assert lines(tmp_path / "run") == [line(e) for e in range(1, epoch + 1)]
+        assert (tmp_path / "run" / "metrics.jsonl").stat().st_size in synced
+    watch.close()
+
+
+def test_resumed_logs_go_on_at_the_checkpoint(tmp_path):
+    watch = Watch(tmp_path, "CIDEr")
+    for epoch in (1, 2, 3):
+        watch.epoch(line(epoch, cider=epoch / 10))
+    watch.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 4, "loss_wo')
+    watch = Watch(tmp_path, "CIDEr", epoch=2, step=200)
+    assert lines(tmp_path) == [line(1, 0.1), line(2, 0.2)]
+    watch.epoch(line(3, 0.7))
+    assert lines(tmp_path) == [line(1, 0.1), line(2, 0.2), line(3, 0.7)]
+    watch.close()
+    Watch(tmp_path, "CIDEr").close()
+    assert lines(tmp_path) == []  # a new run
+
+
+def test_curves(tmp_path, drawn):
+    watch = Watch(tmp_path, "CIDEr")
+    ciders = [0.2, 0.5, 0.4, 0.5]  # the first of equals is the best
+    for epoch, cider in enumerate(ciders, start=1):
+        late = {"encoder_learning_rate": 1e-5} if epoch > 2 else {}
+        watch.epoch(line(epoch, cider, learning_rate=1e-3 / epoch, **late))
+    watch.close()
+    assert Image.open(tmp_path / "curves.png").size[0] >= 600
+    loss, scores, rate = drawn[-1].axes
+    for panel, title, unit, curves in (
+        (loss, "Loss in training", "loss", {"words (nats a word)": [4, 2, 4 / 3, 1], "attention penalty": [0.5] * 4}),
+        (scores, "Free captions of the validation images", "score", {"CIDEr": ciders, "BLEU-4": [0.1] * 4}),
+        (
+            rate,
+            "Learning rate",
+            "rate",
+            {"decoder": [1e-3, 1e-3 / 2, 1e-3 / 3, 1e-3 / 4], "encoder": [None] * 2 + [1e-5] * 2},
+        ),
+    ):
+        assert panel.get_title(loc="left") == title and panel.get_ylabel() == unit
+        found = {curve.get_label(): curve for curve in panel.lines}
+        assert found.keys() == {*curves, "best, epoch 2"}
+        assert list(found["best, epoch 2"].get_xdata()) == [2, 2]
+        for name, values in curves.items():
+            expected = np.array(values, dtype=float)
+            np.testing.assert_allclose(found[name].get_ydata(), expected)
+            assert list(found[name].get_xdata()) == [1, 2, 3, 4]
+        assert {text.get_text() for text in panel.get_legend().get_texts()} == found.keys()
+        assert panel.get_ylim()[0] == 0
+    assert rate.get_xlabel() == "epoch" and all(tick == int(tick) for tick in rate.get_xticks())
+
+
+def test_curves_of_what_there_is(drawn):
+    """One epoch of an older run, whose log has no learning rates; a loss below 0, as self-critical training has."""
+    draw_curves([{"epoch": 1, "loss_words": -0.5}], 0)
+    [panel] = drawn[-1].axes
+    assert panel.get_ylim()[0] < -0.5
+
+
+@pytest.mark.parametrize(("best_by", "best"), [("CIDEr", 1), ("BLEU-4", 2)])
+def test_the_best_epoch_is_by_the_figure_that_decides(tmp_path, drawn, best_by, best):
+    watch = Watch(tmp_path, best_by)
+    watch.epoch({"epoch": 1, "CIDEr": 0.5, "BLEU-4": 0.1})
+    watch.epoch({"epoch": 2, "CIDEr": 0.4, "BLEU-4": 0.2})
+    watch.close()
+    assert f"best, epoch {best}" in {curve.get_label() for curve in drawn[-1].axes[0].lines}
+
+
+def test_drawing_is_quick():
+    epochs = [line(epoch, learning_rate=1e-3) for epoch in range(1, 101)]
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        draw_curves(epochs, 50)
+        times.append(time.process_time() - start)
+    assert min(times) < 1
+
+
+def test_tensorboard_has_steps_epochs_and_pictures(tmp_path):
+    watch = Watch(tmp_path, "CIDEr")
+    assert watch.wants_pictures
+    caption = Caption("a dog", -1.0, ["a", "dog"], torch.full((2, 4, 4), 1 / 16))
+    for step in range(2 * EVERY + 1):
+        watch.step(step, {"loss/words": torch.tensor(5.0 - step / 100), "gradient_norm": 1.0 + step})
+    watch.epoch(line(1, 0.25), [(Image.new("RGB", (50, 40)), caption)])
+    shown = board(tmp_path)  # before it is closed
+    watch.close()
+    assert points(tmp_path, "loss/words") == {0: 5.0, EVERY: 5 - EVERY / 100, 2 * EVERY: 5 - 2 * EVERY / 100}
+    assert points(tmp_path, "gradient_norm") == {step: 1.0 + step for step in (0, EVERY, 2 * EVERY)}
+    assert points(tmp_path, "epoch/CIDEr") == {2 * EVERY: 0.25}
+    [event] = shown.Images("captions")
+    picture = Image.open(io.BytesIO(event.encoded_image_string))
+    assert event.step == 2 * EVERY and picture.width > 500 and len(picture.getcolors(10**6)) > 50
+
+
+def test_tensorboard_goes_on_at_the_checkpoint(tmp_path):
+    """A run of 50 steps an epoch is lost in its third epoch, after the log of it, and goes on after the second."""
+    for first, value in ((0, 1.0), (2, 2.0)):
+        watch = Watch(tmp_path, "CIDEr", epoch=first, step=50 * first)
+        for epoch in range(first, 3 if first == 0 else 4):
+            for step in range(50 * epoch, 50 * (epoch + 1)):
+                watch.step(step, {"loss": value})
+            watch.epoch(line(epoch + 1, value))
+        watch.close()
+        if first == 0:
+            time.sleep(1.1)  # TensorBoard orders its files by the second
+    written = [step for step in range(200) if step % EVERY == 0]
+    assert points(tmp_path, "loss") == {step: 1.0 if step < 100 else 2.0 for step in written}
+    assert points(tmp_path, "epoch/CIDEr") == {49: 1.0, 99: 1.0, 149: 2.0, 199: 2.0}
+    assert len(board(tmp_path).Scalars("epoch/CIDEr")) == 4
+
+
+class Asked:
+    """A number that counts how often it was asked for, as a tensor on a GPU would wait."""
+
+    count = 0
+
+    def __float__(self) -> float:
+        self.count += 1
+        return 1.0
+
+
+def test_tensors_are_seldom_asked(tmp_path):
+    watch, number = Watch(tmp_path, "CIDEr"), Asked()
+    for step in range(10 * EVERY):
+        watch.step(step, {"loss": number})
+    watch.close()
+    assert number.count == 10
+
+
+def test_without_tensorboard(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    watch = Watch(tmp_path, "CIDEr")
+    assert not watch.wants_pictures
+    watch.step(0, {"loss": 1.0})
+    watch.epoch(line(1))
+    watch.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
+    assert not caplog.records
+
+
+def test_a_tensorboard_that_cannot_be_imported(tmp_path, monkeypatch, caplog):
+    class Broken:
+        def __getattr__(self, name):
+            raise TypeError("Descriptors cannot be created directly.\nregenerate your protos")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Broken())
+    with caplog.at_level(logging.WARNING):
+        Watch(tmp_path, "CIDEr").epoch(line(1))
+    assert "TensorBoard is left out, it cannot be imported: Descriptors cannot be created" in caplog.text
+    assert lines(tmp_path) == [line(1)]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        Watch(tmp_path / "file", "CIDEr")
+    watch = Watch(tmp_path / "run", "CIDEr")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl"):
+        watch.epoch(line(1))
+    watch.close()
+
+
+def test_nothing_slow_is_imported_before_it_is_needed():
+    script = (
+        "import sys, attncap.training.watch; print({'matplotlib', 'tensorboard', 'tensorflow'} & sys.modules.keys())"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout == "set()\n"
