@@ -3,6 +3,8 @@
 import ctypes
 import functools
 import logging
+import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -102,6 +104,9 @@ def _start_worker(_: int) -> None:
     if sys.platform == "linux":  # elsewhere torch's own workers look every few seconds
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        # It may have died before that.
+        if multiprocessing.get_start_method() == "fork" and os.getppid() != multiprocessing.parent_process().pid:
+            os._exit(1)
 
 
 def _collate(items: list[tuple[int, Tensor | UserError]]) -> tuple[list[int], Tensor | None, list[UserError]]:

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from attncap import command
 from attncap.captioner import Caption, Captioner
+from attncap.data.feature_cache import FeatureCache
 from attncap.data.loader import AugmentedPictures, Pictures, batches, caption_rows, draw_batches, pad, report, seed_of
 from attncap.errors import UserError
 from attncap.evaluate import evaluate
@@ -45,6 +47,13 @@ class Trainer:
         self.optimizer = make_optimizer(config, model)
         self.average = copy.deepcopy(model).eval() if config.average_weights else model  # what is validated and kept
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
+        self.caches = {}  # features by split
+        if config.cache_features:
+            with distributed.main_first():
+                for split in ("train", "val"):
+                    self.caches[split] = FeatureCache.of(
+                        splits[split], model.encoder, model.config.image_size, config.batch_size, self.workers
+                    )
         self.steps = math.ceil(len(splits["train"]) / (config.batch_size * config.accumulate))  # in an epoch
         self.schedule = Schedule(config, self.steps)
         self.scst = config.objective == "scst"
@@ -123,9 +132,11 @@ class Trainer:
         if not self.rows:
             raise UserError("none of the training images could be read")
 
-    def pictures(self) -> Pictures:
-        """The training images of this epoch."""
+    def pictures(self) -> Dataset:
+        """The training images of this epoch, or their features."""
         examples, size = self.splits["train"], self.model.config.image_size
+        if self.caches:
+            return self.caches["train"]
         if self.config.augment:
             return AugmentedPictures(examples, size, self.config.seed, self.epoch)
         return Pictures(examples, size)
@@ -165,7 +176,9 @@ class Trainer:
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
-        """images uint8 [B,3,S,S] -> features [B,P,D], as in evaluation."""
+        """images uint8 [B,3,S,S], or their features from a cache -> features [B,P,D], as in evaluation."""
+        if pictures.is_floating_point():
+            return self.model.encoder.repeat_cells(pictures.float())
         self.model.encoder.eval()
         with self.autocast():
             features = self.model.encoder(pictures)
@@ -238,7 +251,8 @@ class Trainer:
         figures = None
         if distributed.is_main():
             with contextlib.suppress(Stopped), self.interruption.raised():
-                figures = evaluate([self.average], self.splits["val"], self.config)[0].figures()
+                scores, _ = evaluate([self.average], self.splits["val"], self.config, features=self.caches.get("val"))
+                figures = scores.figures()
         figures = distributed.from_main(figures)
         if figures is None:
             raise Stopped(self.interruption.number or signal.SIGTERM)
