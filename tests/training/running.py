@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,3 +138,24 @@ def metrics(folder: Path) -> list[dict]:
     """The log's lines without what a clock tells."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def wait_for_checkpoints(run: Path, count: int) -> None:
+    """Until so many more checkpoints are written than there are now, at least the first one."""
+    path = run / "checkpoint.pt"
+    count, last = count + (not path.exists()), path.exists() and path.stat().st_ino
+    end = time.monotonic() + 30
+    while count and time.monotonic() < end:
+        time.sleep(0.002)
+        if path.exists() and path.stat().st_ino != last:
+            count, last = count - 1, path.stat().st_ino
+
+
+def assert_gone(pids: list[int]) -> None:
+    """They are given a second, less than torch's own workers take to see that their parent has died."""
+    for _ in range(100):
+        pids = [pid for pid in pids if is_running(pid)]
+        if not pids:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"still running: {pids}")

@@ -4,11 +4,10 @@ import os
 import random
 import signal
 import time
-from pathlib import Path
 
 import pytest
 from conftest import make_flickr8k
-from running import QUICK, Server, assert_same_state, checkpoint, children, is_running, metrics
+from running import QUICK, Server, assert_gone, assert_same_state, checkpoint, children, metrics, wait_for_checkpoints
 from safetensors.torch import load_file
 
 EACH_STEP = "trainer.CHECKPOINT_EVERY = 0"  # a checkpoint after every step
@@ -40,27 +39,6 @@ def whole(server, data, tmp_path_factory):
     running = server.start(folder / "log", ["--data", data, *SETTINGS, "--output", folder / "run"])
     assert running.status() == 0, running.text()
     return folder / "run"
-
-
-def wait_for_checkpoints(run: Path, count: int) -> None:
-    """Until so many more checkpoints are written than there are now, at least the first one."""
-    path = run / "checkpoint.pt"
-    count, last = count + (not path.exists()), path.exists() and path.stat().st_ino
-    end = time.monotonic() + 30
-    while count and time.monotonic() < end:
-        time.sleep(0.002)
-        if path.exists() and path.stat().st_ino != last:
-            count, last = count - 1, path.stat().st_ino
-
-
-def assert_gone(pids: list[int]) -> None:
-    """They are given a second, less than torch's own workers take to see that their parent has died."""
-    for _ in range(100):
-        pids = [pid for pid in pids if is_running(pid)]
-        if not pids:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"still running: {pids}")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

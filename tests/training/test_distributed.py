@@ -1,0 +1,142 @@
+"""Several processes are one run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import TINY, make_flickr8k
+from running import Server, assert_gone, checkpoint, children, metrics, wait_for_checkpoints
+from safetensors.torch import load_file
+
+# No batch norm, which normalises by each process's share, and nothing that is drawn: what is left is rounding. Batches
+# of 5 are split 3 + 2, those of the last step 2 + 1.
+SETTINGS = [
+    *TINY,
+    *"--encoder squeezenet1_1 --encoder-layer features.7 --image-size 64 --grid 3 --captions-per-image 1".split(),
+    *"--epochs 2 --batch-size 5 --accumulate 2 --fine-tune-after 1 --beam-size 1 --max-length 8".split(),
+    *"--learning-rate 1e-3 --encoder-learning-rate 1e-4".split(),
+]
+
+
+DOUBLE = "import torch; torch.set_default_dtype(torch.float64)"  # so that rounding can be told from anything else
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    data = make_flickr8k(tmp_path_factory.mktemp("distributed") / "data", 54)
+    (data / "Images" / "007.png").write_bytes(b"broken")
+    return data
+
+
+@pytest.fixture(scope="module")
+def alone(server, data, tmp_path_factory):
+    """The run of one process, with batches twice as large instead of two batches to a step."""
+    folder = tmp_path_factory.mktemp("alone")
+    arguments = ["--data", data, *SETTINGS, "--output", folder / "run", "--batch-size", 10, "--accumulate", 1]
+    running = server.start(folder / "log", arguments, DOUBLE)
+    assert running.status() == 0, running.text()
+    return folder / "run"
+
+
+def assert_same_run(one, other):
+    """But for rounding in double precision, which Adam enlarges where a gradient is nearly 0."""
+    for name, value in checkpoint(one)["model"].items():
+        torch.testing.assert_close(checkpoint(other)["model"][name], value, rtol=0, atol=1e-10, msg=name)
+    for line, expected in zip(metrics(other), metrics(one), strict=True):
+        assert line == pytest.approx(expected, rel=1e-6)  # losses are summed in float32
+    best = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert all(torch.allclose(value, best[1][name], rtol=0, atol=1e-10) for name, value in best[0].items())
+
+
+def test_two_processes_are_as_one(server, data, alone, tmp_path):
+    arguments = ["--data", data, *SETTINGS, "--output", tmp_path / "run"]
+    processes = server.start_processes(2, tmp_path / "log", arguments, DOUBLE)
+    assert [process.status() for process in processes] == [0, 0], [process.text() for process in processes]
+    assert_same_run(alone, tmp_path / "run")
+    main, other = (process.text() for process in processes)
+    assert "44 train" in main and "epoch 2" in main and "test split" in main and "007.png: not an image" in main
+    assert other == ""
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_one_process_asked_to_stop_stops_all(server, data, alone, tmp_path, asked):
+    """Whichever it is; and the run goes on with another number of processes."""
+    arguments = ["--data", data, *SETTINGS, "--output", tmp_path / "run"]
+    processes = server.start_processes(2, tmp_path / "log", [*arguments, "--workers", 1], DOUBLE)
+    wait_for_checkpoints(tmp_path / "run", 0)
+    time.sleep(0.3)
+    readers = [child for process in processes for child in children(process.pid)]
+    os.kill(processes[asked].pid, signal.SIGTERM)
+    assert [process.status() for process in processes] == [143, 143], [process.text() for process in processes]
+    assert_gone(readers)
+    told = "attncap: stopped; go on with: torchrun --nproc-per-node 2 -m attncap.train"
+    assert [process.text().count(told) for process in processes] == [1, 0]
+    assert checkpoint(tmp_path / "run")["epoch"] < 2
+    processes = server.start_processes(3, tmp_path / "log", [*arguments, "--resume"], DOUBLE)
+    assert [process.status() for process in processes] == [0, 0, 0], [process.text() for process in processes]
+    assert_same_run(alone, tmp_path / "run")
+
+
+FAULTS = {
+    "a rank's own error": (
+        "if os.environ['RANK'] == '1':\n"
+        "    from attncap.errors import UserError\n"
+        "    def fail(*_): raise UserError('the disk of machine 7 is full')\n"
+        "    trainer.update_average = fail",
+        "the disk of machine 7 is full",
+    ),
+    "a loss that is no number": (
+        "if os.environ['RANK'] == '1':\n"
+        "    whole = trainer.Trainer.prepare\n"
+        "    def spoiled(self, indices, pictures, errors):\n"
+        "        batch = whole(self, indices, pictures, errors)\n"
+        "        if '023.png' in [self.splits['train'][i].name for i in indices]: batch.pictures *= float('nan')\n"
+        "        return batch\n"
+        "    trainer.Trainer.prepare = spoiled",
+        "023.png",
+    ),
+    "rank 0 finds a run in the folder": ("", "holds a run already"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_error_ends_all_processes_with_one_message(server, data, tmp_path, fault):
+    before, message = FAULTS[fault]
+    if not before:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "model.safetensors").touch()
+    arguments = ["--data", data, *SETTINGS, "--fine-tune-from", "none", "--output", tmp_path / "run"]
+    processes = server.start_processes(2, tmp_path / "log", arguments, before)
+    statuses = {process.status() for process in processes}
+    text = "".join(process.text() for process in processes)
+    assert statuses == ({1} if before else {1, 2}), text
+    assert text.count("attncap: error") == 1 and message in text and "Traceback" not in text
+
+
+def test_torchrun(data, alone, tmp_path):
+    """As one calls it; SIGTERM to the launcher, which sends it to all processes and to their readers."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "attncap.train"]
+    command += [*map(str, ["--data", data, "--output", tmp_path / "run"]), *SETTINGS, "--epochs", "1000"]
+    launcher = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.PIPE, text=True)
+    wait_for_checkpoints(tmp_path / "run", 1)
+    processes = children(launcher.pid)
+    readers = [child for process in processes for child in children(process)]
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=60)
+    assert errors.count("attncap: stopped; go on with: torchrun --nproc-per-node 2") == 1, errors
+    assert "DataLoader worker" not in errors and "attncap: error" not in errors
+    assert len(processes) == 2 and len(readers) == 2
+    assert_gone([*processes, *readers])
+    state = checkpoint(tmp_path / "run")
+    assert state["epoch"] >= 1 and state["step"] >= 1
