@@ -80,17 +80,18 @@ class Decoder(nn.Module):
         inputs = (tokens[:, :-1] if inputs is None else inputs).to(device)
         embedded = self.embedding(inputs[rows_of_steps.to(device), steps.to(device)])  # [M,E]
 
-        E, lstm = self.embedding.embedding_dim, self.lstm
+        lstm = self.lstm
+        word_weight, context_weight = lstm.weight_ih.split([embedded.shape[1], features.shape[2]], dim=1)
         mean = features.mean(dim=1)
         h, context, weights = self.ops.attention_lstm(
             features,
             self.key(features),
-            F.linear(embedded, lstm.weight_ih[:, :E], lstm.bias_ih + lstm.bias_hh),
+            F.linear(embedded, word_weight, lstm.bias_ih + lstm.bias_hh),
             self.initial_h(mean).repeat_interleave(K, dim=0),  # section 3.1.2
             self.initial_c(mean).repeat_interleave(K, dim=0),
             torch.cat([lstm.weight_hh, self.query.weight, self.gate.weight]),
             torch.cat([torch.zeros_like(lstm.bias_hh), self.query.bias, self.gate.bias]),
-            lstm.weight_ih[:, E:],
+            context_weight,
             self.score_weight,
             images=images,
             activation=self.activation,
