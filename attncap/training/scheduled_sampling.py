@@ -33,7 +33,8 @@ def mix_tokens(
         int64 [N,T].
     """
     # All random numbers are drawn first, so that how many a call takes depends on the shape alone.
-    coins, draws = torch.rand(2, *tokens.shape, generator=generator, device=generator.device).to(tokens.device)
+    uniform = torch.rand(2, *tokens.shape, generator=generator, dtype=torch.float32, device=generator.device)
+    coins, draws = uniform.to(tokens.device)
     chosen = (coins < probability) & (tokens > Vocabulary.END)
     mixed = tokens.clone()
     with torch.autocast(features.device.type, enabled=False):
@@ -51,9 +52,9 @@ def mix_tokens(
 
 def _draw(logits: Tensor, draws: Tensor) -> Tensor:
     """logits [R,V], draws [R] uniform in [0, 1) -> words int64 [R]: the first at which the summed probabilities of all
-    words up to it pass the draw."""
+    words up to it pass the draw. (Below 1 in float32, a draw stays below the last sum however it is rounded.)"""
     first = Vocabulary.END + 1
     probabilities = logits[:, first:].softmax(dim=1)
     sums = probabilities.cumsum(dim=1)
     words = torch.searchsorted(sums, draws.to(sums.dtype).unsqueeze(1) * sums[:, -1:], right=True)
-    return first + words.squeeze(1).clamp(max=sums.shape[1] - 1)  # a draw just below 1 may be rounded up
+    return first + words.squeeze(1)

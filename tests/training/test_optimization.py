@@ -106,7 +106,9 @@ def test_cosine_after_a_warm_up():
 
 
 def test_constant():
-    schedule = Schedule(TrainConfig(epochs=10, warmup=0.05, schedule="constant"), steps_per_epoch=20)
+    schedule = Schedule(
+        TrainConfig(epochs=10, warmup=0.05, schedule="constant", plateau_patience=1), steps_per_epoch=20
+    )
     rates = [schedule.factor(step) for step in (0, 4, 9, 10, 150, 199)]
     assert rates == pytest.approx([1 / 11, 5 / 11, 10 / 11, 1, 1, 1])
     for rating in (3.0, 1.0, 2.0):

@@ -124,12 +124,15 @@ def test_the_same_generator_gives_the_same_captions():
     assert a.get_state().equal(b.get_state())
 
 
-def test_a_draw_that_is_rounded_up():
-    """The largest number below 1 still draws a word of the vocabulary."""
-    for size in (5, 9490):
+def test_the_ends_of_the_draw():
+    """The largest and the smallest draw still give words that have a probability."""
+    for size in (6, 9490):
         logits = torch.randn(64, size, generator=generator())
         assert _draw(logits, torch.full((64,), 1 - 2**-24)).max() < size
         assert _draw(logits, torch.zeros(64)).eq(Vocabulary.UNK).all()
+        logits[:, Vocabulary.UNK] = logits[:, -1] = -torch.inf
+        assert _draw(logits, torch.full((64,), 1 - 2**-24)).max() < size - 1
+        assert _draw(logits, torch.zeros(64)).eq(Vocabulary.UNK + 1).all()
 
 
 def test_fed_to_the_loss():
