@@ -59,10 +59,6 @@ class Captioner(nn.Module):
         self.grid = (int(cells**0.5),) * 2  # rows, columns
         self.decoder = Decoder(config, channels, len(vocabulary), implementation)
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Teacher forcing: images uint8 [B,3,S,S], tokens int64 [N,T] -> logits [N,T-1,V], weights [N,T-1,P]."""
-        return self.decoder(self.encoder(images), tokens)
-
     @torch.inference_mode()
     def caption(
         self,
