@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attncap.data.vocabulary import Vocabulary
 from attncap.models.decoder import Decoder
+from attncap.search.decoder_step import DecoderStep
 
 
 @torch.no_grad()
@@ -19,11 +20,12 @@ def mix_tokens(
 
     Each word is replaced with `probability`, independently, by one drawn from the model's distribution after the words
     before it, replaced ones included. <start>, <end> and <pad> stay where they are and are never drawn: captions keep
-    their lengths, and the model is fed nothing that it will not meet. It draws without dropout.
+    their lengths, and the model is fed nothing that it will not meet. It draws without dropout and, under autocast, in
+    the precision of the weights.
 
     Args:
         features: [B,P,D].
-        tokens: int64 [N,T], the K captions of an image neighbours, N = B K.
+        tokens: int64 [N,T], <start>, words, <end>, then <pad>; the K captions of an image neighbours, N = B K.
         probability: from 0 (nothing is replaced) to 1 (every word is).
         generator: on any device; the same state gives the same captions.
 
@@ -31,35 +33,28 @@ def mix_tokens(
         int64 [N,T].
     """
     # All random numbers are drawn first, so that how many a call takes depends on the shape alone.
-    coins, draws = torch.rand(2, *tokens.shape, generator=generator, device=generator.device).to(tokens.device)
+    uniform = torch.rand(2, *tokens.shape, generator=generator, dtype=torch.float32, device=generator.device)
+    coins, draws = uniform.to(tokens.device)
     chosen = (coins < probability) & (tokens > Vocabulary.END)
     mixed = tokens.clone()
-    training = decoder.training
-    decoder.eval()
-    try:
-        memory, state = decoder.start(features, rows=len(tokens) // len(features))
-        for t in range(1, 1 + _last(chosen)):
-            embedded = decoder.embedding(mixed[:, t - 1])
-            state, context, _ = decoder.step(embedded, state, memory)
-            rows = chosen[:, t].nonzero().squeeze(1)
-            logits = decoder.logits(embedded[rows], state.h[rows], context[rows])
-            mixed[rows, t] = _draw(logits, draws[rows, t])
-    finally:
-        decoder.train(training)
+    with torch.autocast(features.device.type, enabled=False):
+        step = DecoderStep(decoder)  # not `of`: the next step of the optimizer makes it old
+        memory, h, c = step.start(features.to(step.score_weight.dtype))
+        rows = torch.arange(len(tokens), device=tokens.device)
+        parents = rows // (len(tokens) // len(features))  # an image's captions go on from one beginning
+        for t in range(1, tokens.shape[1] - 1):  # nothing is fed after the last word
+            h, c, logits = step.write(step.look(memory, h), c, parents, mixed[:, t - 1])
+            drawn = chosen[:, t].nonzero().squeeze(1)
+            mixed[drawn, t] = _draw(logits[drawn], draws[drawn, t])
+            parents = rows
     return mixed
-
-
-def _last(chosen: Tensor) -> int:
-    """bool [N,T] -> the last column that has a True; 0 if none has."""
-    columns = chosen.any(dim=0).nonzero()
-    return int(columns[-1]) if len(columns) else 0
 
 
 def _draw(logits: Tensor, draws: Tensor) -> Tensor:
     """logits [R,V], draws [R] uniform in [0, 1) -> words int64 [R]: the first at which the summed probabilities of all
-    words up to it pass the draw."""
+    words up to it pass the draw. (Below 1 in float32, a draw stays below the last sum however it is rounded.)"""
     first = Vocabulary.END + 1
-    probabilities = logits[:, first:].to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
+    probabilities = logits[:, first:].softmax(dim=1)
     sums = probabilities.cumsum(dim=1)
     words = torch.searchsorted(sums, draws.to(sums.dtype).unsqueeze(1) * sums[:, -1:], right=True)
-    return first + words.squeeze(1).clamp(max=sums.shape[1] - 1)  # a draw just below 1 may be rounded up
+    return first + words.squeeze(1)

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -29,27 +31,35 @@ def generator(seed=1):
 
 
 @torch.no_grad()
+def write(decoder, image, fed):
+    """image [P,D], words fed so far -> the logits [V] of the next one, from the first word on, by the paper's formulas;
+    without dropout."""
+    mean = image.mean(dim=0)
+    h, c = decoder.initial_h(mean), decoder.initial_c(mean)
+    for word in fed:
+        embedded = decoder.embedding.weight[word]
+        weights = ((decoder.key(image) + decoder.query(h)).relu() @ decoder.score_weight).softmax(dim=0)
+        context = decoder.gate(h).sigmoid() * (weights @ image)
+        h, c = decoder.lstm(torch.cat([embedded, context]), (h, c))
+    if decoder.deep:
+        return decoder.word_output(embedded + decoder.hidden_output(h) + decoder.context_output(context))
+    return decoder.word_output(h)
+
+
 def one_by_one(decoder, features, tokens, probability, generator):
-    """The same for one caption at a time, with all logits and sums of its own."""
-    decoder.eval()
+    """`mix_tokens` for one caption and one word at a time."""
     coins, draws = torch.rand(2, *tokens.shape, generator=generator).tolist()
     rows = len(tokens) // len(features)
     mixed = []
     for n, caption in enumerate(tokens.tolist()):
-        memory, state = decoder.start(features[n // rows : n // rows + 1], rows=1)
         fed = [caption[0]]
         for t in range(1, len(caption)):
-            embedded = decoder.embedding(torch.tensor([fed[-1]]))
-            state, context, _ = decoder.step(embedded, state, memory)
             word = caption[t]
             if word not in (Vocabulary.PAD, Vocabulary.END) and coins[n][t] < probability:
-                weights = decoder.logits(embedded, state.h, context)[0].exp().tolist()
+                weights = write(decoder, features[n // rows], fed).exp().tolist()
                 weights[Vocabulary.PAD] = weights[Vocabulary.START] = weights[Vocabulary.END] = 0.0
-                left = draws[n][t] * sum(weights)
-                for word, weight in enumerate(weights):  # noqa: B007
-                    left -= weight
-                    if left < 0:
-                        break
+                sums = itertools.accumulate(weights)
+                word = next(i for i, total in enumerate(sums) if total > draws[n][t] * sum(weights))
             fed.append(word)
         mixed.append(fed)
     return torch.tensor(mixed)
@@ -87,8 +97,7 @@ def test_words_come_as_often_as_the_model_has_them():
     decoder, features, _ = make(images=1)
     tokens = torch.tensor([[Vocabulary.START, 4, 5, Vocabulary.END]]).repeat(20_000, 1)
     mixed = mix_tokens(decoder, features, tokens, 1.0, generator())
-    with torch.no_grad():
-        logits = decoder.eval()(features, tokens[:1])[0][0, 0]
+    logits = write(decoder, features[0], [Vocabulary.START])
     logits[: Vocabulary.END + 1] = -torch.inf
     expected = logits.softmax(dim=0)
     found = torch.bincount(mixed[:, 1], minlength=V) / 20_000
@@ -105,11 +114,9 @@ def test_the_same_generator_gives_the_same_captions():
     torch.manual_seed(5)
     first = torch.rand(1)
     torch.manual_seed(5)
-    decoder.train()
     one, other, third = (mix_tokens(decoder, features, tokens, 1.0, generator(seed)) for seed in (1, 1, 2))
     assert one.equal(other) and not one.equal(third)
     assert torch.rand(1).equal(first)  # torch's own generator was not asked
-    assert decoder.training and decoder.dropout.training
     # How much of the generator a call takes does not depend on the probability.
     a, b = generator(), generator()
     mix_tokens(decoder, features, tokens, 0.0, a)
@@ -117,12 +124,15 @@ def test_the_same_generator_gives_the_same_captions():
     assert a.get_state().equal(b.get_state())
 
 
-def test_a_draw_that_is_rounded_up():
-    """The largest number below 1 still draws a word of the vocabulary."""
-    for size in (5, 9490):
+def test_the_ends_of_the_draw():
+    """The largest and the smallest draw still give words that have a probability."""
+    for size in (6, 9490):
         logits = torch.randn(64, size, generator=generator())
         assert _draw(logits, torch.full((64,), 1 - 2**-24)).max() < size
         assert _draw(logits, torch.zeros(64)).eq(Vocabulary.UNK).all()
+        logits[:, Vocabulary.UNK] = logits[:, -1] = -torch.inf
+        assert _draw(logits, torch.full((64,), 1 - 2**-24)).max() < size - 1
+        assert _draw(logits, torch.zeros(64)).eq(Vocabulary.UNK + 1).all()
 
 
 def test_fed_to_the_loss():
@@ -130,19 +140,20 @@ def test_fed_to_the_loss():
     decoder, features, tokens = make()
     decoder.eval()
     mixed = mix_tokens(decoder, features, tokens, 1.0, generator())
-    assert not mixed.is_floating_point() and not decoder.training
     losses = caption_losses(decoder, features, tokens, inputs=mixed[:, :-1])
-    logits, _ = decoder(features, mixed)
-    written = tokens[:, 1:] != Vocabulary.PAD
-    expected = -logits.log_softmax(dim=2).gather(2, tokens[:, 1:].unsqueeze(2)).squeeze(2)[written].sum()
-    assert losses["words"].item() == pytest.approx(expected.item(), rel=1e-6)
+    expected = 0.0
+    for n, (caption, fed) in enumerate(zip(tokens.tolist(), mixed.tolist(), strict=True)):
+        for t in range(1, 1 + caption.index(Vocabulary.END)):
+            expected -= write(decoder, features[n // 2], fed[:t]).log_softmax(dim=0)[caption[t]].item()
+    assert losses["words"].item() == pytest.approx(expected, rel=1e-6)
     assert losses["words"].item() != pytest.approx(caption_losses(decoder, features, tokens)["words"].item(), rel=1e-3)
     losses["words"].backward()
     assert decoder.embedding.weight.grad.abs().sum() > 0
 
 
 def test_under_autocast():
+    """Drawn in the weights' own precision, from features that came out of an encoder in half of it."""
     decoder, features, tokens = make(dtype=torch.float32)
+    expected = mix_tokens(decoder, features.bfloat16().float(), tokens, 1.0, generator())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = mix_tokens(decoder, features, tokens, 1.0, generator())
-    assert ((mixed >= 0) & (mixed < V)).all() and mixed.shape == tokens.shape
+        assert mix_tokens(decoder, features.bfloat16(), tokens, 1.0, generator()).equal(expected)
