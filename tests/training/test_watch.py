@@ -160,7 +160,7 @@ def test_tensorboard_goes_on_at_the_checkpoint(tmp_path):
     written = [step for step in range(200) if step % EVERY == 0]
     assert points(tmp_path, "loss") == {step: 1.0 if step < 100 else 2.0 for step in written}
     assert points(tmp_path, "epoch/CIDEr") == {49: 1.0, 99: 1.0, 149: 2.0, 199: 2.0}
-    assert len(board(tmp_path).Scalars("epoch/CIDEr")) == 4
+    assert len(board(tmp_path).Scalars("epoch/CIDEr")) == 4 and len(board(tmp_path).Scalars("loss")) == len(written)
 
 
 class Asked:
