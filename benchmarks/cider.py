@@ -24,6 +24,8 @@ class Config:
     """Of each image."""
     vocabulary: int = 5000
     """Words; the k-th most frequent one comes 1 / k times as often as the first."""
+    threads: tuple[int, ...] = (1, 2)
+    """Of the C++ scorer, from ids."""
     rounds: int = 3
     """Timed calls of each provider."""
     output: Path = Path(__file__).parent / "results"
@@ -45,14 +47,17 @@ def make_captions(config: Config) -> tuple[list[list[str]], list[list[list[str]]
 
 def main(config: Config) -> None:
     predictions, references = make_captions(config)
-    texts = [(" ".join(words), [" ".join(r) for r in refs]) for words, refs in zip(predictions, references, strict=True)]
+    texts = [
+        (" ".join(words), [" ".join(r) for r in refs]) for words, refs in zip(predictions, references, strict=True)
+    ]
     numbers: dict[str, int] = {}
 
     def ids(words: list[str]) -> list[int]:
         return [numbers.setdefault(word, len(numbers)) for word in words]
 
     prediction_ids, reference_ids = [ids(p) for p in predictions], [[ids(r) for r in refs] for refs in references]
-    built, images = CiderD(reference_ids), range(len(predictions))
+    counted = {threads: CiderD(reference_ids, threads) for threads in config.threads}
+    images = range(len(predictions))
 
     def pycocoevalcap() -> np.ndarray:
         scorer = CiderScorer()
@@ -63,11 +68,10 @@ def main(config: Config) -> None:
     providers = {
         "pycocoevalcap": pycocoevalcap,
         "from words": lambda: cider(predictions, references),
-        "from ids": lambda: CiderD(reference_ids).score(prediction_ids, images, threads=1),
-        "from ids, 2 threads": lambda: CiderD(reference_ids).score(prediction_ids, images, threads=2),
-        "references counted before": lambda: built.score(prediction_ids, images, threads=1),
-        "references counted before, 2 threads": lambda: built.score(prediction_ids, images, threads=2),
     }
+    for n, scorer in counted.items():
+        providers[f"from ids, {n} threads"] = lambda n=n: CiderD(reference_ids, n).score(prediction_ids, images)
+        providers[f"references counted, {n} threads"] = lambda scorer=scorer: scorer.score(prediction_ids, images)
     truth = pycocoevalcap()
     for name, function in providers.items():
         error = np.abs(function() - truth).max()

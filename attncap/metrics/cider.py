@@ -1,5 +1,6 @@
 """CIDEr, by the scorer of csrc/cider."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import accumulate, chain
 
@@ -23,40 +24,35 @@ class CiderD:
     stemming). What coco-caption calls CIDEr is this; csrc/cider/cider.h has the formula.
 
     Args:
-        references: for each image its references, one or more, as ids of words, 0 to 2^32 - 1. Their n-grams are
-            counted and their document frequencies, an image a document, are built here, once.
+        references: for each image its references, one or more, as ids of words (any integers). Their n-grams are
+            counted here, once: an image is a document.
+        threads: by default as many as torch takes. No score depends on them.
 
     Raises:
-        ValueError: no image, an image without references, or an id out of range.
+        ValueError: no image, or an image without references.
         UserError: the scorer is not built.
     """
 
-    def __init__(self, references: Sequence[Sequence[Sequence[int]]]):
+    def __init__(self, references: Sequence[Sequence[Sequence[int]]], threads: int | None = None):
         if missing:
             raise UserError(f"attncap's CIDEr scorer is missing: {missing}")
+        self.threads = threads or torch.get_num_threads()
         captions = [reference for of_image in references for reference in of_image]
-        self.scorer = native.Cider(*_flat(captions), _offsets(references))
+        self.scorer = native.Cider(*_flat(captions), _offsets(references), self.threads)
 
-    def score(self, captions: Sequence[Sequence[int]], images: Sequence[int], threads: int | None = None) -> ndarray:
-        """CIDEr-D of each caption, 0 to 10, float64 [C].
-
-        Args:
-            captions: C captions as ids of words.
-            images: the image of each, 0 to I - 1.
-            threads: by default as many as torch takes. The scores do not depend on them.
-
-        Raises ValueError for an image that is none of the I, or an id out of range.
-        """
-        places = np.asarray(images, dtype=np.int64)
-        return self.scorer.score(*_flat(captions), places, threads or torch.get_num_threads())
+    def score(self, captions: Sequence[Sequence[int]], images: Sequence[int]) -> ndarray:
+        """CIDEr-D, 0 to 10, float64 [C], of C captions as ids of words, each against the references of its image, 0 to
+        I - 1. Raises ValueError for an image that is none of the I."""
+        return self.scorer.score(*_flat(captions), np.asarray(images, dtype=np.int64), self.threads)
 
 
 def cider(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -> ndarray:
     """CIDEr of each image, 0 to 10, [I]: of one prediction an image, in words; their mean is the corpus's."""
-    numbers: dict[str, int] = {}
+    numbers: defaultdict[str, int] = defaultdict()
+    numbers.default_factory = numbers.__len__  # a word not seen before gets the next number
 
     def ids(words: Words) -> list[int]:
-        return [numbers.setdefault(word, len(numbers)) for word in words]
+        return list(map(numbers.__getitem__, words))
 
     scorer = CiderD([[ids(reference) for reference in of_image] for of_image in references])
     return scorer.score([ids(words) for words in predictions], range(len(predictions)))

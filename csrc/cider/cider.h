@@ -8,9 +8,13 @@
 //
 // l is counted in pairs of words, as coco-caption does. Words are ids. The references are counted once; a call then
 // scores any captions against them.
+//
+// An n-gram is known by a hash of 64 bits. Among ten million (COCO has fewer) the chance that any two share one is
+// 3 in a million.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <thread>
@@ -20,62 +24,63 @@ namespace attncap {
 
 // Captions one after the other.
 struct Captions {
-  const int64_t* words;    // from 0 to 2^32 - 1
+  const int64_t* words;
   const int64_t* offsets;  // [count + 1]; caption i is words[offsets[i]] up to words[offsets[i + 1]]
   int64_t count;
+
+  int64_t length(int64_t i) const { return offsets[i + 1] - offsets[i]; }
 };
 
-// A number for each n-gram, from `first` on: found by the number of its first n - 1 words (0: there are none) and its
-// last word, so no two n-grams can share one. A hash table with open addressing, at most half full.
-class NgramNumbers {
- public:
-  explicit NgramNumbers(uint32_t first = 1) : first_(first), slots_(1 << 10) {}
-
-  uint32_t end() const { return first_ + size_; }  // the next number
-
-  // 0 where it has none.
-  uint32_t find(uint32_t prefix, uint32_t word) const { return slots_[place(key(prefix, word))].number; }
-
-  uint32_t find_or_add(uint32_t prefix, uint32_t word) {
-    const uint64_t wanted = key(prefix, word);
-    Slot& slot = slots_[place(wanted)];
-    if (slot.number != 0) return slot.number;
-    const uint32_t number = end();
-    slot = {wanted, number};
-    if (2 * ++size_ > slots_.size()) grow();
-    return number;
+// Calls body(begin, end) for pieces of [0, count) that the threads share.
+template <typename Body>
+void share_out(int64_t threads, int64_t count, const Body& body) {
+  threads = std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, count));
+  std::vector<std::thread> others;
+  for (int64_t t = 1; t < threads; ++t) {
+    others.emplace_back([=, &body] { body(count * t / threads, count * (t + 1) / threads); });
   }
+  body(0, count / threads);
+  for (std::thread& thread : others) thread.join();
+}
 
-  void clear() {
-    if (size_ > 0) std::fill(slots_.begin(), slots_.end(), Slot{});
-    size_ = 0;
+// In how many images each n-gram is: a hash table with open addressing, at most half full.
+class DocumentFrequencies {
+ public:
+  DocumentFrequencies() : slots_(1 << 10) {}
+
+  uint32_t operator[](uint64_t ngram) const { return slots_[place(ngram)].images; }
+
+  // The images come by rising number, from 1 on.
+  void add(uint64_t ngram, uint32_t image) {
+    Slot& slot = slots_[place(ngram)];
+    if (slot.last == image) return;
+    const bool is_new = slot.images == 0;
+    slot = {ngram, slot.images + 1, image};
+    if (is_new && 2 * ++size_ > slots_.size()) grow();
   }
 
  private:
   struct Slot {
-    uint64_t key;
-    uint32_t number;  // 0: empty
+    uint64_t ngram;
+    uint32_t images;  // 0: an empty slot
+    uint32_t last;
   };
 
-  static uint64_t key(uint32_t prefix, uint32_t word) { return uint64_t{prefix} << 32 | word; }
-
-  size_t place(uint64_t key) const {
-    const uint64_t mixed = key * 0x9E3779B97F4A7C15u;  // 2^64 / golden ratio: all bits of the key reach the upper half
-    for (size_t i = mixed >> 32;; ++i) {
-      const Slot& slot = slots_[i & (slots_.size() - 1)];
-      if (slot.number == 0 || slot.key == key) return i & (slots_.size() - 1);
-    }
+  size_t place(uint64_t ngram) const {
+    size_t i = ngram & (slots_.size() - 1);
+    while (slots_[i].images != 0 && slots_[i].ngram != ngram) i = (i + 1) & (slots_.size() - 1);
+    return i;
   }
 
   void grow() {
     std::vector<Slot> old(2 * slots_.size());
     old.swap(slots_);
     for (const Slot& slot : old) {
-      if (slot.number != 0) slots_[place(slot.key)] = slot;
+      if (slot.images != 0) slots_[place(slot.ngram)] = slot;
     }
   }
 
-  uint32_t first_, size_ = 0;
+  size_t size_ = 0;
   std::vector<Slot> slots_;
 };
 
@@ -85,137 +90,131 @@ class Cider {
   static constexpr double kSigma = 6.0;  // words by which lengths may differ before it costs much
 
   // The references of image i are those from images[i] up to images[i + 1] of [image_count + 1], one or more.
-  Cider(Captions references, const int64_t* images, int64_t image_count)
-      : images_(images, images + image_count + 1), most_idf_(std::log(static_cast<double>(image_count))) {
-    std::vector<uint32_t> scratch;
-    std::vector<int64_t> images_with, last_image;  // of an n-gram
-    counts_.reserve(references.count);
-    for (int64_t image = 0; image < image_count; ++image) {
-      for (int64_t i = images[image]; i < images[image + 1]; ++i) {
-        Counts& counts = counts_.emplace_back();
-        count(references, i, counts, scratch,
-              [&](uint32_t prefix, uint32_t word) { return numbers_.find_or_add(prefix, word); });
-        images_with.resize(numbers_.end(), 0);
-        last_image.resize(numbers_.end(), -1);
-        for (const Count& entry : counts.entries) {
-          if (last_image[entry.ngram] != image) ++images_with[entry.ngram];
-          last_image[entry.ngram] = image;
+  Cider(Captions references, const int64_t* images, int64_t image_count, int64_t threads)
+      : images_(images, images + image_count + 1),
+        offsets_(references.offsets, references.offsets + references.count + 1),
+        idf_(image_count + 1),
+        norms_(references.count) {
+    for (int64_t with = 0; with <= image_count; ++with) {
+      idf_[with] = std::log(static_cast<double>(image_count)) - std::log(std::max(1.0, static_cast<double>(with)));
+    }
+    for (auto& ngrams : ngrams_) ngrams.resize(offsets_.back());
+    share_out(threads, references.count, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t* words = references.words + offsets_[r];
+        for (int n = 1; n <= kLongest; ++n) make_ngrams(words, references.length(r), n, &ngrams_[n - 1][offsets_[r]]);
+      }
+    });
+    share_out(threads, kLongest, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        for (int64_t image = 0; image < image_count; ++image) {
+          for (int64_t r = images[image]; r < images[image + 1]; ++r) {
+            const uint64_t* ngrams = &ngrams_[k][offsets_[r]];
+            const int64_t count = ngram_count(references.length(r), k + 1);
+            for (int64_t i = 0; i < count; ++i) frequencies_[k].add(ngrams[i], image + 1);
+          }
         }
       }
-    }
-    for (const int64_t with : images_with) idf_.push_back(most_idf_ - std::log(std::max(1.0, double(with))));
-    for (Counts& counts : counts_) set_norms(counts);
+    });
+    share_out(threads, references.count, [&](int64_t begin, int64_t end) {
+      std::vector<Term> terms;
+      for (int n = 1; n <= kLongest; ++n) {
+        for (int64_t r = begin; r < end; ++r) {
+          norms_[r][n - 1] = weigh(&ngrams_[n - 1][offsets_[r]], references.length(r), n, terms);
+        }
+      }
+    });
   }
 
   int64_t image_count() const { return static_cast<int64_t>(images_.size()) - 1; }
 
-  // scores[i]: of caption i against the references of image image_of[i]. The threads share the captions out; a score
-  // does not depend on how.
+  // scores[i]: of caption i against the references of image image_of[i]. It does not depend on the threads.
   void score(Captions captions, const int64_t* image_of, double* scores, int64_t threads) const {
-    threads = std::clamp<int64_t>(threads, 1, captions.count / 64 + 1);
-    std::vector<std::thread> others;
-    for (int64_t t = 1; t < threads; ++t) {
-      others.emplace_back([=, this] {
-        score_range(captions, image_of, scores, captions.count * t / threads, captions.count * (t + 1) / threads);
-      });
-    }
-    score_range(captions, image_of, scores, 0, captions.count / threads);
-    for (std::thread& thread : others) thread.join();
+    threads = std::min(threads, captions.count / 64 + 1);  // fewer captions are not worth a thread
+    share_out(threads, captions.count, [&](int64_t begin, int64_t end) {
+      std::vector<uint64_t> ngrams;
+      std::vector<Term> terms;
+      std::fill(scores + begin, scores + end, 0);
+      for (int n = 1; n <= kLongest; ++n) {  // outside, so that one table at a time is looked at
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t length = captions.length(i), first = images_[image_of[i]], last = images_[image_of[i] + 1];
+          ngrams.resize(length);
+          make_ngrams(captions.words + captions.offsets[i], length, n, ngrams.data());
+          const double norm = weigh(ngrams.data(), length, n, terms);
+          double sum = 0;
+          for (int64_t r = first; r < last; ++r) {
+            const double norms = norm * norms_[r][n - 1];
+            if (norms > 0) sum += dot(terms, r, n) / norms * penalty(length, offsets_[r + 1] - offsets_[r]);
+          }
+          scores[i] += 10 * sum / kLongest / static_cast<double>(last - first);
+        }
+      }
+    });
   }
 
  private:
-  struct Count {
-    uint32_t ngram;
-    uint32_t times;
+  // An n-gram of a caption: how often it is there, and its idf.
+  struct Term {
+    uint64_t ngram;
+    double times, idf;
   };
 
-  // The n-grams of a caption.
-  struct Counts {
-    std::vector<Count> entries;   // for n = 1 to 4, by rising number within each
-    size_t starts[kLongest + 1];  // where those of each n begin
-    double norms[kLongest];
-    int64_t pairs;  // of words, the length of the penalty
-  };
+  static int64_t ngram_count(int64_t length, int n) { return std::max<int64_t>(0, length - n + 1); }
 
-  // All but the norms. `number(prefix, word)`: the number of the n-gram. `scratch` is free to use.
-  template <typename Number>
-  static void count(Captions captions, int64_t caption, Counts& counts, std::vector<uint32_t>& scratch,
-                    const Number& number) {
-    const int64_t* words = captions.words + captions.offsets[caption];
-    const int64_t length = captions.offsets[caption + 1] - captions.offsets[caption];
-    counts.entries.clear();
-    counts.pairs = std::max<int64_t>(0, length - 1);
-    scratch.assign(2 * length, 0);
-    uint32_t *ngrams = scratch.data(), *sorted = ngrams + length;  // ngrams[i]: the one that begins at word i
-    for (int n = 1; n <= kLongest; ++n) {
-      counts.starts[n - 1] = counts.entries.size();
-      const int64_t found = std::max<int64_t>(0, length - n + 1);
-      for (int64_t i = 0; i < found; ++i) ngrams[i] = number(ngrams[i], static_cast<uint32_t>(words[i + n - 1]));
-      std::copy(ngrams, ngrams + found, sorted);
-      std::sort(sorted, sorted + found);
-      for (int64_t i = 0; i < found; ++i) {
-        if (i == 0 || sorted[i] != sorted[i - 1]) counts.entries.push_back({sorted[i], 0});
-        ++counts.entries.back().times;
+  // The n-grams of a caption, sorted.
+  static void make_ngrams(const int64_t* words, int64_t length, int n, uint64_t* ngrams) {
+    const int64_t count = ngram_count(length, n);
+    for (int64_t i = 0; i < count; ++i) {
+      uint64_t hash = 0;
+      for (int j = 0; j < n; ++j) {  // the finalizer of SplitMix64 after each word
+        hash += static_cast<uint64_t>(words[i + j]) + 0x9E3779B97F4A7C15u;
+        hash = (hash ^ hash >> 30) * 0xBF58476D1CE4E5B9u;
+        hash = (hash ^ hash >> 27) * 0x94D049BB133111EBu;
+        hash ^= hash >> 31;
       }
+      ngrams[i] = hash;
     }
-    counts.starts[kLongest] = counts.entries.size();
+    std::sort(ngrams, ngrams + count);
   }
 
-  double weight(Count entry) const { return entry.times * (entry.ngram < idf_.size() ? idf_[entry.ngram] : most_idf_); }
-
-  void set_norms(Counts& counts) const {
-    for (int n = 0; n < kLongest; ++n) {
-      double sum = 0;
-      for (size_t i = counts.starts[n]; i < counts.starts[n + 1]; ++i) {
-        sum += weight(counts.entries[i]) * weight(counts.entries[i]);
-      }
-      counts.norms[n] = std::sqrt(sum);
+  // The terms of a caption of so many words, from its n-grams. Returns the norm of its vector.
+  double weigh(const uint64_t* ngrams, int64_t length, int n, std::vector<Term>& terms) const {
+    terms.clear();
+    const int64_t count = ngram_count(length, n);
+    for (int64_t i = 0; i < count; ++i) {
+      if (i == 0 || ngrams[i] != ngrams[i - 1]) terms.push_back({ngrams[i], 0, idf_[frequencies_[n - 1][ngrams[i]]]});
+      ++terms.back().times;
     }
+    double squares = 0;
+    for (const Term& term : terms) squares += term.times * term.idf * (term.times * term.idf);
+    return std::sqrt(squares);
   }
 
-  double similarity(const Counts& caption, const Counts& reference) const {
+  // Of a caption's clipped vector and a reference's.
+  double dot(const std::vector<Term>& terms, int64_t reference, int n) const {
+    const uint64_t* ngrams = &ngrams_[n - 1][offsets_[reference]];
+    const uint64_t* end = ngrams + ngram_count(offsets_[reference + 1] - offsets_[reference], n);
     double sum = 0;
-    for (int n = 0; n < kLongest; ++n) {
-      const double norms = caption.norms[n] * reference.norms[n];
-      if (norms == 0) continue;
-      double dot = 0;
-      size_t j = reference.starts[n];
-      for (size_t i = caption.starts[n]; i < caption.starts[n + 1]; ++i) {
-        while (j < reference.starts[n + 1] && reference.entries[j].ngram < caption.entries[i].ngram) ++j;
-        if (j == reference.starts[n + 1]) break;
-        if (reference.entries[j].ngram != caption.entries[i].ngram) continue;
-        const double theirs = weight(reference.entries[j]);
-        dot += std::min(weight(caption.entries[i]), theirs) * theirs;
-      }
-      sum += dot / norms;
+    for (const Term& term : terms) {
+      while (ngrams < end && *ngrams < term.ngram) ++ngrams;
+      double times = 0;
+      for (; ngrams < end && *ngrams == term.ngram; ++ngrams) ++times;
+      sum += std::min(term.times, times) * times * (term.idf * term.idf);
     }
-    const double delta = static_cast<double>(caption.pairs - reference.pairs);
-    return sum * std::exp(-delta * delta / (2 * kSigma * kSigma));
+    return sum;
   }
 
-  void score_range(Captions captions, const int64_t* image_of, double* scores, int64_t begin, int64_t end) const {
-    NgramNumbers unseen(numbers_.end());  // the n-grams of a caption that no reference has
-    std::vector<uint32_t> scratch;
-    Counts counts;
-    for (int64_t i = begin; i < end; ++i) {
-      unseen.clear();
-      count(captions, i, counts, scratch, [&](uint32_t prefix, uint32_t word) {
-        const uint32_t known = numbers_.find(prefix, word);
-        return known != 0 ? known : unseen.find_or_add(prefix, word);
-      });
-      set_norms(counts);
-      const int64_t first = images_[image_of[i]], last = images_[image_of[i] + 1];
-      double sum = 0;
-      for (int64_t reference = first; reference < last; ++reference) sum += similarity(counts, counts_[reference]);
-      scores[i] = 10 * sum / kLongest / static_cast<double>(last - first);
-    }
+  static double penalty(int64_t length, int64_t reference_length) {
+    const int64_t difference = std::max<int64_t>(1, length) - std::max<int64_t>(1, reference_length);  // in pairs
+    return std::exp(-static_cast<double>(difference * difference) / (2 * kSigma * kSigma));
   }
 
-  std::vector<int64_t> images_;  // [image_count + 1], the first reference of each
-  NgramNumbers numbers_;         // of all n-grams of the references
-  std::vector<Counts> counts_;   // of each reference
-  std::vector<double> idf_;      // by number
-  double most_idf_;              // of an n-gram that no reference has
+  std::vector<int64_t> images_;                            // [image_count + 1], the first reference of each
+  std::vector<int64_t> offsets_;                           // [references + 1], the first word of each
+  std::array<std::vector<uint64_t>, kLongest> ngrams_;     // of n words: of reference r from offsets_[r] on, sorted
+  std::array<DocumentFrequencies, kLongest> frequencies_;  // of n-grams of n words
+  std::vector<double> idf_;                                // of an n-gram that so many images have
+  std::vector<std::array<double, kLongest>> norms_;        // of the references' vectors
 };
 
 }  // namespace attncap

@@ -32,16 +32,15 @@ void check_offsets(const std::string& name, const Array& offsets, int64_t size, 
 attncap::Captions captions_of(const Array& words, const Array& offsets) {
   check(words.ndim() == 1, "words must have one dimension");
   check_offsets("offsets", offsets, words.size(), 0);
-  for (int64_t i = 0; i < words.size(); ++i) check(words.data()[i] >> 32 == 0, "words must be from 0 to 2^32 - 1");
   return {words.data(), offsets.data(), offsets.size() - 1};
 }
 
-std::unique_ptr<attncap::Cider> make(const Array& words, const Array& offsets, const Array& images) {
+std::unique_ptr<attncap::Cider> make(const Array& words, const Array& offsets, const Array& images, int64_t threads) {
   const attncap::Captions references = captions_of(words, offsets);
   check_offsets("images", images, references.count, 1);
   check(images.size() > 1, "there must be an image");
   const py::gil_scoped_release release;
-  return std::make_unique<attncap::Cider>(references, images.data(), images.size() - 1);
+  return std::make_unique<attncap::Cider>(references, images.data(), images.size() - 1, threads);
 }
 
 py::array_t<double> score(const attncap::Cider& cider, const Array& words, const Array& offsets, const Array& image_of,
@@ -66,6 +65,6 @@ py::array_t<double> score(const attncap::Cider& cider, const Array& words, const
 PYBIND11_MODULE(cider, module) {
   module.doc() = "CIDEr-D of captions of word ids; attncap/metrics/cider.py is its face";
   py::class_<attncap::Cider>(module, "Cider")
-      .def(py::init(&make), py::arg("words"), py::arg("offsets"), py::arg("images"))
+      .def(py::init(&make), py::arg("words"), py::arg("offsets"), py::arg("images"), py::arg("threads"))
       .def("score", &score, py::arg("words"), py::arg("offsets"), py::arg("image_of"), py::arg("threads"));
 }
