@@ -77,6 +77,7 @@ class BuildLibraries(build_ext):
 
         options = {
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
+            "Python_EXECUTABLE": sys.executable,
             "TORCH_DIR": torch,
             "TORCH_VERSION": torch_version,
             "ATTNCAP_CUDA": "ON" if nvcc else "OFF",
