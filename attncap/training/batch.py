@@ -20,6 +20,7 @@ class Batch:
     tokens: Tensor | None = None  # int64 [N,T]
     row_weights: Tensor | None = None  # [N]
     inputs: Tensor | None = None  # int64 [N,T-1]
+    reward: float = 0.0  # summed over rows
 
     @property
     def words(self) -> int:

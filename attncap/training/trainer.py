@@ -26,6 +26,7 @@ from attncap.training.config import TrainConfig
 from attncap.training.interruption import Interruption, Stopped
 from attncap.training.optimization import Schedule, clip_gradients, make_optimizer, update_average
 from attncap.training.scheduled_sampling import mix_tokens
+from attncap.training.self_critical import SelfCritical
 from attncap.training.watch import Watch
 
 CHECKPOINT_EVERY = 600  # seconds, within an epoch
@@ -56,21 +57,25 @@ class Trainer:
                     )
         self.steps = math.ceil(len(splits["train"]) / (config.batch_size * config.accumulate))  # in an epoch
         self.schedule = Schedule(config, self.steps)
-        self.scst = config.objective == "scst"
-        self.captions_per_image = config.samples if self.scst else config.captions_per_image
+        self.self_critical = None
+        if config.objective == "scst":
+            captions = [example.captions for example in splits["train"]]
+            self.self_critical = SelfCritical(model.vocabulary, captions, config.samples, config.search.max_length)
+        self.captions_per_image = config.samples if self.self_critical else config.captions_per_image
         self.generator = torch.Generator()  # for what is sampled on the way to the loss
         self.interruption = Interruption()
         self.epoch = self.step = 0
         self.start_sums()
 
     def start_sums(self) -> None:
-        """What the log tells of an epoch: the sums of the loss's terms, what they are divided by, and the time."""
-        self.sums, self.words, self.rows, self.seconds = dict.fromkeys(TERMS, 0.0), 0, 0, 0.0
+        """What the log tells of an epoch: sums over its words and rows, and the time."""
+        self.sums, self.words, self.rows, self.seconds = dict.fromkeys((*TERMS, "reward"), 0.0), 0, 0, 0.0
 
     def means(self) -> dict[str, float]:
-        """Each term of the loss in this epoch so far, as the mean over words or rows."""
-        counts = {"words": self.words, "attention": self.rows}
-        return {f"loss_{name}": self.sums[name] / max(1, counts[name]) for name in TERMS}
+        """Each term of the loss in this epoch so far, a word's or a row's, and the reward."""
+        words, rows = max(1, self.words), max(1, self.rows)
+        means = {"loss_words": self.sums["words"] / words, "loss_attention": self.sums["attention"] / rows}
+        return means | ({"reward": self.sums["reward"] / rows} if self.self_critical else {})
 
     @property
     def steps_done(self) -> int:
@@ -99,8 +104,9 @@ class Trainer:
         """The steps of an epoch that are left."""
         config, examples = self.config, self.splits["train"]
         self.model.encoder.fine_tune(config.fine_tune_from if self.epoch >= config.fine_tune_after else "none")
-        self.model.train()
-        losses = distributed.wrapped(Losses(self.model, 0.0 if self.scst else config.label_smoothing))
+        # Samples are to be drawn from the very model that then learns from them: no dropout, no statistics of a batch.
+        self.model.train(self.self_critical is None)
+        losses = distributed.wrapped(Losses(self.model, 0.0 if self.self_critical else config.label_smoothing))
         order = draw_batches(len(examples), config.batch_size, config.seed, self.epoch)[self.step * config.accumulate :]
         shares = [batch[distributed.rank() :: distributed.size()] for batch in order]
         loader = iter(batches(self.pictures(), config.batch_size, self.workers, shares))
@@ -151,15 +157,19 @@ class Trainer:
             return Batch([])
         batch = Batch(indices, pictures.to(self.device, non_blocking=True))
         frozen = not any(parameter.requires_grad for parameter in self.model.encoder.parameters())
-        if frozen or self.scst or config.scheduled_sampling:
+        if frozen or self.self_critical or config.scheduled_sampling:
             features = self.features(batch.pictures)
             batch.pictures = features if frozen else batch.pictures
-        captions = [self.splits["train"][index].captions for index in indices]
+        if self.self_critical:
+            decoder = self.model.decoder
+            batch.tokens, batch.row_weights, figures = self.self_critical(decoder, features, indices, self.generator)
+            batch.reward = figures["reward"] * len(batch.tokens)
+            return batch
         rows = [
             row
-            for index, given in zip(indices, captions, strict=True)
+            for index in indices
             for row in caption_rows(
-                given,
+                self.splits["train"][index].captions,
                 config.captions_per_image,
                 self.model.vocabulary,
                 config.search.max_length,
@@ -169,9 +179,7 @@ class Trainer:
         batch.tokens = pad(rows).to(self.device)
         if config.scheduled_sampling:
             probability = config.scheduled_sampling * self.steps_done / (config.epochs * self.steps)
-            with self.autocast():
-                mixed = mix_tokens(self.model.decoder, features, batch.tokens, probability, self.generator)
-            batch.inputs = mixed[:, :-1]
+            batch.inputs = mix_tokens(self.model.decoder, features, batch.tokens, probability, self.generator)[:, :-1]
         return batch
 
     @torch.no_grad()
@@ -179,10 +187,10 @@ class Trainer:
         """images uint8 [B,3,S,S], or their features from a cache -> features [B,P,D], as in evaluation."""
         if pictures.is_floating_point():
             return self.model.encoder.repeat_cells(pictures.float())
-        self.model.encoder.eval()
+        encoder = self.model.encoder.eval()
         with self.autocast():
-            features = self.model.encoder(pictures)
-        self.model.encoder.train()
+            features = encoder(pictures)
+        encoder.train(self.model.training)
         return features
 
     def autocast(self) -> torch.autocast:
@@ -199,13 +207,14 @@ class Trainer:
         factor = self.schedule.factor(self.steps_done)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
+        penalty = 0.0 if self.self_critical else config.attention_penalty
         self.optimizer.zero_grad(set_to_none=True)
         terms = []  # of each batch
         for number, batch in enumerate(step_batches, start=1):
             with distributed.gradients_stay(losses, number < len(step_batches)):
                 with self.autocast():
                     found = losses(batch)
-                loss = found["words"] / words + config.attention_penalty * found["attention"] / rows
+                loss = found["words"] / words + penalty * found["attention"] / rows
                 self.scaler.scale(loss * distributed.size()).backward()  # the processes' gradients are averaged
             terms.append(torch.stack([found[name].detach() for name in TERMS]))
         self.scaler.unscale_(self.optimizer)
@@ -216,8 +225,7 @@ class Trainer:
         if self.average is not self.model:
             update_average(self.average, self.model, self.steps_done)
         self.words, self.rows = self.words + int(words), self.rows + int(rows)
-        for name, value in sums.items():
-            self.sums[name] += value
+        self.sums = {name: self.sums[name] + value for name, value in sums.items()}
         if distributed.is_main():
             rates = (group["lr"] for group in self.optimizer.param_groups)
             scalars = {
@@ -225,16 +233,19 @@ class Trainer:
                 "loss/attention": sums["attention"] / rows,
                 **dict(zip(("learning_rate/decoder", "learning_rate/encoder"), rates, strict=True)),
                 "gradient_norm": norm,
+                **({"reward": sums["reward"] / rows} if self.self_critical else {}),
             }
             self.watch.step(self.steps_done, scalars)
 
     def agree(self, step_batches: Sequence[Batch], terms: Sequence[Sequence[float]], norm: float) -> dict[str, float]:
-        """The loss's terms, of each batch in this process -> their sums over batches and processes. Raises UserError in
-        all processes where one of them, or the gradients' norm, is no number: what comes of the step is not kept."""
+        """The loss's terms, of each batch in this process -> their sums, and the rewards', over batches and processes.
+        Raises UserError in all processes if one of them, or the gradients' norm, is no number: what comes of the step
+        is not kept."""
         bad = [batch for batch, values in zip(step_batches, terms, strict=True) if not all(map(math.isfinite, values))]
         if not bad and not math.isfinite(norm) and not self.scaler.is_enabled():  # a scaler looks at them itself
             bad = step_batches
-        *sums, count = distributed.total([*map(sum, zip(*terms, strict=True)), len(bad)])
+        rewards = sum(batch.reward for batch in step_batches)
+        *sums, count = distributed.total([*map(sum, zip(*terms, strict=True)), rewards, len(bad)])
         if count:
             examples = self.splits["train"]
             names = distributed.gathered([examples[index].name for batch in bad for index in batch.indices])
@@ -243,7 +254,7 @@ class Trainer:
                 f"images {', '.join(names)}; the last checkpoint, from before that, is kept; look at these images and "
                 "their captions, or try a new run with a lower --learning-rate"
             )
-        return dict(zip(TERMS, sums, strict=True))
+        return dict(zip((*TERMS, "reward"), sums, strict=True))
 
     def validate(self) -> dict[str, float]:
         """Caption the validation images and score the captions, in rank 0; the other processes wait. Being asked to
