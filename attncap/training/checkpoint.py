@@ -59,10 +59,12 @@ def check_settings(config: TrainConfig, folder: Path) -> None:
 
 def how_to_go_on() -> str:
     """The command that goes on with the run of this process."""
-    launcher = ["python"]
+    launcher = "python"
     if "RANK" in os.environ:
-        nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-        launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-        launcher += ["--nnodes", str(nodes), "..."] if nodes > 1 else []
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        machines = int(os.environ["WORLD_SIZE"]) // here
+        launcher = f"torchrun --nproc-per-node {here}"
+        if machines > 1:
+            launcher = f"torchrun --nnodes {machines} --nproc-per-node {here} ..."
     arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    return shlex.join([*launcher, "-m", "attncap.train", *arguments, "--resume"])
+    return f"{launcher} -m attncap.train {shlex.join([*arguments, '--resume'])}"

@@ -5,10 +5,24 @@ import random
 import signal
 import time
 
+import numpy as np
 import pytest
 from conftest import make_flickr8k
-from running import QUICK, Server, assert_gone, assert_same_state, checkpoint, children, metrics, wait_for_checkpoints
+from PIL import Image
+from running import (
+    QUICK,
+    Server,
+    assert_gone,
+    assert_same_state,
+    checkpoint,
+    children,
+    is_running,
+    metrics,
+    wait_for_checkpoints,
+)
 from safetensors.torch import load_file
+
+from attncap import Captioner
 
 EACH_STEP = "trainer.CHECKPOINT_EVERY = 0"  # a checkpoint after every step
 
@@ -22,8 +36,12 @@ def server():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """48 images to train on: 6 steps an epoch. Some with several captions to choose from, one that cannot be read."""
+    """48 images to train on, 6 steps an epoch. Noise makes crops of them differ; one cannot be read."""
     data = make_flickr8k(tmp_path_factory.mktemp("engine") / "data")
+    for path in (data / "Images").iterdir():
+        pixels = np.asarray(Image.open(path)).astype(int)
+        pixels += np.random.default_rng(int(path.stem)).integers(-60, 60, pixels.shape)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
     (data / "Images" / "007.png").write_bytes(b"broken")
     return data
 
@@ -69,3 +87,135 @@ def test_killed_at_random_moments(server, data, whole, tmp_path, name, workers):
     assert all(value.equal(best[1][name]) for name, value in best[0].items())
     assert (whole / "results.json").read_bytes() == (run / "results.json").read_bytes()
     assert not list(run.glob(".*.tmp"))
+
+
+def run(server, tmp_path, arguments, before="", **environment) -> tuple[int, str]:
+    running = server.start(tmp_path / "log", arguments, before, **environment)
+    return running.status(), running.text()
+
+
+def test_images_seen_before_the_stop_are_not_read_again(server, data, tmp_path):
+    arguments = ["--data", data, *SETTINGS, "--output", tmp_path / "run", "--epochs", 1]
+    log = (
+        "from attncap.data import Example\n"
+        "whole, read = Example.image, open(sys.argv.pop(), 'a', 1)\n"
+        "Example.image = lambda self: (read.write(self.name + '\\n'), whole(self))[1]\n"
+    )
+    stop = (
+        "step, calls = trainer.Trainer.train_step, []\n"
+        "def stopping(*arguments):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return step(*arguments)\n"
+        "trainer.Trainer.train_step = stopping\n"
+    )
+    status, text = run(server, tmp_path, [*arguments, tmp_path / "first"], log + stop)
+    assert status == 143, text
+    state = checkpoint(tmp_path / "run")
+    assert (state["epoch"], state["step"]) == (0, 3)
+    status, text = run(server, tmp_path, [*arguments, "--resume", tmp_path / "second"], log)
+    assert status == 0, text
+    first, second = ((tmp_path / name).read_text().split() for name in ("first", "second"))
+    assert len(first) == 3 * 8  # three steps of two batches of four
+    validation_and_test = 6 + 6 + 4  # the last for the picture of attention
+    assert len(second) == 48 - len(first) + validation_and_test
+    assert not set(first) & set(second)
+
+
+def test_stopped_while_it_validates(server, data, whole, tmp_path):
+    """The epoch is not trained again, and what a killed process left is swept away."""
+    arguments = ["--data", data, *SETTINGS, "--output", tmp_path / "run"]
+    slow = (
+        "def slow(*_, **__):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    __import__('time').sleep(60)\n"
+        "trainer.evaluate = slow"
+    )
+    status, text = run(server, tmp_path, arguments, slow)
+    state = checkpoint(tmp_path / "run")
+    assert status == 143 and (state["epoch"], state["step"]) == (0, 6), text
+    Captioner.from_pretrained(tmp_path / "run")  # usable as it is
+    (tmp_path / "run" / ".checkpoint.pt.123.tmp").write_bytes(b"cut short")
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as log:
+        log.write('{"epoch": 1, "loss_wo')  # and a line
+    status, text = run(server, tmp_path, [*arguments, "--resume"])
+    assert status == 0 and not list((tmp_path / "run").glob(".*.tmp")), text
+    assert_same_state(checkpoint(whole), checkpoint(tmp_path / "run"))
+    assert metrics(whole) == metrics(tmp_path / "run")
+
+
+def test_a_second_signal_ends_it_at_once(server, data, tmp_path):
+    slow = "trainer.Trainer.train_step = lambda *_: __import__('time').sleep(60)"
+    running = server.start(tmp_path / "log", ["--data", data, *SETTINGS, "--output", tmp_path / "run"], slow)
+    wait_for_checkpoints(tmp_path / "run", 0)
+    time.sleep(0.3)
+    os.kill(running.pid, signal.SIGINT)
+    os.kill(running.pid, signal.SIGINT)  # the same one, sent on by a launcher
+    time.sleep(1.2)
+    assert is_running(running.pid)
+    os.kill(running.pid, signal.SIGINT)
+    assert running.status() == 130
+
+
+def test_a_loss_that_is_no_number_names_the_images(server, data, tmp_path):
+    """All of the batch, and the checkpoint stays that of before."""
+    spoil = (
+        "step = trainer.Trainer.train_step\n"
+        "def noted(self, losses, batches):\n"
+        "    if self.step == 2:\n"
+        "        names = [self.splits['train'][i].name for i in batches[1].indices]\n"
+        "        open(sys.argv[-1] + '/names', 'w').write(', '.join(names))\n"
+        "        batches[1].pictures = batches[1].pictures.float() * float('nan')\n"
+        "    step(self, losses, batches)\n"
+        "trainer.Trainer.train_step = noted\n" + EACH_STEP
+    )
+    arguments = ["--data", data, *SETTINGS, "--fine-tune-from", "none", "--output", tmp_path / "run"]
+    status, text = run(server, tmp_path, arguments, spoil)
+    names = (tmp_path / "run" / "names").read_text()
+    assert status == 1 and f"at the images {names}; the last checkpoint" in text, text
+    state = checkpoint(tmp_path / "run")
+    assert state["step"] == 2 and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_self_critical_training_from_a_trained_model(server, data, whole, tmp_path):
+    """Under autocast, stopped and gone on with as any other run."""
+    arguments = ["--data", data, *SETTINGS, "--scheduled-sampling", 0, "--objective", "scst", "--start-from", whole]
+    arguments += ["--samples", 3, "--precision", "bfloat16", "--epochs", 2, "--output"]
+    status, text = run(server, tmp_path, [*arguments, tmp_path / "one"])
+    assert status == 0, text
+    running = server.start(tmp_path / "log", [*arguments, tmp_path / "two"], EACH_STEP)
+    wait_for_checkpoints(tmp_path / "two", 3)
+    os.kill(running.pid, signal.SIGKILL)
+    assert running.status() == -signal.SIGKILL
+    status, text = run(server, tmp_path, [*arguments, tmp_path / "two", "--resume"])
+    assert status == 0, text
+    assert_same_state(checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two"))
+    lines = metrics(tmp_path / "one")
+    assert [line["epoch"] for line in lines] == [1, 2] and all(0 <= line["reward"] <= 10 for line in lines)
+    start = load_file(whole / "model.safetensors")
+    assert any(not value.equal(start[name]) for name, value in checkpoint(tmp_path / "one")["model"].items())
+
+
+def test_features_from_the_cache(server, data, tmp_path):
+    """The same run but for half precision; the second one with the cache encodes nothing."""
+    frozen = ["--fine-tune-from", "none", "--no-augment", "--scheduled-sampling", 0, "--dropout", 0, "--epochs", 2]
+    arguments = ["--data", data, *SETTINGS, *frozen, "--output"]
+    texts = []
+    for name, flags in (("plain", []), ("first", ["--cache-features"]), ("second", ["--cache-features"])):
+        status, text = run(server, tmp_path, [*arguments, tmp_path / name, *flags], XDG_CACHE_HOME=tmp_path / "cache")
+        assert status == 0, text
+        texts.append(text)
+    assert ["writing features" in text for text in texts] == [False, True, False]
+    plain, first, second = (metrics(tmp_path / name) for name in ("plain", "first", "second"))
+    assert first == second
+    for one, other in zip(plain, first, strict=True):
+        assert other["loss_words"] == pytest.approx(one["loss_words"], rel=1e-2)
+
+
+def test_early_stopping(server, data, tmp_path):
+    """Nothing is learned, so nothing is gained after the first epoch."""
+    still = ["--learning-rate", 0, "--encoder-learning-rate", 0, "--fine-tune-from", "none"]
+    arguments = ["--data", data, *SETTINGS, *still, "--epochs", 9, "--patience", 2, "--output", tmp_path / "run"]
+    status, text = run(server, tmp_path, arguments)
+    assert status == 0 and "test split" in text, text
+    assert [line["epoch"] for line in metrics(tmp_path / "run")] == [1, 2, 3]

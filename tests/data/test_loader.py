@@ -1,0 +1,84 @@
+"""What is drawn for an image depends on the seed, the epoch and the image, and on nothing else."""
+
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_flickr8k
+from PIL import Image
+
+from attncap.data import read_dataset
+from attncap.data.loader import AugmentedPictures, Pictures, batches, caption_rows, draw_batches, seed_of
+from attncap.data.vocabulary import Vocabulary
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    data = make_flickr8k(tmp_path_factory.mktemp("loader") / "data", 12)
+    for path in (data / "Images").iterdir():  # every crop of a picture of one colour is alike
+        noise = np.random.default_rng(int(path.stem)).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+    (data / "Images" / "004.png").write_bytes(b"broken")
+    splits = read_dataset(data, 0).splits
+    return sorted((example for part in splits.values() for example in part), key=lambda example: example.name)
+
+
+def read(pictures, chosen, workers=0) -> dict:
+    found = {}
+    for indices, images, _ in batches(pictures, 3, workers, chosen):
+        found |= dict(zip(indices, images if images is not None else (), strict=True))
+    return found
+
+
+def test_augmentation_is_of_the_image_whoever_reads_it_and_when(examples):
+    pictures = AugmentedPictures(examples, 32, seed=5, epoch=2)
+    expected = read(pictures, [range(12)])
+    assert len(expected) == 11
+    for workers, chosen in ((0, [[7], [3, 2], [4], []]), (2, [[11, 0], [7], [3, 2], [5]])):
+        found = read(pictures, chosen, workers)
+        assert found.keys() == {index for part in chosen for index in part} - {4}
+        assert all(image.equal(expected[index]) for index, image in found.items())
+    whole = read(Pictures(examples, 32), [range(12)])
+    for other in (AugmentedPictures(examples, 32, 5, 3), AugmentedPictures(examples, 32, 6, 2)):
+        drawn = read(other, [range(12)])
+        assert not any(drawn[index].equal(expected[index]) for index in expected)
+        assert not any(drawn[index].equal(whole[index]) for index in expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_draws_nothing_from_the_process(examples, workers):
+    before = torch.get_rng_state()
+    read(AugmentedPictures(examples, 32, 0, 0), [[0, 1], [2]], workers)
+    assert torch.get_rng_state().equal(before)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
+    drawn = draw_batches(23, 5, seed=1, epoch=0)
+    assert [len(batch) for batch in drawn] == [5, 5, 5, 5, 3]
+    assert sorted(index for batch in drawn for index in batch) == list(range(23))
+    assert drawn == draw_batches(23, 5, 1, 0)
+    others = [draw_batches(23, 5, 1, 1), draw_batches(23, 5, 2, 0), [list(range(i, i + 5)) for i in range(0, 23, 5)]]
+    assert all(drawn != other for other in others)
+    halves = draw_batches(23, 10, 1, 0)  # the order does not depend on how it is cut
+    assert [index for batch in halves for index in batch] == [index for batch in drawn for index in batch]
+
+
+def test_seeds():
+    numbers = [(a, b, c) for a in range(8) for b in range(8) for c in range(8)]
+    seeds = {seed_of(purpose, *part) for purpose in ("order", "step") for part in numbers}
+    assert len(seeds) == 2 * 8**3 and all(0 <= seed < 2**63 for seed in seeds)
+    torch.Generator().manual_seed(max(seeds))
+
+
+def test_captions_are_drawn_without_repetition():
+    captions = ("red", "green", "blue")
+    vocabulary = Vocabulary.build(captions, 1)
+
+    def words(rows, seed):
+        return [vocabulary.decode(row) for row in caption_rows(captions, rows, vocabulary, 5, seed)]
+
+    assert sorted(words(3, 0)) == sorted(captions) and len(set(words(2, 1))) == 2
+    assert len({tuple(words(3, seed)) for seed in range(60)}) == 6
+    assert words(5, 3)[:2] == words(5, 3)[3:]
