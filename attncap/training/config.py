@@ -33,7 +33,7 @@ class TrainConfig(command.CaptioningConfig):
     batch_size: int = 8
     """Images in a batch, each with --captions-per-image captions."""
     captions_per_image: int = 5
-    """Captions of an image in a batch; an image with more gets others the next time."""
+    """cross-entropy: captions of an image in a batch; an image with more gets others the next time."""
     accumulate: int = 1
     """Batches to a step of the optimizer."""
     optimizer: Literal["adamw", "adam"] = "adamw"
@@ -62,7 +62,8 @@ class TrainConfig(command.CaptioningConfig):
     label_smoothing: float = 0.1
     """cross-entropy: share of a word's target spread over the whole vocabulary."""
     attention_penalty: float = 1.0
-    """Weight of the doubly stochastic penalty: over a caption every cell should get attention 1 in sum."""
+    """cross-entropy: weight of the doubly stochastic penalty, for which every cell should get attention 1 in sum over a
+    caption."""
     scheduled_sampling: float = 0.0
     """cross-entropy: probability with which the model is fed a word of its own instead of the given caption's (Bengio
     et al. 2015) at the end of the run; it rises to this from 0. 0: never."""
