@@ -138,29 +138,31 @@ def test_rewards_are_pycocoevalcaps_with_the_end_as_a_word():
 
 
 def test_gradient_is_the_policy_gradient():
-    """Of given samples: the mean over words of (reward - the other's reward) times the gradient of -log p."""
+    """The mean over words of (reward - the other samples' mean reward) times the gradient of -log p, of samples."""
     vocabulary = Vocabulary([*Vocabulary.SPECIALS, "a", "dog"])
     decoder, features = make_decoder(), make_features(2).requires_grad_()
+    with torch.no_grad():
+        decoder.word_output.bias[END] -= 2  # longer captions, with other rewards
     captions = [["a dog", "dog dog a"], ["a a"], ["a cat sleeps"]]
-    scst = SelfCritical(vocabulary, captions, samples=2, max_length=4)
-    tokens, row_weights, _ = scst(decoder, features, [0, 1], torch.Generator().manual_seed(4))
+    scst = SelfCritical(vocabulary, captions, samples=4, max_length=4)
+    tokens, row_weights, _ = scst(decoder, features, [0, 1], torch.Generator().manual_seed(0))
     words = (tokens[:, 1:] != PAD).sum()
     loss = caption_losses(decoder, features, tokens, row_weights=row_weights)["words"] / words
     leaves = [features, *decoder.parameters()]
     found = torch.autograd.grad(loss, leaves, materialize_grads=True)
 
-    def reward(row, image):
-        return scst.cider.score([[word for word in row[1:].tolist() if word != PAD]], [image])[0]
-
     expected = [torch.zeros_like(leaf) for leaf in leaves]
-    for image in range(2):
-        pair = tokens[2 * image], tokens[2 * image + 1]
-        for own, other in (pair, pair[::-1]):
-            log_p = log_probability(decoder, features[image], own[own != PAD])
-            gradients = torch.autograd.grad(log_p, leaves, materialize_grads=True)
+    for image, rows in enumerate(tokens.view(2, 4, -1)):
+        samples = [row[row != PAD] for row in rows]
+        rewards = [scst.cider.score([row[1:].tolist()], [image])[0] for row in samples]
+        assert len(set(rewards)) > 1
+        for k, row in enumerate(samples):
+            baseline = sum(rewards[:k] + rewards[k + 1 :]) / 3
+            gradients = torch.autograd.grad(
+                log_probability(decoder, features[image], row), leaves, materialize_grads=True
+            )
             for total, gradient in zip(expected, gradients, strict=True):
-                total -= (reward(own, image) - reward(other, image)) * gradient / words
-    assert expected[0].abs().max() > 1e-4
+                total -= (rewards[k] - baseline) * gradient / words
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
