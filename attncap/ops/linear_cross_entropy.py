@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attncap.ops import library
-from attncap.ops.soft_attention import DTYPES, _autocast
+from attncap.ops.soft_attention import DTYPES, _autocast, _sum_dtype
 
 CHUNK = 2**22  # logits that are held at a time, at most; at least one word's
 
@@ -109,10 +109,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable  # a second derivative is an error, not zeros
     def backward(ctx, loss_grad):
         return *(grad * loss_grad.to(grad.dtype) for grad in ctx.saved_tensors), None, None, None
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, word_weights: Tensor | None) -> None:
