@@ -9,14 +9,14 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from attncap import command
 from attncap.captioner import Captioner
-from attncap.config import ModelConfig
-from attncap.data import Splits, open_dataset
+from attncap.data import Example, Splits, open_dataset
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError, UserError
 from attncap.evaluate import evaluate, results, summary
@@ -41,16 +41,18 @@ def main(config: TrainConfig) -> None:
 def run(config: TrainConfig, device: torch.device) -> int:
     """The command, in each of the processes. Returns the exit status: that of the signal that stopped it, or 0."""
     output = Path(config.output or Path("runs") / Path(config.data).resolve().stem)
-    if config.start_from is not None:
-        config = dataclasses.replace(config, model=ModelConfig.load(Path(config.start_from) / "config.json"))
+    start = config.start_from and Captioner.from_pretrained(config.start_from, config.implementation)
+    if start:
+        config = dataclasses.replace(config, model=start.config)
     if distributed.is_main():
         check_output(config, output)
-    splits = open_dataset(config.data, config.seed)
+    with distributed.one_voice():
+        splits = open_dataset(config.data, config.seed)
     for split, examples in splits.items():
         if not examples:
             raise UserError(f"{config.data}: no images for the {split} split; it takes three or more")
     torch.manual_seed(config.seed)
-    model = make_model(config, splits).to(device)
+    model = (start or make_model(config, splits["train"])).to(device)
     trainer = Trainer(config, model, splits, output)
     if config.resume:
         trainer.load_checkpoint()
@@ -60,7 +62,7 @@ def run(config: TrainConfig, device: torch.device) -> int:
         trainer.save_checkpoint()
     if distributed.is_main():
         sizes = ", ".join(f"{len(examples)} {split}" for split, examples in splits.items())
-        where = f"{device}" + f" and {distributed.size() - 1} more" * (distributed.size() > 1)
+        where = f"{device}, {distributed.size()} processes" if distributed.size() > 1 else device
         print(f"{config.data}: {sizes} images, {len(model.vocabulary)} words; {where}; writing to {output}")
     try:
         with trainer.interruption:
@@ -76,20 +78,19 @@ def run(config: TrainConfig, device: torch.device) -> int:
 
 
 def check_output(config: TrainConfig, output: Path) -> None:
-    """Raises CallError unless the folder has no run yet, or, to resume it, one of the same settings."""
+    """Raises CallError unless the folder has no run yet, or, to resume it, one of the same settings. What a killed
+    process left half written is removed."""
     if config.resume:
         checkpoint.check_settings(config, output)
-        remove_temporary(output)
     elif any((output / name).exists() for name in (checkpoint.NAME, "model.safetensors")):
         raise CallError(f"{output} holds a run already; go on with --resume, or give another --output")
+    remove_temporary(output)
 
 
-def make_model(config: TrainConfig, splits: Splits) -> Captioner:
-    """A model to start from. That of a resumed run takes its weights from the checkpoint."""
-    if config.start_from is not None:
-        return Captioner.from_pretrained(config.start_from, config.implementation)
-    vocabulary = Vocabulary.build((c for example in splits["train"] for c in example.captions), config.min_count)
-    weights = "none" if config.resume else config.encoder_weights
+def make_model(config: TrainConfig, examples: Sequence[Example]) -> Captioner:
+    """A new model, with the words of these examples."""
+    vocabulary = Vocabulary.build((caption for example in examples for caption in example.captions), config.min_count)
+    weights = "none" if config.resume else config.encoder_weights  # then they come from the checkpoint
     return Captioner(config.model, vocabulary, weights, config.implementation)
 
 

@@ -31,7 +31,7 @@ class TrainConfig(command.CaptioningConfig):
     epochs: int = 10
     """Times every training image is seen."""
     batch_size: int = 8
-    """Images in a batch, each with --captions-per-image captions."""
+    """Images in a batch, each with --captions-per-image captions; under torchrun its processes share them."""
     captions_per_image: int = 5
     """cross-entropy: captions of an image in a batch; an image with more gets others the next time."""
     accumulate: int = 1

@@ -2,9 +2,13 @@
 
     torchrun --nproc-per-node 8 -m attncap.train ...
 
-Each process computes the gradients of its share, DistributedDataParallel sums them over the processes, and all of them
-take the same step. The first process (rank 0) validates, shows, and writes. Without torchrun there is one process, and
+Each process computes the gradients of its share, DistributedDataParallel brings them together, and all processes take
+the same step. The first process (rank 0) validates, shows, and writes. Without torchrun there is one process, and
 everything here does nothing.
+
+Rounding apart, a run is the same with any number of processes, but for dropout and for batch norms that are trained:
+they normalise by their process's share of a batch, as DistributedDataParallel leaves them, and rank 0's statistics are
+kept. Frozen ones use the statistics they came with.
 """
 
 import contextlib
@@ -40,7 +44,6 @@ def processes(device: str) -> Iterator[torch.device]:
         backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
         waiting = datetime.timedelta(days=7)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=waiting)
-        logging.getLogger("attncap").addFilter(lambda _: is_main())
         try:
             yield found
         except SystemExit:
@@ -127,6 +130,15 @@ def wrapped(module: nn.Module) -> nn.Module:
 def gradients_stay(module: nn.Module, yes: bool) -> contextlib.AbstractContextManager:
     """Where `yes`, a wrapped module's gradients stay in this process, to be summed with those of a later pass."""
     return module.no_sync() if yes and isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """What all processes would warn of alike, rank 0 alone does."""
+    log = logging.getLogger("attncap")
+    log.disabled = not is_main()
+    yield
+    log.disabled = False
 
 
 @contextlib.contextmanager

@@ -290,7 +290,12 @@ class Trainer:
 
     def captioned(self) -> list[tuple[Image.Image, Caption]]:
         """Four validation images with the captions that the model gives them now."""
-        images = [example.image() for example in self.splits["val"][:4]]
+        images = []
+        for example in self.splits["val"]:
+            with contextlib.suppress(UserError):
+                images.append(example.image())
+            if len(images) == 4:
+                break
         captions = self.average.caption(images, self.config.search, suppressed=self.config.suppressed.split())
         return list(zip(images, captions, strict=True))
 

@@ -64,7 +64,6 @@ class Watch:
                 os.fsync(file.fileno())
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
-        write_atomically(self.output / "curves.png", draw_curves(self.lines, self._best()))
         if self.board:
             for name, value in line.items():
                 self.board.add_scalar(f"epoch/{name}", value, self.last)
@@ -74,6 +73,9 @@ class Watch:
             self.board.flush()
 
     def close(self) -> None:
+        """Draw the curves: at the end of the run, or where it was stopped."""
+        if self.lines:
+            write_atomically(self.output / "curves.png", draw_curves(self.lines, self._best()))
         if self.board:
             self.board.close()
 

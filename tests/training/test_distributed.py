@@ -66,7 +66,7 @@ def test_two_processes_are_as_one(server, data, alone, tmp_path):
     assert_same_run(alone, tmp_path / "run")
     main, other = (process.text() for process in processes)
     assert "44 train" in main and "epoch 2" in main and "test split" in main and "007.png: not an image" in main
-    assert other == ""
+    assert other == "" or ("007.png" in other and other.count("\n") == 1)
 
 
 def test_one_process_asked_to_stop_stops_all(server, data, alone, tmp_path):
