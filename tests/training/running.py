@@ -1,6 +1,7 @@
 """Training commands in processes of their own that start in no time: one that has imported everything forks them."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -59,7 +60,11 @@ class Server:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # several at once, and small
         )
 
     def ask(self, order: dict) -> int:

@@ -127,7 +127,8 @@ def test_torchrun(data, alone, tmp_path):
     """As one calls it; SIGTERM to the launcher, which sends it to all processes and to their readers."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "attncap.train"]
     command += [*map(str, ["--data", data, "--output", tmp_path / "run"]), *SETTINGS, "--epochs", "1000"]
-    launcher = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.PIPE, text=True)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.PIPE, text=True, env=one_thread)
     wait_for_checkpoints(tmp_path / "run", 1)
     processes, readers = children(launcher.pid), []
     while launcher.poll() is None and len(readers) < 2:
