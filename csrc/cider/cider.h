@@ -102,14 +102,15 @@ class Cider {
     share_out(threads, references.count, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const int64_t* words = references.words + offsets_[r];
-        for (int n = 1; n <= kLongest; ++n) make_ngrams(words, references.length(r), n, &ngrams_[n - 1][offsets_[r]]);
+        for (int n = 1; n <= kLongest; ++n)
+          make_ngrams(words, references.length(r), n, ngrams_[n - 1].data() + offsets_[r]);
       }
     });
     share_out(threads, kLongest, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         for (int64_t image = 0; image < image_count; ++image) {
           for (int64_t r = images[image]; r < images[image + 1]; ++r) {
-            const uint64_t* ngrams = &ngrams_[k][offsets_[r]];
+            const uint64_t* ngrams = ngrams_[k].data() + offsets_[r];
             const int64_t count = ngram_count(references.length(r), k + 1);
             for (int64_t i = 0; i < count; ++i) frequencies_[k].add(ngrams[i], image + 1);
           }
@@ -120,7 +121,7 @@ class Cider {
       std::vector<Term> terms;
       for (int n = 1; n <= kLongest; ++n) {
         for (int64_t r = begin; r < end; ++r) {
-          norms_[r][n - 1] = weigh(&ngrams_[n - 1][offsets_[r]], references.length(r), n, terms);
+          norms_[r][n - 1] = weigh(ngrams_[n - 1].data() + offsets_[r], references.length(r), n, terms);
         }
       }
     });
@@ -192,7 +193,7 @@ class Cider {
 
   // Of a caption's clipped vector and a reference's.
   double dot(const std::vector<Term>& terms, int64_t reference, int n) const {
-    const uint64_t* ngrams = &ngrams_[n - 1][offsets_[reference]];
+    const uint64_t* ngrams = ngrams_[n - 1].data() + offsets_[reference];
     const uint64_t* end = ngrams + ngram_count(offsets_[reference + 1] - offsets_[reference], n);
     double sum = 0;
     for (const Term& term : terms) {
