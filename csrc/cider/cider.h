@@ -6,7 +6,8 @@
 //   CIDEr-D(c, references) = 10 / 4 / |references| * sum over references r, over n = 1 to 4 of
 //       exp(-(l_c - l_r)^2 / (2 * 6^2)) * min(g_n(c), g_n(r)) . g_n(r) / (|g_n(c)| |g_n(r)|)
 //
-// l is counted in pairs of words, as coco-caption does. Words are ids. The references are counted once; a call then
+// l is the number of words. (coco-caption counts pairs; a caption for which the difference is another one has no n-gram
+// in common with any, so its score is 0 all the same.) Words are ids. The references are counted once; a call then
 // scores any captions against them.
 //
 // An n-gram is known by a hash of 64 bits. Among ten million (COCO has fewer) the chance that any two share one is
@@ -206,8 +207,8 @@ class Cider {
   }
 
   static double penalty(int64_t length, int64_t reference_length) {
-    const int64_t difference = std::max<int64_t>(1, length) - std::max<int64_t>(1, reference_length);  // in pairs
-    return std::exp(-static_cast<double>(difference * difference) / (2 * kSigma * kSigma));
+    const double difference = static_cast<double>(length - reference_length);
+    return std::exp(-difference * difference / (2 * kSigma * kSigma));
   }
 
   std::vector<int64_t> images_;                            // [image_count + 1], the first reference of each

@@ -1,5 +1,6 @@
 """Samples, rewards and the gradient of self-critical training, against formulas worked out caption by caption."""
 
+import copy
 import itertools
 from collections import Counter
 
@@ -94,10 +95,13 @@ def test_samples_come_from_the_generator_alone():
 
 def test_samples_see_new_weights():
     decoder, features = make_decoder().eval(), make_features(2)
-    sample_captions(decoder, features, 2, 4, torch.Generator())
+    before = sample_captions(decoder, features, 20, 4, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        decoder.word_output.bias[END] += 100
-    assert sample_captions(decoder, features, 2, 4, torch.Generator()).tolist() == [[START, END]] * 4
+        for parameter in decoder.parameters():
+            parameter.mul_(0.5)
+    found = sample_captions(decoder, features, 20, 4, torch.Generator().manual_seed(0))
+    anew = sample_captions(copy.deepcopy(decoder), features, 20, 4, torch.Generator().manual_seed(0))
+    assert found.tolist() == anew.tolist() != before.tolist()
 
 
 def test_advantages_worked_by_hand():
@@ -118,12 +122,12 @@ def test_rewards_are_pycocoevalcaps_with_the_end_as_a_word():
     assert vocabulary.words[4:] == ["a", "cats", "dog", "man", "runs", "two"]
     decoder, features = make_decoder(len(vocabulary)), make_features(2)
     scst = SelfCritical(vocabulary, CAPTIONS, samples=40, max_length=5)
-    tokens, row_weights, figures = scst(decoder, features, [2, 0], torch.Generator().manual_seed(0))
+    tokens, row_weights, figures = scst(decoder, features, [2, 1], torch.Generator().manual_seed(0))
     # Its words: <unk> is written so that no reference has it.
     written = [
         [{END: "END", UNK: "UNK"}.get(w, vocabulary.words[w]) for w in row if w > START] for row in tokens.tolist()
     ]
-    images = [2] * 40 + [0] * 40
+    images = [2] * 40 + [1] * 40
     references = {i: [" ".join([*tokenize(caption), "END"]) for caption in CAPTIONS[i]] for i in range(3)}
     truth = []
     for image, caption in zip(images, written, strict=True):
