@@ -3,7 +3,7 @@ import json
 import pytest
 
 from attncap.data.vocabulary import Vocabulary
-from attncap.errors import UserError
+from attncap.errors import CallError, UserError
 
 CAPTIONS = ["A dog runs.", "a cat runs", "a bird sings", "<start> a"]
 
@@ -83,3 +83,39 @@ def test_half_a_character_is_saved(tmp_path):
     vocabulary = Vocabulary([*Vocabulary.SPECIALS, "a\ud83d"])
     vocabulary.save(tmp_path / "vocabulary.json")
     assert Vocabulary.load(tmp_path / "vocabulary.json").words == vocabulary.words
+
+
+# The tutorial's WORDMAP
+
+
+def test_a_wordmap_gives_its_words_in_their_order(tmp_path):
+    """As create_input_files writes it: words from 1 in no special order, then <unk>, <start>, <end>; <pad> is 0."""
+    path = tmp_path / "WORDMAP_coco_5_cap_per_img_5_min_word_freq.json"
+    path.write_text('{"man": 2, "a": 1, "words": 3, "<unk>": 4, "<start>": 5, "<end>": 6, "<pad>": 0}')
+    vocabulary = Vocabulary.load(path)
+    assert vocabulary.words == [*SPECIALS, "a", "man", "words"]
+    assert vocabulary.encode("A man, a plan", 9) == [1, 4, 5, 4, 3, 2]
+    vocabulary.save(tmp_path / "vocabulary.json")
+    assert Vocabulary.load(tmp_path / "vocabulary.json").words == vocabulary.words
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"a": "1", "<start>": 2}, "the id of 'a' should be a whole number"),
+        ({"a": True, "<start>": 2}, "the id of 'a' should be a whole number"),
+        ({"a": 1, "b": 2, "<start>": 2}, "2 words have the id 2"),
+    ],
+)
+def test_wrong_wordmaps(tmp_path, content, reason):
+    path = tmp_path / "WORDMAP.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{path}: {reason}"):
+        Vocabulary.load(path)
+
+
+def test_forbidden_words(vocabulary):
+    assert vocabulary.forbid(["<unk>", "dog"]) == [3, 8]
+    for word in ("zebra", "<end>"):
+        with pytest.raises(CallError, match=f"'{word}' cannot be suppressed"):
+            vocabulary.forbid([word])
