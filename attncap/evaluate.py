@@ -168,7 +168,9 @@ def summary(
     for name, value in scores.figures().items():
         low, high = intervals.get(name, (None, None))
         figures[name] = {"value": value, "low": low, "high": high}
-    words = vocabulary and vocabulary.words[len(vocabulary.SPECIALS) :]
+    words = None  # of a vocabulary of pieces no share is told
+    if vocabulary and vocabulary.merges is None:
+        words = vocabulary.words[len(vocabulary.SPECIALS) :]
     seen = None if training is None else (tokenize(caption) for caption in training)
     varied = diversity([tokenize(caption) for caption in captions.values()], words, seen)
     return {"images": len(captions), "figures": figures, "captions": varied}
