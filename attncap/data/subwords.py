@@ -19,8 +19,8 @@ MARK = "▁"
 def learn(counts: Mapping[str, int], pieces: int, min_count: int) -> tuple[list[str], list[str]]:
     """At most so many pieces, and the pairs whose merging gave them, "▁hun de", in their order.
 
-    The pieces are the characters (of more than `pieces` the most frequent) and the merged pairs, which stand in `counts`
-    (words and how often each is seen) at least `min_count` times. Raises CallError without `tokenizers`.
+    The pieces are the characters (of more than `pieces` the most frequent) and the merged pairs, which stand at least
+    `min_count` times in `counts`, words with how often each is seen. Raises CallError without `tokenizers`.
     """
     library = _library()
     letters = Counter()
