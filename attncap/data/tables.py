@@ -59,8 +59,8 @@ def find(path: Path) -> list[Path]:
 
 
 def read(path: Path, files: list[Path], seed: int, images: bool = True) -> Dataset:
-    """The examples by split; `name` is the image's name in the table. `images` as in `read_dataset`. Raises UserError on
-    a wrong layout.
+    """The examples by split; `name` is the image's name in the table. `images` as in `read_dataset`. Raises UserError
+    on a wrong layout.
 
     The splits are the lists' or the table's own, or else drawn from the seed.
     """
