@@ -1,6 +1,8 @@
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError, UserError
@@ -119,3 +121,29 @@ def test_forbidden_words(vocabulary):
     for word in ("zebra", "<end>"):
         with pytest.raises(CallError, match=f"'{word}' cannot be suppressed"):
             vocabulary.forbid([word])
+
+
+FILES = [
+    {"words": [*SPECIALS, "▁", "a", "b", "▁a", "▁ab"], "merges": ["▁ a", "▁a b"]},
+    {"a": 1, "man": 2, "<unk>": 3, "<start>": 4, "<end>": 5, "<pad>": 0},
+]
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.sampled_from("ab ▁\ud800"), max_size=4)
+
+
+@settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_file_is_a_vocabulary_or_refused(tmp_path, data):
+    """One value is another, or one byte is cut: what loads can also encode."""
+    content = json.loads(json.dumps(data.draw(st.sampled_from(FILES))))
+    node = data.draw(st.sampled_from([content, *(value for value in content.values() if isinstance(value, list))]))
+    key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+    node[key] = data.draw(VALUES | st.lists(VALUES, max_size=2))
+    text = json.dumps(content)
+    path = tmp_path / "vocabulary.json"
+    path.write_text(text[: data.draw(st.integers(0, len(text)) | st.just(len(text)))])
+    try:
+        vocabulary = Vocabulary.load(path)
+    except UserError as error:
+        assert str(error).startswith(str(path)) and "\n" not in str(error)
+    else:
+        assert vocabulary.words[:4] == SPECIALS and vocabulary.encode("a man ab", 9)[-1] == Vocabulary.END
