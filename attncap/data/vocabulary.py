@@ -40,8 +40,7 @@ class Vocabulary:
         counts = Counter(word for caption in captions for word in tokenize(caption))
         for word in cls.SPECIALS:  # a caption may contain what looks like one: mark-up is a word
             counts.pop(word, None)
-        if pieces:  # none of which may come out as a special word
-            counts = {w: n for w, n in counts.items() if not any(special in w for special in cls.SPECIALS)}
+        if pieces:
             learned, merges = subwords.learn(counts, pieces, min_count)
             return cls([*cls.SPECIALS, *learned], merges)
         kept = (word for word, count in counts.items() if count >= min_count)

@@ -338,7 +338,9 @@ def test_told_splits_need_no_images(tmp_path, caplog, name, content, expected, t
     assert names(open_dataset(path, 0, images=False)) == expected and not caplog.messages
 
 
-def test_listed_splits_need_no_images(tmp_path):
+@pytest.mark.parametrize("there", [(), ("a.jpg",)])
+def test_listed_splits_need_no_images(tmp_path, there):
+    photographs(tmp_path, *there)
     write(tmp_path / "Flickr8k.token.txt", TOKENS)
     for name, image in (("train", "c.jpg"), ("dev", "a.jpg"), ("test", "b.JPG")):
         write(tmp_path / f"Flickr_8k.{name}Images.txt", image)

@@ -93,10 +93,10 @@ def test_half_a_character_is_saved(tmp_path):
 def test_a_wordmap_gives_its_words_in_their_order(tmp_path):
     """As create_input_files writes it: words from 1 in no special order, then <unk>, <start>, <end>; <pad> is 0."""
     path = tmp_path / "WORDMAP_coco_5_cap_per_img_5_min_word_freq.json"
-    path.write_text('{"man": 2, "a": 1, "words": 3, "<unk>": 4, "<start>": 5, "<end>": 6, "<pad>": 0}')
+    path.write_text('{"a": 2, "man": 1, "words": 3, "<unk>": 4, "<start>": 5, "<end>": 6, "<pad>": 0}')
     vocabulary = Vocabulary.load(path)
-    assert vocabulary.words == [*SPECIALS, "a", "man", "words"]
-    assert vocabulary.encode("A man, a plan", 9) == [1, 4, 5, 4, 3, 2]
+    assert vocabulary.words == [*SPECIALS, "man", "a", "words"]
+    assert vocabulary.encode("A man, a plan", 9) == [1, 5, 4, 5, 3, 2]
     vocabulary.save(tmp_path / "vocabulary.json")
     assert Vocabulary.load(tmp_path / "vocabulary.json").words == vocabulary.words
 
