@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +71,12 @@ class TrainConfig(command.CaptioningConfig):
     """Train the encoder from this layer on (torchvision's name, e.g. layer3); all of it, or none of it."""
     min_count: int = 3
     """Words seen less often in the training captions become <unk>."""
+    vocabulary: str | None = None
+    """File of the words to use instead of the training captions' own: another run's vocabulary.json, or the WORDMAP of
+    the tutorial a-PyTorch-Tutorial-to-Image-Captioning."""
+    subwords: int = 0
+    """Pieces of words to learn from the training captions (byte-pair encoding), for a language with too many words; 0:
+    whole words. Needs the tokenizers library."""
     best_by: Literal["CIDEr", "BLEU-4"] = "CIDEr"
     """The validation figure that decides which model is kept."""
     seed: int = 0
@@ -117,7 +124,8 @@ def main(config: TrainConfig) -> None:
     for split, examples in splits.items():
         if not examples:
             raise UserError(f"{config.data}: no images for the {split} split; it takes three or more")
-    vocabulary = Vocabulary.build((c for example in splits["train"] for c in example.captions), config.min_count)
+    vocabulary = find_vocabulary(config, [caption for example in splits["train"] for caption in example.captions])
+    vocabulary.forbid(config.suppressed.split())  # a word that is none is told now, not after the first epoch
     torch.manual_seed(config.seed)
     # A resumed run takes its weights from the checkpoint.
     weights = "none" if config.resume else config.encoder_weights
@@ -140,6 +148,23 @@ def main(config: TrainConfig) -> None:
         print(f"\nattncap: stopped; {output} holds the best model so far, --resume goes on", file=sys.stderr)
         raise
     trainer.test()
+
+
+def find_vocabulary(config: TrainConfig, captions: Sequence[str]) -> Vocabulary:
+    """That of --vocabulary, or else one learnt from the training captions. Raises CallError and UserError."""
+    if config.vocabulary is None:
+        return Vocabulary.build(captions, config.min_count, config.subwords)
+    if config.subwords:
+        raise CallError("--subwords: --vocabulary has its words already; give one of the two")
+    if not Path(config.vocabulary).is_file():
+        raise CallError(f"--vocabulary {config.vocabulary}: no such file")
+    vocabulary = Vocabulary.load(config.vocabulary)
+    ids = Counter(i for caption in captions for i in vocabulary.encode(caption, sys.maxsize)[1:-1])
+    if ids.total() == ids[Vocabulary.UNK]:
+        raise UserError(f"--vocabulary {config.vocabulary}: has no word of the training captions")
+    known = 1 - ids[Vocabulary.UNK] / ids.total()
+    print(f"{config.vocabulary}: knows {known:.2%} of the running words of the training captions")
+    return vocabulary
 
 
 def check_resume(config: TrainConfig, output: Path) -> None:

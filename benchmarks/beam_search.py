@@ -23,8 +23,8 @@ from attncap.config import ModelConfig
 from attncap.data.vocabulary import Vocabulary
 from attncap.models import Decoder
 from attncap.ops import beam_search_step, soft_attention_reference
+from attncap.ops.linear import linear
 from attncap.search import SearchConfig, beam_search
-from attncap.search.decoder_step import linear
 
 NEVER_WRITTEN = [Vocabulary.PAD, Vocabulary.START, Vocabulary.END]
 

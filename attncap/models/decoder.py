@@ -6,9 +6,11 @@ Xu et al., "Show, Attend and Tell", 2015, sections 3.1.2 and 4.2.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attncap.config import ModelConfig
+from attncap.data.vocabulary import Vocabulary
 from attncap.ops import IMPLEMENTATIONS
 
 
@@ -19,11 +21,13 @@ class Memory(NamedTuple):
     keys: Tensor  # [B,P,A]
 
 
-class State(NamedTuple):
-    """What the LSTM carries from word to word."""
+class Written(NamedTuple):
+    """The M words that teacher forcing has the decoder write, those of all rows' first step first."""
 
-    h: Tensor  # [N,H]
-    c: Tensor  # [N,H]
+    outputs: Tensor  # [M,O], what `word_output` makes logits of; O = E for the deep output layer, else H
+    weights: Tensor  # [M,P], attention
+    rows: Tensor  # int64 [M], which row wrote the word,
+    places: Tensor  # int64 [M], and where: tokens[rows, places] is what it should be
 
 
 class Decoder(nn.Module):
@@ -57,42 +61,45 @@ class Decoder(nn.Module):
         self.word_output = nn.Linear(embedding if self.deep else hidden, vocabulary_size)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
 
-    def start(self, features: Tensor, rows: int) -> tuple[Memory, State]:
-        """features [B,P,D] -> what `step` needs, for `rows` = K rows an image. The initial state comes from the mean
-        feature (section 3.1.2)."""
+    def forward(self, features: Tensor, tokens: Tensor, inputs: Tensor | None = None) -> Written:
+        """Teacher forcing: word t is written after words 0..t-1 of `inputs`, for every t > 0 up to a row's last word.
+
+        features [B,P,D]; tokens int64 [N,T], <pad> after a caption's end, perhaps on the CPU, where their lengths are
+        needed; inputs int64 [N,T-1], tokens[:, :-1] by default. The work is that of the longest caption of each image;
+        where images do not come sorted by it, longest first, their features are copied to sort them."""
+        device, N, B = features.device, len(tokens), len(features)
+        K = N // B
+        lengths = (tokens[:, 1:] != Vocabulary.PAD).sum(dim=1).cpu()
+        longest, order = lengths.view(B, K).amax(dim=1).sort(descending=True, stable=True)
+        images = [int((longest > t).sum()) for t in range(longest[0])]  # in each step
+        if not order.equal(torch.arange(B)):
+            features = features[order.to(device)]
+        rows = (order.unsqueeze(1) * K + torch.arange(K)).flatten()  # of tokens, as they are sorted now
+        rows_of_steps = torch.cat([rows[: K * b] for b in images])
+        steps = torch.arange(len(images)).repeat_interleave(K * torch.tensor(images))
+        inputs = (tokens[:, :-1] if inputs is None else inputs).to(device)
+        embedded = self.embedding(inputs[rows_of_steps.to(device), steps.to(device)])  # [M,E]
+
+        lstm = self.lstm
+        word_weight, context_weight = lstm.weight_ih.split([embedded.shape[1], features.shape[2]], dim=1)
         mean = features.mean(dim=1)
-        state = State(self.initial_h(mean), self.initial_c(mean))
-        return Memory(features, self.key(features)), State(*(x.repeat_interleave(rows, dim=0) for x in state))
-
-    def step(self, embedded: Tensor, state: State, memory: Memory) -> tuple[State, Tensor, Tensor]:
-        """One word further: embedded [N,E] (the last word) -> new state, context [N,D], attention weights [N,P].
-
-        The context is gated by sigmoid(gate(h)), section 4.2.1, with a gate for each channel."""
-        context, weights = self.ops.soft_attention(
-            memory.features,
-            memory.keys,
-            self.query(state.h),
+        h, context, weights = self.ops.attention_lstm(
+            features,
+            self.key(features),
+            F.linear(embedded, word_weight, lstm.bias_ih + lstm.bias_hh),
+            self.initial_h(mean).repeat_interleave(K, dim=0),  # section 3.1.2
+            self.initial_c(mean).repeat_interleave(K, dim=0),
+            torch.cat([lstm.weight_hh, self.query.weight, self.gate.weight]),
+            torch.cat([torch.zeros_like(lstm.bias_hh), self.query.bias, self.gate.bias]),
+            context_weight,
             self.score_weight,
+            images=images,
             activation=self.activation,
-            gate=self.gate(state.h),
         )
-        state = State(*self.lstm(torch.cat([embedded, context], dim=1), tuple(state)))
-        return state, context, weights
-
-    def logits(self, embedded: Tensor, h: Tensor, context: Tensor) -> Tensor:
-        """[...,E], [...,H], [...,D] -> [...,V]; the deep output layer is equation 7."""
-        if self.deep:
+        if K > 1:  # captions of an image that are shorter than its longest went along
+            [written] = (lengths[rows_of_steps] > steps).nonzero(as_tuple=True)
+            rows_of_steps, steps, written = rows_of_steps[written], steps[written], written.to(device)
+            embedded, h, context, weights = (x[written] for x in (embedded, h, context, weights))
+        if self.deep:  # equation 7
             h = embedded + self.hidden_output(h) + self.context_output(context)
-        return self.word_output(self.dropout(h))
-
-    def forward(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Teacher forcing: features [B,P,D], tokens int64 [N,T] -> logits [N,T-1,V] of tokens 1..T-1, and the attention
-        weights [N,T-1,P] with which they were written."""
-        memory, state = self.start(features, rows=len(tokens) // len(features))
-        embedded = self.embedding(tokens[:, :-1])  # [N,T-1,E]
-        steps = []
-        for t in range(embedded.shape[1]):
-            state, context, weights = self.step(embedded[:, t], state, memory)
-            steps.append((state.h, context, weights))
-        h, context, weights = (torch.stack(values, dim=1) for values in zip(*steps, strict=True))
-        return self.logits(embedded, h, context), weights
+        return Written(self.dropout(h), weights, rows_of_steps.to(device), steps.to(device) + 1)

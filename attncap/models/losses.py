@@ -1,10 +1,7 @@
 """What teacher forcing minimises."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from attncap.data.vocabulary import Vocabulary
 from attncap.models.decoder import Decoder
 
 
@@ -29,19 +26,16 @@ def caption_losses(
         `words`: the cross entropy, summed over all words that are not <pad>; `attention`: the doubly stochastic penalty
         (1 - sum over the caption's words of a cell's weight) squared, the mean over cells, summed over rows.
     """
-    targets = tokens[:, 1:]
-    if inputs is not None:
-        tokens = torch.cat([inputs, tokens[:, -1:]], dim=1)
-    logits, weights = decoder(features, tokens)
-    words = F.cross_entropy(
-        logits.flatten(0, 1).float(),
-        targets.flatten(),
-        ignore_index=Vocabulary.PAD,
+    written = decoder(features, tokens, inputs)
+    tokens = tokens.to(features.device)
+    words = decoder.ops.linear_cross_entropy(
+        written.outputs,
+        decoder.word_output.weight,
+        decoder.word_output.bias,
+        tokens[written.rows, written.places],
+        None if row_weights is None else row_weights[written.rows],
         label_smoothing=label_smoothing,
-        reduction="none",
-    ).view_as(targets)
-    if row_weights is not None:
-        words = words * row_weights.unsqueeze(1)
-    written = (targets != Vocabulary.PAD).unsqueeze(2)
-    attention = (1 - (weights * written).sum(dim=1)).square().mean(dim=1)
-    return {"words": words.sum(), "attention": attention.sum()}
+    )
+    looked = written.weights.new_zeros(len(tokens), written.weights.shape[1], dtype=words.dtype)
+    looked = looked.index_add(0, written.rows, written.weights.to(words.dtype))
+    return {"words": words, "attention": (1 - looked).square().mean(dim=1).sum()}

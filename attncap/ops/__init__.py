@@ -2,13 +2,19 @@
 
 from types import SimpleNamespace
 
+from attncap.ops.attention_lstm import attention_lstm, attention_lstm_reference
 from attncap.ops.beam_search_step import beam_search_step, beam_search_step_reference
+from attncap.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from attncap.ops.lstm_step import lstm_step, lstm_step_reference
 from attncap.ops.soft_attention import soft_attention, soft_attention_reference
 
 __all__ = [
+    "attention_lstm",
+    "attention_lstm_reference",
     "beam_search_step",
     "beam_search_step_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
     "lstm_step",
     "lstm_step_reference",
     "soft_attention",
@@ -17,10 +23,18 @@ __all__ = [
 
 # A model's implementation: the project's own kernels, or plain PyTorch.
 IMPLEMENTATIONS = {
-    "native": SimpleNamespace(soft_attention=soft_attention, lstm_step=lstm_step, beam_search_step=beam_search_step),
+    "native": SimpleNamespace(
+        attention_lstm=attention_lstm,
+        beam_search_step=beam_search_step,
+        linear_cross_entropy=linear_cross_entropy,
+        lstm_step=lstm_step,
+        soft_attention=soft_attention,
+    ),
     "torch": SimpleNamespace(
-        soft_attention=soft_attention_reference,
-        lstm_step=lstm_step_reference,
+        attention_lstm=attention_lstm_reference,
         beam_search_step=beam_search_step_reference,
+        linear_cross_entropy=linear_cross_entropy_reference,
+        lstm_step=lstm_step_reference,
+        soft_attention=soft_attention_reference,
     ),
 }

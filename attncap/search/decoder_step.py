@@ -8,9 +8,7 @@ share their past, the work is done once.
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attncap.models.decoder import Decoder, Memory
+from attncap.ops.linear import linear
 
 
 class Look(NamedTuple):
@@ -104,13 +103,3 @@ class DecoderStep:
 
 # Keyed by identity; a decoder that is gone takes its step along.
 _steps: weakref.WeakKeyDictionary[Decoder, DecoderStep] = weakref.WeakKeyDictionary()
-
-
-def linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """`F.linear` with these. On the CPU, float32 weights are laid out once for oneDNN, as torch's own compiler does it
-    with frozen weights."""
-    packs = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if torch.backends.mkldnn.is_available() else None
-    if packs is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return functools.partial(F.linear, weight=weight, bias=bias)
-    packed = packs(weight.detach())
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

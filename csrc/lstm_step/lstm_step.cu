@@ -1,4 +1,4 @@
-// The CUDA launcher.
+// The CUDA launchers.
 #include "lstm_step.cuh"
 
 namespace attncap {
@@ -10,7 +10,16 @@ cudaError_t lstm_step_cuda(const LstmStep<T>& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-#define INSTANTIATE(T) template cudaError_t lstm_step_cuda(const LstmStep<T>&, cudaStream_t);
+template <typename T>
+cudaError_t lstm_step_backward_cuda(const LstmStepBackward<T>& params, cudaStream_t stream) {
+  if (params.N == 0) return cudaSuccess;
+  lstm_step_backward_kernel<<<lstm_step_backward_blocks(params), kLstmThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+#define INSTANTIATE(T)                                                   \
+  template cudaError_t lstm_step_cuda(const LstmStep<T>&, cudaStream_t); \
+  template cudaError_t lstm_step_backward_cuda(const LstmStepBackward<T>&, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(bfloat16)

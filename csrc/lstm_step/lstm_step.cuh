@@ -1,4 +1,5 @@
-// Device code: a thread for each number of next_h and next_c, and then of output. How many blocks: see ..._blocks.
+// Device code. Forward: a thread for each number of next_h and next_c, and then of output; backward: for each number of
+// c_grad. How many blocks: see ..._blocks.
 #pragma once
 
 #include <cmath>
@@ -8,6 +9,11 @@
 namespace attncap {
 
 constexpr int kLstmThreads = 256;
+
+template <typename Number>
+__device__ Number lstm_sigmoid(Number x) {
+  return 1 / (1 + std::exp(-x));
+}
 
 template <typename T>
 int64_t lstm_step_blocks(const LstmStep<T>& params) {
@@ -30,11 +36,37 @@ __global__ void __launch_bounds__(kLstmThreads) lstm_step_kernel(LstmStep<T> par
     return;
   }
   const auto gate = [&](int64_t i) { return static_cast<Number>(recurrent[i * H + j]) + sum(i * H + j); };
-  const auto sigmoid = [](Number x) { return 1 / (1 + std::exp(-x)); };
   const Number c = params.c[r * H + j];
-  const Number next_c = sigmoid(gate(1)) * c + sigmoid(gate(0)) * std::tanh(gate(2));
+  const Number next_c = lstm_sigmoid(gate(1)) * c + lstm_sigmoid(gate(0)) * std::tanh(gate(2));
   params.next_c[n * H + j] = static_cast<T>(next_c);
-  params.next_h[n * H + j] = static_cast<T>(sigmoid(gate(3)) * std::tanh(next_c));
+  params.next_h[n * H + j] = static_cast<T>(lstm_sigmoid(gate(3)) * std::tanh(next_c));
+}
+
+template <typename T>
+int64_t lstm_step_backward_blocks(const LstmStepBackward<T>& params) {
+  return (params.N * params.H + kLstmThreads - 1) / kLstmThreads;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kLstmThreads) lstm_step_backward_kernel(LstmStepBackward<T> params) {
+  using Number = accumulate_t<T>;
+  const int64_t H = params.H, at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= params.N * H) return;
+  const int64_t n = at / H, j = at % H;
+  const auto gate = [&](int64_t k) {
+    return static_cast<Number>(params.recurrent[n * params.recurrent_stride + k * H + j]) +
+           static_cast<Number>(params.context_part[n * params.context_stride + k * H + j]) +
+           static_cast<Number>(params.words[(4 * n + k) * H + j]);
+  };
+  const Number i = lstm_sigmoid(gate(0)), f = lstm_sigmoid(gate(1)), g = std::tanh(gate(2)), o = lstm_sigmoid(gate(3));
+  const Number c = params.c[at], activated = std::tanh(f * c + i * g), h_grad = params.next_h_grad[at];
+  const Number c_grad = static_cast<Number>(params.next_c_grad[at]) + h_grad * o * (1 - activated * activated);
+  T* gates_grad = params.gates_grad + 4 * n * H + j;
+  gates_grad[0] = static_cast<T>(c_grad * g * i * (1 - i));
+  gates_grad[H] = static_cast<T>(c_grad * c * f * (1 - f));
+  gates_grad[2 * H] = static_cast<T>(c_grad * i * (1 - g * g));
+  gates_grad[3 * H] = static_cast<T>(h_grad * activated * o * (1 - o));
+  params.c_grad[at] = static_cast<T>(c_grad * f);
 }
 
 }  // namespace attncap

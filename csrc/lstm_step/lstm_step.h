@@ -37,18 +37,38 @@ struct LstmStep {
   T* output;                                 // [N, E]
 };
 
-#define DECLARE(isa)                                              \
-  namespace isa {                                                 \
-  template <typename T>                                           \
-  void lstm_step_cpu(const LstmStep<T>& params, Threads threads); \
+// Backward, as training wants it: row n goes on from row n, with words of its own, and E = 0. The gates are computed
+// again.
+template <typename T>
+struct LstmStepBackward {
+  int64_t N, H;
+  int64_t recurrent_stride, context_stride;
+  const T* recurrent;     // [N, 4H]
+  const T* context_part;  // [N, 4H]
+  const T* words;         // [N, 4H], the rows' own words of word_table
+  const T* c;             // [N, H]
+  const T* next_h_grad;   // [N, H]
+  const T* next_c_grad;   // [N, H]
+  T* gates_grad;          // [N, 4H], of each of the three that are summed
+  T* c_grad;              // [N, H]
+};
+
+#define DECLARE(isa)                                                               \
+  namespace isa {                                                                  \
+  template <typename T>                                                            \
+  void lstm_step_cpu(const LstmStep<T>& params, Threads threads);                  \
+  template <typename T>                                                            \
+  void lstm_step_backward_cpu(const LstmStepBackward<T>& params, Threads threads); \
   }
 ATTNCAP_FOR_EACH_ISA(DECLARE)
 #undef DECLARE
 
 #ifdef USE_CUDA
-// Returns the first error of its launches.
+// Both return the first error of their launches.
 template <typename T>
 cudaError_t lstm_step_cuda(const LstmStep<T>& params, cudaStream_t stream);
+template <typename T>
+cudaError_t lstm_step_backward_cuda(const LstmStepBackward<T>& params, cudaStream_t stream);
 #endif
 
 }  // namespace attncap

@@ -30,6 +30,32 @@ void step_row(const LstmStep<T>& params, int64_t n) {
   });
 }
 
+template <typename T>
+void step_row_backward(const LstmStepBackward<T>& params, int64_t n) {
+  using Number = accumulate_t<T>;
+  const int64_t H = params.H;
+  for_each_vector<Number>(H, [&](int64_t j, auto... rest) {
+    const auto gate = [&](int64_t at) {
+      return load(params.recurrent + n * params.recurrent_stride + at, rest...) +
+             load(params.context_part + n * params.context_stride + at, rest...) +
+             load(params.words + n * 4 * H + at, rest...);
+    };
+    const Vector<Number> i = sigmoid<Number>(gate(j)), f = sigmoid<Number>(gate(H + j));
+    const Vector<Number> g = tanh(gate(2 * H + j)), o = sigmoid<Number>(gate(3 * H + j));
+    const Vector<Number> c = load(params.c + n * H + j, rest...);
+    const Vector<Number> activated = tanh(f * c + i * g);
+    const Vector<Number> h_grad = load(params.next_h_grad + n * H + j, rest...);
+    const Vector<Number> c_grad =
+        load(params.next_c_grad + n * H + j, rest...) + h_grad * o * (Number(1) - activated * activated);
+    T* gates_grad = params.gates_grad + n * 4 * H + j;
+    store(gates_grad, c_grad * g * i * (Number(1) - i), rest...);
+    store(gates_grad + H, c_grad * c * f * (Number(1) - f), rest...);
+    store(gates_grad + 2 * H, c_grad * i * (Number(1) - g * g), rest...);
+    store(gates_grad + 3 * H, h_grad * activated * o * (Number(1) - o), rest...);
+    store(params.c_grad + n * H + j, c_grad * f, rest...);
+  });
+}
+
 }  // namespace
 
 template <typename T>
@@ -37,7 +63,14 @@ void lstm_step_cpu(const LstmStep<T>& params, Threads threads) {
   parallel_for(threads, params.N, [&](int64_t n) { step_row(params, n); });
 }
 
-#define INSTANTIATE(T) template void lstm_step_cpu(const LstmStep<T>&, Threads);
+template <typename T>
+void lstm_step_backward_cpu(const LstmStepBackward<T>& params, Threads threads) {
+  parallel_for(threads, params.N, [&](int64_t n) { step_row_backward(params, n); });
+}
+
+#define INSTANTIATE(T)                                      \
+  template void lstm_step_cpu(const LstmStep<T>&, Threads); \
+  template void lstm_step_backward_cpu(const LstmStepBackward<T>&, Threads);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(bfloat16)

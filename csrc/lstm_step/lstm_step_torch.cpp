@@ -54,9 +54,53 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor recurrent, Tensor context_pa
   return {next_h, next_c, output};
 }
 
+std::tuple<Tensor, Tensor> lstm_step_backward(Tensor recurrent, Tensor context_part, Tensor words, Tensor c,
+                                              Tensor h_grad, Tensor c_grad) {
+  check(c.dim() == 2 && c.size(1) > 0, "lstm_step_backward takes c [N, H] of at least one hidden unit");
+  const int64_t N = c.size(0), H = c.size(1);
+  check_tensor("lstm_step_backward: recurrent", recurrent, c, {N, 4 * H});
+  check_tensor("lstm_step_backward: context_part", context_part, c, {N, 4 * H});
+  check_tensor("lstm_step_backward: words", words, c, {N, 4 * H});
+  check_tensor("lstm_step_backward: h_grad", h_grad, c, {N, H});
+  check_tensor("lstm_step_backward: c_grad", c_grad, c, {N, H});
+  recurrent = contiguous_rows(recurrent);
+  context_part = contiguous_rows(context_part);
+  words = torch::stable::contiguous(words);
+  c = torch::stable::contiguous(c);
+  h_grad = torch::stable::contiguous(h_grad);
+  c_grad = torch::stable::contiguous(c_grad);
+  const Tensor gates_grad = torch::stable::new_empty(c, {N, 4 * H});
+  const Tensor before_grad = torch::stable::new_empty(c, {N, H});
+
+  dispatch_dtype(c, [&](auto type) {
+    using T = decltype(type);
+    const LstmStepBackward<T> params{
+        .N = N,
+        .H = H,
+        .recurrent_stride = recurrent.stride(0),
+        .context_stride = context_part.stride(0),
+        .recurrent = data<T>(recurrent),
+        .context_part = data<T>(context_part),
+        .words = data<T>(words),
+        .c = data<T>(c),
+        .next_h_grad = data<T>(h_grad),
+        .next_c_grad = data<T>(c_grad),
+        .gates_grad = mutable_data<T>(gates_grad),
+        .c_grad = mutable_data<T>(before_grad),
+    };
+#ifdef USE_CUDA
+    launch_on_device(c, [&](cudaStream_t stream) { return lstm_step_backward_cuda(params, stream); });
+#else
+    ATTNCAP_CALL_BEST_ISA(lstm_step_backward_cpu, params, threads);
+#endif
+  });
+  return {gates_grad, before_grad};
+}
+
 }  // namespace
 }  // namespace attncap
 
 STABLE_TORCH_LIBRARY_IMPL(attncap, ATTNCAP_DISPATCH_KEY, library) {
   library.impl("lstm_step", TORCH_BOX(&attncap::lstm_step));
+  library.impl("lstm_step_backward", TORCH_BOX(&attncap::lstm_step_backward));
 }

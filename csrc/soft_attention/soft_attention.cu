@@ -46,10 +46,18 @@ cudaError_t soft_attention_backward_cuda(const SoftAttentionBackward<T>& params,
   return launch.error;
 }
 
-#define INSTANTIATE(T)                                                                            \
-  template int soft_attention_parts_cuda<T>(const SoftAttentionSizes&);                           \
-  template cudaError_t soft_attention_forward_cuda(const SoftAttentionForward<T>&, cudaStream_t); \
-  template cudaError_t soft_attention_backward_cuda(const SoftAttentionBackward<T>&, cudaStream_t);
+template <typename T>
+cudaError_t soft_attention_keys_backward_cuda(const SoftAttentionKeysBackward<T>& params, cudaStream_t stream) {
+  Launcher launch{stream};
+  launch_keys_backward(params, processors(), launch);
+  return launch.error;
+}
+
+#define INSTANTIATE(T)                                                                              \
+  template int soft_attention_parts_cuda<T>(const SoftAttentionSizes&);                             \
+  template cudaError_t soft_attention_forward_cuda(const SoftAttentionForward<T>&, cudaStream_t);   \
+  template cudaError_t soft_attention_backward_cuda(const SoftAttentionBackward<T>&, cudaStream_t); \
+  template cudaError_t soft_attention_keys_backward_cuda(const SoftAttentionKeysBackward<T>&, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(bfloat16)

@@ -226,9 +226,9 @@ __global__ void __launch_bounds__(kThreads) soft_attention_softmax_grad_kernel(S
   for (int64_t p = lane; p < P; p += kWarpSize) grad[p] = static_cast<Number>(weights[p]) * (grad[p] - mean);
 }
 
-// Over channels (of the attention): keys_grad, query_grad and the image's part of score_weight_grad. A block does all
-// rows of its image, `rows` at a time; between them keys_grad is rounded to T. Shared memory: blockDim.x * width
-// numbers.
+// Over channels (of the attention): query_grad and, if wanted, keys_grad and the image's part of score_weight_grad. A
+// block does all rows of its image, `rows` at a time; between them keys_grad is rounded to T. Shared memory: blockDim.x
+// * width numbers.
 template <typename T, int rows>
 __global__ void __launch_bounds__(kThreads)
     soft_attention_keys_grad_kernel(SoftAttentionBackward<T> params, bool aligned, int columns) {
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kThreads)
       const auto key = load<width>(from, block.channel_count, aligned);
       T* to = params.keys_grad + (b * P + p) * A + block.channel;
       Pack<Number, width> key_grad{};
-      if (k > 0) key_grad = load<width>(to, block.channel_count, aligned);  // of the rows before
+      if (k > 0 && params.keys_grad) key_grad = load<width>(to, block.channel_count, aligned);  // of the rows before
 #pragma unroll
       for (int row = 0; row < rows; ++row) {
         if (row >= row_count) break;
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kThreads)
           key_grad.values[j] += grad;
         }
       }
-      store(to, key_grad, block.channel_count, aligned);
+      if (params.keys_grad) store(to, key_grad, block.channel_count, aligned);
     }
 #pragma unroll
     for (int row = 0; row < rows; ++row) {
@@ -277,7 +277,41 @@ __global__ void __launch_bounds__(kThreads)
                       [&](int64_t a, Number sum) { params.query_grad[(first_row + row) * A + a] = sum; });
     }
   }
+  if (!params.keys_grad) return;
   sum_over_groups(score_weight_grad, columns, scratch, block, A,
+                  [&](int64_t a, Number sum) { params.score_weight_grad[b * A + a] = sum; });
+}
+
+// Over channels: keys_grad and the image's part of score_weight_grad, from any number of rows. Shared memory as above.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    soft_attention_keys_backward_kernel(SoftAttentionKeysBackward<T> params, bool aligned, int columns) {
+  using Number = accumulate_t<T>;
+  constexpr int width = kWidth<T>;
+  const int64_t P = params.sizes.P, A = params.sizes.A;
+  const ChannelsBlock block(P, A, width, columns, 1);
+  const int64_t b = block.outer;
+  const Activate<T> activate{params.activation};
+  Pack<Number, width> score_weight{}, score_weight_grad{};
+  const int64_t cells_end = block.channel_count > 0 ? P : 0;
+  if (cells_end > 0) score_weight = load<width>(params.score_weight + block.channel, block.channel_count, aligned);
+  for (int64_t p = block.first_cell; p < cells_end; p += block.cell_step) {
+    const T* from = params.keys + b * params.keys_stride + p * A + block.channel;
+    const auto key = load<width>(from, block.channel_count, aligned);
+    Pack<Number, width> key_grad{};
+    for (int64_t n = params.row_starts[b]; n < params.row_starts[b + 1]; ++n) {
+      const auto query = load<width>(params.query + n * A + block.channel, block.channel_count, aligned);
+      const Number score_grad = params.score_grad[n * P + p];
+#pragma unroll
+      for (int j = 0; j < width; ++j) {
+        const Number y = activate(key.values[j] + query.values[j]);
+        score_weight_grad.values[j] += score_grad * y;
+        key_grad.values[j] += score_grad * score_weight.values[j] * activate.grad(y);
+      }
+    }
+    store(params.keys_grad + (b * P + p) * A + block.channel, key_grad, block.channel_count, aligned);
+  }
+  sum_over_groups(score_weight_grad, columns, reinterpret_cast<Number*>(dynamic_shared), block, A,
                   [&](int64_t a, Number sum) { params.score_weight_grad[b * A + a] = sum; });
 }
 

@@ -63,22 +63,40 @@ struct SoftAttentionBackward {
   const T* context;                    // [N, D], the forward's output
   const T* weights;                    // [N, P], the forward's output
   T* features_grad;                    // [B, P, D], null = not wanted
-  T* keys_grad;                        // [B, P, A]
+  T* keys_grad;                        // [B, P, A], null = not wanted
   T* gate_grad;                        // [N, D], null when gate is
   accumulate_t<T>* query_grad;         // [N, A]
   accumulate_t<T>* score_weight_grad;  // [B, A], each image's part; the caller sums over B, so the
-                                       // order is fixed
+                                       // order is fixed; null when keys_grad is
   accumulate_t<T>* gated_grad;         // [N, D] scratch: context_grad * sigmoid(gate)
   accumulate_t<T>* score_grad;         // [N, P] scratch: the gradient of score
 };
 
-// Both exist once for each instruction set.
-#define DECLARE(isa)                                                                         \
-  namespace isa {                                                                            \
-  template <typename T>                                                                      \
-  void soft_attention_forward_cpu(const SoftAttentionForward<T>& params, Threads threads);   \
-  template <typename T>                                                                      \
-  void soft_attention_backward_cpu(const SoftAttentionBackward<T>& params, Threads threads); \
+// The rest of a backward that did not want keys_grad, for many of them at once: a caption's steps have the same keys.
+// Image b's rows are those from row_starts[b] to row_starts[b + 1], in any number. K of sizes is not used.
+template <typename T>
+struct SoftAttentionKeysBackward {
+  SoftAttentionSizes sizes;
+  Activation activation;
+  int64_t keys_stride;
+  const T* keys;                       // [B, P, A]
+  const T* query;                      // [rows, A]
+  const T* score_weight;               // [A]
+  const accumulate_t<T>* score_grad;   // [rows, P]
+  const int64_t* row_starts;           // [B + 1]
+  T* keys_grad;                        // [B, P, A]
+  accumulate_t<T>* score_weight_grad;  // [B, A], as above
+};
+
+// They exist once for each instruction set.
+#define DECLARE(isa)                                                                                  \
+  namespace isa {                                                                                     \
+  template <typename T>                                                                               \
+  void soft_attention_forward_cpu(const SoftAttentionForward<T>& params, Threads threads);            \
+  template <typename T>                                                                               \
+  void soft_attention_backward_cpu(const SoftAttentionBackward<T>& params, Threads threads);          \
+  template <typename T>                                                                               \
+  void soft_attention_keys_backward_cpu(const SoftAttentionKeysBackward<T>& params, Threads threads); \
   }
 ATTNCAP_FOR_EACH_ISA(DECLARE)
 #undef DECLARE
@@ -93,11 +111,13 @@ constexpr int64_t kMaxCellsCuda = 40 * 1024 / sizeof(accumulate_t<T>);
 template <typename T>
 int soft_attention_parts_cuda(const SoftAttentionSizes& sizes);
 
-// Both return the first error of their launches.
+// All return the first error of their launches.
 template <typename T>
 cudaError_t soft_attention_forward_cuda(const SoftAttentionForward<T>& params, cudaStream_t stream);
 template <typename T>
 cudaError_t soft_attention_backward_cuda(const SoftAttentionBackward<T>& params, cudaStream_t stream);
+template <typename T>
+cudaError_t soft_attention_keys_backward_cuda(const SoftAttentionKeysBackward<T>& params, cudaStream_t stream);
 #endif
 
 }  // namespace attncap

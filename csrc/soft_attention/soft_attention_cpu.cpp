@@ -223,30 +223,31 @@ void softmax_grad(const SoftAttentionBackward<T>& params, int64_t n) {
   for (int64_t p = 0; p < P; ++p) grad[p] = static_cast<Number>(weights[p]) * (grad[p] - mean);
 }
 
-// From the scores' gradients of image b, attention units [begin, end): keys_grad, query_grad and the image's part of
-// score_weight_grad.
-template <Activation activation, typename T>
-void through_keys(const SoftAttentionBackward<T>& params, int64_t b, int64_t begin, int64_t end) {
+// From the scores' gradients of rows [first_row, end_row), those of image b, for attention units [begin, end):
+// keys_grad and the image's part of score_weight_grad; query_grad, which only SoftAttentionBackward has.
+template <Activation activation, bool keys_wanted, template <typename> typename Params, typename T>
+void through_keys(const Params<T>& params, int64_t b, int64_t first_row, int64_t end_row, int64_t begin, int64_t end) {
   using Number = accumulate_t<T>;
+  constexpr bool query_wanted = requires { params.query_grad; };
   const auto [B, K, P, D, A] = params.sizes;
   const T* keys = params.keys + b * params.keys_stride;
-  Number* score_weight_grad = params.score_weight_grad + b * A;
   for (int64_t a = begin; a < end; ++a) {
-    score_weight_grad[a] = 0;
-    for (int64_t n = b * K; n < b * K + K; ++n) params.query_grad[n * A + a] = 0;
+    if constexpr (keys_wanted) params.score_weight_grad[b * A + a] = 0;
+    if constexpr (query_wanted) {
+      for (int64_t n = first_row; n < end_row; ++n) params.query_grad[n * A + a] = 0;
+    }
   }
 
   for_each_tile(0, P, [&]<int64_t count>(int64_t p) {
     for_each_vector<Number>(end - begin, [&](int64_t offset, auto... rest) {
       const int64_t a = begin + offset;
-      Vector<Number> key[count], key_grad[count] = {};
+      Vector<Number> key[count], key_grad[count] = {}, score_weight_grad{};
 #pragma GCC unroll 4
       for (int64_t i = 0; i < count; ++i) {
         key[i] = load(keys + (p + i) * A + a, rest...);
         __builtin_prefetch(keys + (p + i + kTile) * A + a);
       }
-      Vector<Number> weight_grad = load(score_weight_grad + a, rest...);
-      for (int64_t n = b * K; n < b * K + K; ++n) {
+      for (int64_t n = first_row; n < end_row; ++n) {
         const Vector<Number> query = load(params.query + n * A + a, rest...);
         Vector<Number> query_grad{}, score_weight_part{};
 #pragma GCC unroll 4
@@ -254,29 +255,36 @@ void through_keys(const SoftAttentionBackward<T>& params, int64_t b, int64_t beg
           const Number score_grad = params.score_grad[n * P + p + i];
           const Vector<Number> y = activate<activation, Number>(key[i] + query);
           const Vector<Number> x_grad = times_activate_grad<activation, Number>(Vector<Number>{} + score_grad, y);
-          score_weight_part += score_grad * y;
+          if constexpr (keys_wanted) score_weight_part += score_grad * y;
           query_grad += x_grad;
           key_grad[i] += x_grad;
         }
-        weight_grad += score_weight_part;
-        Number* to = params.query_grad + n * A + a;
-        store(to, load(to, rest...) + query_grad, rest...);
+        score_weight_grad += score_weight_part;
+        if constexpr (query_wanted) {
+          Number* to = params.query_grad + n * A + a;
+          store(to, load(to, rest...) + query_grad, rest...);
+        }
       }
-      store(score_weight_grad + a, weight_grad, rest...);
-      const Vector<Number> score_weight = load(params.score_weight + a, rest...);
+      if constexpr (keys_wanted) {
+        Number* to = params.score_weight_grad + b * A + a;
+        store(to, load(to, rest...) + score_weight_grad, rest...);
+        const Vector<Number> score_weight = load(params.score_weight + a, rest...);
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < count; ++i) {
-        store(params.keys_grad + (b * P + p + i) * A + a, score_weight * key_grad[i], rest...);
+        for (int64_t i = 0; i < count; ++i) {
+          store(params.keys_grad + (b * P + p + i) * A + a, score_weight * key_grad[i], rest...);
+        }
       }
     });
   });
 
-  for (int64_t n = b * K; n < b * K + K; ++n) {
-    for_each_vector<Number>(end - begin, [&](int64_t offset, auto... rest) {
-      const int64_t a = begin + offset;
-      Number* grad = params.query_grad + n * A + a;
-      store(grad, load(grad, rest...) * load(params.score_weight + a, rest...), rest...);
-    });
+  if constexpr (query_wanted) {
+    for (int64_t n = first_row; n < end_row; ++n) {
+      for_each_vector<Number>(end - begin, [&](int64_t offset, auto... rest) {
+        const int64_t a = begin + offset;
+        Number* grad = params.query_grad + n * A + a;
+        store(grad, load(grad, rest...) * load(params.score_weight + a, rest...), rest...);
+      });
+    }
   }
 }
 
@@ -307,8 +315,18 @@ void backward(const SoftAttentionBackward<T>& params, Threads threads) {
   parallel_for_parts(threads, B, P, kCells,
                      [&](int64_t b, int64_t begin, int64_t end) { through_features(params, b, begin, end); });
   parallel_for(threads, B * K, [&](int64_t n) { softmax_grad(params, n); });
-  parallel_for_parts(threads, B, A, kUnits,
-                     [&](int64_t b, int64_t begin, int64_t end) { through_keys<activation>(params, b, begin, end); });
+  parallel_for_parts(threads, B, A, kUnits, [&](int64_t b, int64_t begin, int64_t end) {
+    params.keys_grad ? through_keys<activation, true>(params, b, b * K, b * K + K, begin, end)
+                     : through_keys<activation, false>(params, b, b * K, b * K + K, begin, end);
+  });
+}
+
+template <Activation activation, typename T>
+void keys_backward(const SoftAttentionKeysBackward<T>& params, Threads threads) {
+  const int64_t* starts = params.row_starts;
+  parallel_for_parts(threads, params.sizes.B, params.sizes.A, kUnits, [&](int64_t b, int64_t begin, int64_t end) {
+    through_keys<activation, true>(params, b, starts[b], starts[b + 1], begin, end);
+  });
 }
 
 }  // namespace
@@ -325,9 +343,16 @@ void soft_attention_backward_cpu(const SoftAttentionBackward<T>& params, Threads
                                         : backward<Activation::relu>(params, threads);
 }
 
-#define INSTANTIATE(T)                                                               \
-  template void soft_attention_forward_cpu(const SoftAttentionForward<T>&, Threads); \
-  template void soft_attention_backward_cpu(const SoftAttentionBackward<T>&, Threads);
+template <typename T>
+void soft_attention_keys_backward_cpu(const SoftAttentionKeysBackward<T>& params, Threads threads) {
+  params.activation == Activation::tanh ? keys_backward<Activation::tanh>(params, threads)
+                                        : keys_backward<Activation::relu>(params, threads);
+}
+
+#define INSTANTIATE(T)                                                                 \
+  template void soft_attention_forward_cpu(const SoftAttentionForward<T>&, Threads);   \
+  template void soft_attention_backward_cpu(const SoftAttentionBackward<T>&, Threads); \
+  template void soft_attention_keys_backward_cpu(const SoftAttentionKeysBackward<T>&, Threads);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(bfloat16)

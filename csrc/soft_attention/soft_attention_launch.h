@@ -18,11 +18,14 @@ struct Aligned {
   bool keys, features;
 
   template <typename Params>
-  explicit Aligned(const Params& params) {
-    const int64_t D = params.sizes.D, A = params.sizes.A;
-    keys = is_aligned(params.keys, params.keys_stride, A) && is_aligned(params.query, A, A) &&
+  explicit Aligned(const Params& params)
+      : keys(keys_aligned(params)), features(is_aligned(params.features, params.features_stride, params.sizes.D)) {}
+
+  template <typename Params>
+  static bool keys_aligned(const Params& params) {
+    const int64_t A = params.sizes.A;
+    return is_aligned(params.keys, params.keys_stride, A) && is_aligned(params.query, A, A) &&
            is_aligned(params.score_weight, A, A);
-    features = is_aligned(params.features, params.features_stride, D);
   }
 };
 
@@ -138,6 +141,14 @@ void launch_backward(const SoftAttentionBackward<T>& params, int processors, Lau
     launch(soft_attention_features_grad_kernel<T, rows>, grid.blocks, kThreads, 0, params, aligned.features,
            grid.columns, grid.parts);
   });
+}
+
+template <typename T, typename Launch>
+void launch_keys_backward(const SoftAttentionKeysBackward<T>& params, int processors, Launch&& launch) {
+  if (params.sizes.B == 0) return;
+  const ChannelsGrid grid(params.sizes.B, params.sizes.A, kWidth<T>, processors);
+  launch(soft_attention_keys_backward_kernel<T>, grid.blocks, kThreads, kThreads * kWidth<T> * sizeof(accumulate_t<T>),
+         params, Aligned::keys_aligned(params), grid.columns);
 }
 
 }  // namespace attncap

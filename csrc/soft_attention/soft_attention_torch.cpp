@@ -81,11 +81,14 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor keys, Tensor query, T
   return {context, weights};
 }
 
-// features_grad is empty when not wanted, gate_grad without a gate.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor context_grad, Tensor weights_grad, Tensor features,
-                                                            Tensor keys, Tensor query, Tensor score_weight,
-                                                            std::optional<Tensor> gate, Tensor context, Tensor weights,
-                                                            std::string activation, bool features_need_grad) {
+struct Gradients {
+  Tensor features, keys, query, score_weight, gate;  // empty where not wanted, or without a gate
+  Tensor gated_context, score;                       // on the way to the others
+};
+
+Gradients compute_gradients(Tensor context_grad, Tensor weights_grad, Tensor features, Tensor keys, Tensor query,
+                            Tensor score_weight, std::optional<Tensor> gate, Tensor context, Tensor weights,
+                            const std::string& activation, bool features_need_grad, bool keys_need_grad) {
   const SoftAttentionSizes sizes = check_inputs(features, keys, query, score_weight, gate);
   const auto [B, K, P, D, A] = sizes;
   const int64_t N = B * K;
@@ -102,15 +105,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor context_grad,
   gate = contiguous(gate);
   context = torch::stable::contiguous(context);
   weights = torch::stable::contiguous(weights);
-  const Tensor features_grad =
-      features_need_grad ? torch::stable::new_empty(features, {B, P, D}) : torch::stable::new_empty(features, {0});
-  const Tensor keys_grad = torch::stable::new_empty(features, {B, P, A});
-  const Tensor gate_grad = gate ? torch::stable::new_empty(features, {N, D}) : torch::stable::new_empty(features, {0});
-  const ScalarType accumulate = accumulate_dtype(features);
-  const Tensor query_grad = torch::stable::new_empty(features, {N, A}, accumulate);
-  const Tensor score_weight_grad = torch::stable::new_empty(features, {B, A}, accumulate);
-  const Tensor gated_grad = torch::stable::new_empty(features, {N, D}, accumulate);
-  const Tensor score_grad = torch::stable::new_empty(features, {N, P}, accumulate);
+  const ScalarType dtype = features.scalar_type(), accumulate = accumulate_dtype(features);
+  const auto empty = [&](bool wanted, std::vector<int64_t> sizes, ScalarType dtype) {
+    return torch::stable::new_empty(features, wanted ? sizes : std::vector<int64_t>{0}, dtype);
+  };
+  Gradients grad{
+      .features = empty(features_need_grad, {B, P, D}, dtype),
+      .keys = empty(keys_need_grad, {B, P, A}, dtype),
+      .query = empty(true, {N, A}, accumulate),
+      .score_weight = empty(keys_need_grad, {B, A}, accumulate),
+      .gate = empty(gate.has_value(), {N, D}, dtype),
+      .gated_context = empty(true, {N, D}, accumulate),
+      .score = empty(true, {N, P}, accumulate),
+  };
 
   dispatch_dtype(features, [&](auto type) {
     using T = decltype(type);
@@ -129,13 +136,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor context_grad,
         .gate = gate ? data<T>(*gate) : nullptr,
         .context = data<T>(context),
         .weights = data<T>(weights),
-        .features_grad = features_need_grad ? mutable_data<T>(features_grad) : nullptr,
-        .keys_grad = mutable_data<T>(keys_grad),
-        .gate_grad = gate ? mutable_data<T>(gate_grad) : nullptr,
-        .query_grad = mutable_data<acc_t>(query_grad),
-        .score_weight_grad = mutable_data<acc_t>(score_weight_grad),
-        .gated_grad = mutable_data<acc_t>(gated_grad),
-        .score_grad = mutable_data<acc_t>(score_grad),
+        .features_grad = features_need_grad ? mutable_data<T>(grad.features) : nullptr,
+        .keys_grad = keys_need_grad ? mutable_data<T>(grad.keys) : nullptr,
+        .gate_grad = gate ? mutable_data<T>(grad.gate) : nullptr,
+        .query_grad = mutable_data<acc_t>(grad.query),
+        .score_weight_grad = keys_need_grad ? mutable_data<acc_t>(grad.score_weight) : nullptr,
+        .gated_grad = mutable_data<acc_t>(grad.gated_context),
+        .score_grad = mutable_data<acc_t>(grad.score),
     };
 #ifdef USE_CUDA
     launch_on_device(features, [&](cudaStream_t stream) { return soft_attention_backward_cuda(params, stream); });
@@ -143,10 +150,74 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor context_grad,
     ATTNCAP_CALL_BEST_ISA(soft_attention_backward_cpu, params, threads);
 #endif
   });
-  const std::array<int64_t, 1> over_images = {0};
-  const Tensor total = torch::stable::sum(score_weight_grad, over_images);
-  const ScalarType dtype = features.scalar_type();
-  return {features_grad, keys_grad, torch::stable::to(query_grad, dtype), torch::stable::to(total, dtype), gate_grad};
+  grad.query = torch::stable::to(grad.query, dtype);
+  return grad;
+}
+
+// [B, A] -> [A]
+Tensor sum_over_images(const Tensor& score_weight_grad, ScalarType dtype) {
+  const std::array<int64_t, 1> images = {0};
+  return torch::stable::to(torch::stable::sum(score_weight_grad, images), dtype);
+}
+
+// features_grad is empty when not wanted, gate_grad without a gate.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor context_grad, Tensor weights_grad, Tensor features,
+                                                            Tensor keys, Tensor query, Tensor score_weight,
+                                                            std::optional<Tensor> gate, Tensor context, Tensor weights,
+                                                            std::string activation, bool features_need_grad) {
+  const Gradients grad = compute_gradients(context_grad, weights_grad, features, keys, query, score_weight, gate,
+                                           context, weights, activation, features_need_grad, true);
+  const Tensor score_weight_grad = sum_over_images(grad.score_weight, features.scalar_type());
+  return {grad.features, grad.keys, grad.query, score_weight_grad, grad.gate};
+}
+
+// What belongs to the rows alone, and the gradients of the gated context and the scores, from which the others follow.
+std::tuple<Tensor, Tensor, Tensor, Tensor> rows_backward(Tensor context_grad, Tensor weights_grad, Tensor features,
+                                                         Tensor keys, Tensor query, Tensor score_weight, Tensor gate,
+                                                         Tensor context, Tensor weights, std::string activation) {
+  const Gradients grad = compute_gradients(context_grad, weights_grad, features, keys, query, score_weight, gate,
+                                           context, weights, activation, false, false);
+  return {grad.query, grad.gate, grad.gated_context, grad.score};
+}
+
+std::tuple<Tensor, Tensor> keys_backward(Tensor keys, Tensor query, Tensor score_weight, Tensor score_grad,
+                                         Tensor row_starts, std::string activation) {
+  check(keys.dim() == 3 && query.dim() == 2, "soft_attention_keys_backward takes keys [B, P, A] and query [rows, A]");
+  const int64_t B = keys.size(0), P = keys.size(1), A = keys.size(2), rows = query.size(0);
+  const ScalarType accumulate = accumulate_dtype(keys);
+  check_tensor("soft_attention_keys_backward: query", query, keys, {rows, A});
+  check_tensor("soft_attention_keys_backward: score_weight", score_weight, keys, {A});
+  check_tensor("soft_attention_keys_backward: score_grad", score_grad, keys, {rows, P}, accumulate);
+  check_tensor("soft_attention_keys_backward: row_starts", row_starts, keys, {B + 1}, ScalarType::Long);
+  keys = contiguous_images(keys);
+  query = torch::stable::contiguous(query);
+  score_weight = torch::stable::contiguous(score_weight);
+  score_grad = torch::stable::contiguous(score_grad);
+  row_starts = torch::stable::contiguous(row_starts);
+  const Tensor keys_grad = torch::stable::new_empty(keys, {B, P, A});
+  const Tensor score_weight_grad = torch::stable::new_empty(keys, {B, A}, accumulate);
+
+  dispatch_dtype(keys, [&](auto type) {
+    using T = decltype(type);
+    const SoftAttentionKeysBackward<T> params{
+        .sizes = {.B = B, .K = 0, .P = P, .D = 0, .A = A},
+        .activation = parse_activation(activation),
+        .keys_stride = keys.stride(0),
+        .keys = data<T>(keys),
+        .query = data<T>(query),
+        .score_weight = data<T>(score_weight),
+        .score_grad = data<accumulate_t<T>>(score_grad),
+        .row_starts = data<int64_t>(row_starts),
+        .keys_grad = mutable_data<T>(keys_grad),
+        .score_weight_grad = mutable_data<accumulate_t<T>>(score_weight_grad),
+    };
+#ifdef USE_CUDA
+    launch_on_device(keys, [&](cudaStream_t stream) { return soft_attention_keys_backward_cuda(params, stream); });
+#else
+    ATTNCAP_CALL_BEST_ISA(soft_attention_keys_backward_cpu, params, threads);
+#endif
+  });
+  return {keys_grad, sum_over_images(score_weight_grad, keys.scalar_type())};
 }
 
 }  // namespace
@@ -155,4 +226,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor context_grad,
 STABLE_TORCH_LIBRARY_IMPL(attncap, ATTNCAP_DISPATCH_KEY, library) {
   library.impl("soft_attention", TORCH_BOX(&attncap::forward));
   library.impl("soft_attention_backward", TORCH_BOX(&attncap::backward));
+  library.impl("soft_attention_rows_backward", TORCH_BOX(&attncap::rows_backward));
+  library.impl("soft_attention_keys_backward", TORCH_BOX(&attncap::keys_backward));
 }

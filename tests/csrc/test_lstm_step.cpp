@@ -4,10 +4,12 @@
 // Truth is the formula of lstm_step.h in long double. Over all sizes, a kernel's largest error is at most twice that of
 // the formula in the type sums are kept in, rounded like the kernel's results.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <map>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda_emulator.h"  // first: it defines what device code needs
@@ -95,6 +97,58 @@ struct Problem {
   }
 };
 
+// Backward: row n goes on from row n.
+template <typename T>
+struct BackwardProblem {
+  LstmStepBackward<T> step;  // pointers are into these:
+  std::vector<T> recurrent, context_part, words, c, next_h_grad, next_c_grad, gates_grad, c_grad;
+
+  BackwardProblem(int64_t N, int64_t H, int64_t gap) {
+    std::mt19937 random(N * 1000 + H);
+    recurrent = normal<T>(N * (4 * H + gap), 1, random), context_part = normal<T>(N * (4 * H + gap), 1, random);
+    words = normal<T>(N * 4 * H, 1, random), c = normal<T>(N * H, 1, random);
+    next_h_grad = normal<T>(N * H, 1, random), next_c_grad = normal<T>(N * H, 1, random);
+    gates_grad.assign(N * 4 * H, static_cast<T>(NAN)), c_grad.assign(N * H, static_cast<T>(NAN));
+    step = {.N = N,
+            .H = H,
+            .recurrent_stride = 4 * H + gap,
+            .context_stride = 4 * H + gap,
+            .recurrent = recurrent.data(),
+            .context_part = context_part.data(),
+            .words = words.data(),
+            .c = c.data(),
+            .next_h_grad = next_h_grad.data(),
+            .next_c_grad = next_c_grad.data(),
+            .gates_grad = gates_grad.data(),
+            .c_grad = c_grad.data()};
+  }
+
+  // The chain rule, with numbers of type Number; results are those of type Result: gates_grad, c_grad.
+  template <typename Number, typename Result>
+  std::pair<std::vector<Result>, std::vector<Result>> run_plainly() const {
+    const int64_t N = step.N, H = step.H;
+    std::vector<Result> of_gates(N * 4 * H), of_c(N * H);
+    for (int64_t n = 0; n < N; ++n) {
+      for (int64_t j = 0; j < H; ++j) {
+        const auto gate = [&](int64_t k) {
+          return Number(recurrent[n * step.recurrent_stride + k * H + j]) +
+                 Number(context_part[n * step.context_stride + k * H + j]) + Number(words[(4 * n + k) * H + j]);
+        };
+        const auto sigmoid = [](Number x) { return 1 / (1 + std::exp(-x)); };
+        const Number i = sigmoid(gate(0)), f = sigmoid(gate(1)), g = std::tanh(gate(2)), o = sigmoid(gate(3));
+        const Number before = Number(c[n * H + j]), y = std::tanh(f * before + i * g);
+        const Number h_grad = Number(next_h_grad[n * H + j]);
+        const Number c_grad = Number(next_c_grad[n * H + j]) + h_grad * o * (1 - y * y);
+        Result* to = &of_gates[4 * n * H + j];
+        to[0] = Result(c_grad * g * i * (1 - i)), to[H] = Result(c_grad * before * f * (1 - f));
+        to[2 * H] = Result(c_grad * i * (1 - g * g)), to[3 * H] = Result(h_grad * y * o * (1 - o));
+        of_c[n * H + j] = Result(c_grad * f);
+      }
+    }
+    return {of_gates, of_c};
+  }
+};
+
 template <typename T>
 double largest_error(const std::vector<T>& actual, const std::vector<long double>& truth) {
   if (actual.size() != truth.size()) return NAN;
@@ -141,6 +195,40 @@ void test(const std::string& dtype, std::initializer_list<Sizes> table) {
   }
 }
 
+template <typename T>
+void test_backward(const std::string& dtype) {
+  std::map<std::string, double> errors;
+  double plain_error = 0;
+  for (const auto& [N, H, gap] : std::initializer_list<std::array<int64_t, 3>>{
+           {0, 3, 0}, {1, 1, 0}, {5, 7, 1}, {6, 8, 0}, {3, 16, 8}, {4, 33, 3}, {10, 100, 0}, {7, 257, 5}}) {
+    const BackwardProblem<T> first(N, H, gap);
+    const auto truth = first.template run_plainly<long double, long double>();
+    const auto plain = first.template run_plainly<accumulate_t<T>, T>();
+    plain_error =
+        std::max({plain_error, largest_error(plain.first, truth.first), largest_error(plain.second, truth.second)});
+    const auto compare_with_truth = [&](const std::string& how, const BackwardProblem<T>& problem) {
+      for (const double error :
+           {largest_error(problem.gates_grad, truth.first), largest_error(problem.c_grad, truth.second)}) {
+        if (!(error <= errors[how])) errors[how] = error;
+      }
+    };
+    for_each_isa([&](const std::string& how, Isa isa, Threads threads) {
+      const BackwardProblem<T> problem(N, H, gap);
+      ATTNCAP_CALL_ISA(isa, lstm_step_backward_cpu, problem.step, threads);
+      compare_with_truth(how, problem);
+    });
+    for_each_schedule([&](const std::string& how, Schedule schedule) {
+      const BackwardProblem<T> problem(N, H, gap);
+      const int64_t blocks = lstm_step_backward_blocks(problem.step);
+      launch(schedule, blocks, kLstmThreads, 0, lstm_step_backward_kernel<T>, problem.step);
+      compare_with_truth(how, problem);
+    });
+  }
+  for (const auto& [how, error] : errors) {
+    expect(error <= 2 * plain_error, dtype + ", backward, " + how + ": " + std::to_string(error / plain_error));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -151,5 +239,9 @@ int main() {
   test<double>("float64", table);
   test<bfloat16>("bfloat16", table);
   test<float16>("float16", table);
+  test_backward<float>("float32");
+  test_backward<double>("float64");
+  test_backward<bfloat16>("bfloat16");
+  test_backward<float16>("float16");
   return report();
 }

@@ -34,10 +34,12 @@ struct Problem {
   Activation activation;
   bool masked, gated;
   int64_t gap;
+  bool in_two_goes = false;  // keys_grad and score_weight_grad by themselves, after the rest of the backward
   std::vector<T> features, keys, query, score_weight, gate, context_grad, weights_grad;
   std::unique_ptr<bool[]> mask;
   std::vector<T> context, weights, features_grad, keys_grad, gate_grad;
   std::vector<Number> scores, context_parts, query_grad, score_weight_grad, gated_grad, score_grad;
+  std::vector<int64_t> row_starts;
 
   void allocate() {
     const auto [B, K, P, D, A] = sizes;
@@ -79,12 +81,27 @@ struct Problem {
             .context = context.data(),
             .weights = weights.data(),
             .features_grad = features_grad.data(),
-            .keys_grad = keys_grad.data(),
+            .keys_grad = in_two_goes ? nullptr : keys_grad.data(),
             .gate_grad = gated ? gate_grad.data() : nullptr,
             .query_grad = query_grad.data(),
-            .score_weight_grad = score_weight_grad.data(),
+            .score_weight_grad = in_two_goes ? nullptr : score_weight_grad.data(),
             .gated_grad = gated_grad.data(),
             .score_grad = score_grad.data()};
+  }
+
+  SoftAttentionKeysBackward<T> keys_backward() {
+    row_starts.clear();
+    for (int64_t b = 0; b <= sizes.B; ++b) row_starts.push_back(b * sizes.K);
+    return {.sizes = {.B = sizes.B, .K = 0, .P = sizes.P, .D = 0, .A = sizes.A},
+            .activation = activation,
+            .keys_stride = sizes.P * sizes.A + gap,
+            .keys = keys.data(),
+            .query = query.data(),
+            .score_weight = score_weight.data(),
+            .score_grad = score_grad.data(),
+            .row_starts = row_starts.data(),
+            .keys_grad = keys_grad.data(),
+            .score_weight_grad = score_weight_grad.data()};
   }
 
   // The formula, a row at a time.
@@ -143,6 +160,7 @@ struct Problem {
   void run_on_cpu(Isa isa, Threads threads) {
     ATTNCAP_CALL_ISA(isa, soft_attention_forward_cpu, forward(), threads);
     ATTNCAP_CALL_ISA(isa, soft_attention_backward_cpu, backward(), threads);
+    if (in_two_goes) ATTNCAP_CALL_ISA(isa, soft_attention_keys_backward_cpu, keys_backward(), threads);
   }
 
   // On a chip with so many processors: that decides the shapes of the blocks.
@@ -156,6 +174,7 @@ struct Problem {
     params.context_parts = context_parts.data();
     launch_forward(params, processors, emulate);
     launch_backward(backward(), processors, emulate);
+    if (in_two_goes) launch_keys_backward(keys_backward(), processors, emulate);
   }
 };
 
@@ -241,6 +260,16 @@ void test_sizes(const char* dtype, double tolerance, std::initializer_list<SoftA
       problem.allocate();
       problem.run_emulated(Schedule::random, 1);
       compare(name + "one processor", problem, truth, tolerance);
+
+      problem.in_two_goes = true;
+      for_each_isa([&](const std::string& how, Isa isa, Threads threads) {
+        problem.allocate();
+        problem.run_on_cpu(isa, threads);
+        compare(name + "in two goes, " + how, problem, truth, tolerance);
+      });
+      problem.allocate();
+      problem.run_emulated(Schedule::random, 100);
+      compare(name + "in two goes, emulated", problem, truth, tolerance);
     }
   }
 }

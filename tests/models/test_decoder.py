@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -5,14 +7,15 @@ import torch
 from attncap.config import ModelConfig
 from attncap.data.vocabulary import Vocabulary
 from attncap.models import Decoder
+from attncap.models.losses import caption_losses
 
 B, K, P, D, A, E, H, V = 2, 3, 5, 7, 6, 4, 8, 11
 
 
-def make_decoder(**settings) -> Decoder:
+def make_decoder(implementation: str, **settings) -> Decoder:
     torch.manual_seed(1)
     config = ModelConfig(attention_size=A, embedding_size=E, hidden_size=H, dropout=0.0, **settings)
-    return Decoder(config, D, V, "torch").double()
+    return Decoder(config, D, V, implementation).double()
 
 
 def sigmoid(x):
@@ -49,31 +52,84 @@ def by_the_equations(decoder: Decoder, features: np.ndarray, tokens: list[int]) 
     return np.array(all_logits), np.array(all_weights)
 
 
+def make_tokens(lengths: list[int]) -> torch.Tensor:
+    """Captions of so many words, <end> counted, after <start>."""
+    random = torch.Generator().manual_seed(4)
+    tokens = torch.full((len(lengths), max(lengths) + 1), Vocabulary.PAD)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[: length + 1] = torch.randint(Vocabulary.START, V, (length + 1,), generator=random)
+    return tokens
+
+
+@pytest.mark.parametrize("implementation", ["torch", "native"])
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("output_layer", ["plain", "deep"])
-def test_teacher_forcing_follows_the_paper(activation, output_layer):
-    decoder = make_decoder(activation=activation, output_layer=output_layer)
-    features = torch.randn(B, P, D, dtype=torch.double)
-    tokens = torch.randint(0, V, (B * K, 6))
-    logits, weights = decoder(features, tokens)
-    for n in range(B * K):
-        expected = by_the_equations(decoder, features[n // K].numpy(), tokens[n].tolist())
-        np.testing.assert_allclose(logits[n].detach().numpy(), expected[0], rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(weights[n].detach().numpy(), expected[1], rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("K, lengths", [(3, [3, 1, 2, 5, 4, 5]), (1, [2, 6]), (1, [4, 3])])
+def test_teacher_forcing_follows_the_paper(implementation, activation, output_layer, K, lengths):
+    decoder = make_decoder(implementation, activation=activation, output_layer=output_layer)
+    features, tokens = torch.randn(B, P, D, dtype=torch.double), make_tokens(lengths)
+    written = decoder(features, tokens)
+    words = list(zip(written.rows.tolist(), written.places.tolist(), strict=True))
+    assert sorted(words) == [(n, t) for n, length in enumerate(lengths) for t in range(1, length + 1)]
+    expected = [
+        by_the_equations(decoder, features[n // K].numpy(), tokens[n, : length + 1].tolist())
+        for n, length in enumerate(lengths)
+    ]
+    logits = decoder.word_output(written.outputs).detach().numpy()
+    for m, (n, t) in enumerate(words):
+        np.testing.assert_allclose(logits[m], expected[n][0][t - 1], rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose(written.weights[m].detach().numpy(), expected[n][1][t - 1], rtol=1e-11, atol=1e-12)
 
 
-def test_native_and_torch_agree():
-    """Same logits and same gradients, within float64's rounding."""
-    features = torch.randn(B, P, D, dtype=torch.double)
-    tokens = torch.randint(Vocabulary.END, V, (B * K, 6))
+@pytest.mark.parametrize("implementation", ["torch", "native"])
+def test_losses_follow_the_paper(implementation):
+    """Equation 14, from the equations' logits and weights; smoothed, weighted by row, and fed other words."""
+    decoder = make_decoder(implementation)
+    lengths = [3, 1, 2, 5, 4, 5]
+    features, tokens = torch.randn(B, P, D, dtype=torch.double), make_tokens(lengths)
+    inputs = torch.where(torch.rand(len(tokens), tokens.shape[1] - 1) < 0.5, tokens[:, :-1], 7)
+    row_weights = torch.randn(len(tokens), dtype=torch.double)
+    smoothing, words, attention = 0.2, 0.0, 0.0
+    for n, length in enumerate(lengths):
+        fed = [*inputs[n, :length].tolist(), 0]  # the last one is not looked at
+        logits, weights = by_the_equations(decoder, features[n // K].numpy(), fed)
+        log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        of_targets = log_p[np.arange(length), tokens[n, 1 : length + 1].numpy()]
+        words -= row_weights[n].item() * ((1 - smoothing) * of_targets + smoothing * log_p.mean(axis=1)).sum()
+        attention += ((1 - weights.sum(axis=0)) ** 2).mean()
+    losses = caption_losses(decoder, features, tokens, smoothing, row_weights, inputs)
+    np.testing.assert_allclose([losses[x].item() for x in ("words", "attention")], [words, attention], rtol=1e-11)
+
+
+@pytest.mark.parametrize("output_layer", ["plain", "deep"])
+def test_native_and_torch_agree(output_layer):
+    """Same losses and same gradients, within float64's rounding."""
+    features, tokens = torch.randn(B, P, D, dtype=torch.double), make_tokens([3, 1, 2, 5, 4, 5])
     results = []
     for implementation in ("torch", "native"):
-        torch.manual_seed(1)
-        config = ModelConfig(attention_size=A, embedding_size=E, hidden_size=H, dropout=0.0)
-        decoder = Decoder(config, D, V, implementation).double()
+        decoder = make_decoder(implementation, output_layer=output_layer)
         features_copy = features.clone().requires_grad_()
-        logits, weights = decoder(features_copy, tokens)
-        (logits.square().mean() + (1 - weights.sum(1)).square().mean()).backward()
+        losses = caption_losses(decoder, features_copy, tokens, label_smoothing=0.1)
+        (losses["words"] + losses["attention"]).backward()
         gradients = {name: p.grad for name, p in decoder.named_parameters()}
-        results.append((logits, weights, features_copy.grad, gradients))
+        results.append((losses, features_copy.grad, gradients))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+def test_an_image_costs_its_own_longest_caption():
+    """Not that of the batch; and features that come sorted are not copied."""
+    decoder, asked = make_decoder("torch"), []
+    attention_lstm = decoder.ops.attention_lstm
+    decoder.ops = SimpleNamespace(
+        **{
+            **vars(decoder.ops),
+            "attention_lstm": lambda *inputs, **options: (
+                asked.append((inputs[0], options["images"])) or attention_lstm(*inputs, **options)
+            ),
+        }
+    )
+    features = torch.randn(B, P, D, dtype=torch.double)
+    decoder(features, make_tokens([1, 2, 2, 5, 4, 1]))
+    decoder(features, make_tokens([5, 4, 1, 1, 2, 2]))
+    assert [images for _, images in asked] == [[2, 2, 1, 1, 1]] * 2
+    assert torch.equal(asked[0][0], features.flip(0)) and asked[1][0] is features

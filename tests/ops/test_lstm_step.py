@@ -215,3 +215,54 @@ def test_the_kernel_checks_for_itself():
         arguments = dict(zip(NAMES, inputs, strict=True)) | {name: changed}
         with pytest.raises(RuntimeError, match=message):
             torch.ops.attncap.lstm_step(**arguments)
+
+
+def backward_inputs(N, H, *, device="cpu", dtype=torch.float64, seed=0, scale=1) -> list[Tensor]:
+    """recurrent, context_part, words, c, and gradients of h' and c': random."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = [(N, 4 * H)] * 3 + [(N, H)] * 3
+    return [(scale * torch.randn(*shape, generator=random)).to(device, dtype) for shape in shapes]
+
+
+def plain_backward(recurrent, context_part, words, c, h_grad, c_grad) -> list[Tensor]:
+    """By the gradients of the plain path, whose rows go on from themselves with words of their own."""
+    recurrent, c = recurrent.clone().requires_grad_(), c.clone().requires_grad_()
+    row = torch.arange(len(c), device=c.device)
+    h, next_c, _ = lstm_step_reference(recurrent, context_part, words, c, row, row)
+    return list(torch.autograd.grad([h, next_c], [recurrent, c], [h_grad, c_grad]))
+
+
+@every_dtype
+@pytest.mark.parametrize("H", [1, 7, 16, 33, 512])
+@pytest.mark.parametrize("scale", [1e-3, 1, 10])
+def test_backward(device, dtype, H, scale):
+    """At most twice the plain path's error, against float64."""
+    errors = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    for seed in range(4):
+        inputs = backward_inputs(6, H, device=device, dtype=dtype, seed=seed, scale=scale)
+        truth = plain_backward(*(x.double() for x in inputs))
+        native = torch.ops.attncap.lstm_step_backward(*inputs)
+        for index, (ours, theirs, true) in enumerate(zip(native, plain_backward(*inputs), truth, strict=True)):
+            assert ours.dtype == dtype and ours.shape == true.shape and ours.isfinite().all()
+            found = [(ours - true).abs().max(), (theirs - true).abs().max(), true.abs().max()]
+            errors[index] = [max(pair) for pair in zip(errors[index], found, strict=True)]
+    for error, plain_error, largest in errors:
+        assert error <= 2 * plain_error + FLOOR[dtype] * largest, f"{error:.2e}, plain {plain_error:.2e}"
+
+
+def test_backward_takes_slices_and_no_rows(device):
+    inputs = backward_inputs(5, 8, device=device)
+    wide = torch.cat([inputs[0], torch.full((5, 3), torch.nan).to(inputs[0])], dim=1)
+    sliced = [wide[:, :32], torch.cat([inputs[1]] * 2, dim=1)[:, 32:], inputs[2].t().contiguous().t(), *inputs[3:]]
+    backward = torch.ops.attncap.lstm_step_backward
+    torch.testing.assert_close(backward(*sliced), backward(*inputs), rtol=0, atol=0)
+    torch.library.opcheck(backward.default, tuple(sliced))
+    assert [x.shape for x in backward(*backward_inputs(0, 3, device=device))] == [(0, 12), (0, 3)]
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_backward_checks_for_itself(place):
+    inputs = backward_inputs(3, 4)
+    inputs[place] = inputs[place][:, 1:]
+    with pytest.raises(RuntimeError, match="lstm_step_backward"):
+        torch.ops.attncap.lstm_step_backward(*inputs)
