@@ -39,8 +39,8 @@ def make_features(B: int) -> torch.Tensor:
 
 def log_probability(decoder, feature, tokens):
     """Of the words of one caption, by teacher forcing: tokens [T] without padding."""
-    logits, _ = decoder(feature.unsqueeze(0), tokens.unsqueeze(0))
-    return logits[0].log_softmax(dim=1).gather(1, tokens[1:, None]).sum()
+    logits = decoder.word_output(decoder(feature.unsqueeze(0), tokens.unsqueeze(0)).outputs)
+    return logits.log_softmax(dim=1).gather(1, tokens[1:, None]).sum()
 
 
 def all_captions(V: int, max_length: int):
@@ -141,6 +141,15 @@ def test_rewards_are_pycocoevalcaps_with_the_end_as_a_word():
     assert row_weights.dtype == features.dtype
 
 
+def test_subwords_count_as_the_words_they_spell():
+    captions = [["a dog", "a dog runs"], ["two cats"], ["the man"]]
+    whole = Vocabulary([*Vocabulary.SPECIALS, "a", "dog", "the"])
+    pieces = Vocabulary([*Vocabulary.SPECIALS, "▁a", "▁d", "og", "▁the"], merges=["▁ a"])
+    expected = SelfCritical(whole, captions, 2, 5).rewards(torch.tensor([[START, 4, 5, END, PAD]]), [0])
+    found = SelfCritical(pieces, captions, 2, 5).rewards(torch.tensor([[START, 4, 5, 6, END]]), [0])
+    assert found.item() == pytest.approx(expected.item()) and found.item() > 2
+
+
 def test_gradient_is_the_policy_gradient():
     """The mean over words of (reward - the other samples' mean reward) times the gradient of -log p, of samples."""
     vocabulary = Vocabulary([*Vocabulary.SPECIALS, "a", "dog"])
@@ -158,7 +167,7 @@ def test_gradient_is_the_policy_gradient():
     expected = [torch.zeros_like(leaf) for leaf in leaves]
     for image, rows in enumerate(tokens.view(2, 4, -1)):
         samples = [row[row != PAD] for row in rows]
-        rewards = [scst.cider.score([row[1:].tolist()], [image])[0] for row in samples]
+        rewards = [scst.rewards(row.unsqueeze(0), [image]).item() for row in samples]
         assert len(set(rewards)) > 1
         for k, row in enumerate(samples):
             baseline = sum(rewards[:k] + rewards[k + 1 :]) / 3
