@@ -67,6 +67,8 @@ def find_examples(images: Sequence[str]) -> list[Example]:
     examples = []
     for given in images:
         if given.lower().endswith(".json"):
+            if not Path(given).is_file():
+                raise CallError(f"{given}: no such file")
             found, missing = coco.read_images(Path(given))
             data.report(given, missing, "images, whose files are missing")
             examples += found

@@ -30,7 +30,7 @@ class Caption:
 
     text: str
     score: float  # sum of the log-probabilities of its words and of <end>; see `attncap.search.Hypothesis`
-    words: list[str]
+    words: list[str]  # of a vocabulary of subwords its pieces, those that begin a word with ▁ before them
     attention: Tensor  # float32 [len(words), rows, columns]: where the model looked as it wrote each word
     others: list["Caption"] = field(default_factory=list)  # the next best, as many as `n_best` asks for
 
@@ -78,7 +78,7 @@ class Captioner(nn.Module):
                 tensor [B,P,D] of their features, with or without copies of cells (see `Encoder`); no ensemble then.
             search: settings of the search; the default ones if None.
             batch_size: images that go through the model together.
-            suppressed: words that no caption has.
+            suppressed: words that no caption has; of a vocabulary of subwords, pieces.
             ensemble: models of the same vocabulary, image size and grid; their words' probabilities and this model's
                 are averaged, and so is their attention.
             settings: fields of `SearchConfig` that differ from `search`: beam_size=3, length_penalty="average", ...
@@ -108,10 +108,7 @@ class Captioner(nn.Module):
         for model in ensemble:
             if (model.vocabulary.words, model.config.image_size, model.grid) != (words, size, self.grid):
                 raise CallError("the models of an ensemble need the same vocabulary, image size and grid")
-        for word in suppressed:
-            if word not in words or word == words[Vocabulary.END]:
-                raise CallError(f"{word!r} cannot be suppressed: captions need it, or it is no word of the vocabulary")
-        forbidden = [words.index(word) for word in suppressed]
+        forbidden = self.vocabulary.forbid(suppressed)
 
         models = (self, *ensemble)
         training = [model.training for model in models]
@@ -149,7 +146,7 @@ class Captioner(nn.Module):
         copies = self.grid[0] // side  # of a cell, on each side
         attention = hypothesis.attention.view(len(words), side, side) / copies**2
         attention = attention.repeat_interleave(copies, dim=1).repeat_interleave(copies, dim=2)
-        return Caption(" ".join(words), hypothesis.score, words, attention)
+        return Caption(self.vocabulary.text(words), hypothesis.score, words, attention)
 
     @property
     def device(self) -> torch.device:

@@ -25,7 +25,7 @@ class CaptioningConfig:
 
     search: Annotated[SearchConfig, tyro.conf.arg(name="")] = field(default_factory=SearchConfig)
     suppressed: str = "<unk>"
-    """Words that no caption has, separated by spaces."""
+    """Words that no caption has, separated by spaces; of a model of subwords, pieces as in its vocabulary.json."""
     batch_size: int = 32
     """Images that go through the model together."""
     workers: int | None = None
@@ -83,7 +83,8 @@ def check_numbers(config: object) -> None:
         elif dataclasses.is_dataclass(value):
             check_numbers(value)
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            if isinstance(value, int) and setting.name not in ("seed", "workers", "patience", "fine_tune_after"):
+            may_be_0 = ("seed", "workers", "patience", "fine_tune_after", "subwords")
+            if isinstance(value, int) and setting.name not in may_be_0:
                 least = 1
             if not value >= least:
                 raise CallError(f"--{setting.name.replace('_', '-')} {value}: must be at least {least}")

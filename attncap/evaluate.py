@@ -64,6 +64,9 @@ WAYS = [[True, False, True, False], [False, True, True, False], [False, True, Fa
 
 
 def main(config: EvaluateConfig) -> None:
+    for name in ("predictions", "data", "references", "compare", "output"):
+        if getattr(config, name) == "":
+            raise CallError(f"--{name} is empty; give a path, or leave it out")
     given = [config.model or None, config.predictions, config.data, config.references]
     if [value is not None for value in given] not in WAYS:
         raise CallError("give --model and --data, or --predictions and --data, or --predictions and --references")
@@ -78,10 +81,13 @@ def main(config: EvaluateConfig) -> None:
         references = read_captions(config.references)
     else:
         trained = training_seed(config.model[0]) if config.model else 0
-        splits = open_dataset(config.data, trained if config.seed is None else config.seed)
-        if config.split not in splits:
-            raise CallError(f"--split {config.split}: {config.data} has only {', '.join(splits)}")
-        examples = splits[config.split]
+        seed = trained if config.seed is None else config.seed
+        splits = open_dataset(config.data, seed, images=config.predictions is None)
+        examples = splits.get(config.split)
+        if not examples:
+            sizes = ", ".join(f"{name} ({len(part)} images)" for name, part in splits.items() if part)
+            wrong = "has no images in" if config.split in splits else "has no split"
+            raise CallError(f"--split: {config.data} {wrong} {config.split}; choose from {sizes}")
         references = {example.name: example.captions for example in examples}
         training = [caption for example in splits["train"] for caption in example.captions]
     if captions:
@@ -104,9 +110,12 @@ def main(config: EvaluateConfig) -> None:
         scores, captions = evaluate(models, examples, config, with_java)
     if empty := [name for name, caption in captions.items() if not tokenize(caption)]:
         log.warning("%d of %d captions have no words, e.g. that of image %s", len(empty), len(captions), empty[0])
-    report = {**summary(scores, captions, vocabulary, training), "left out": left_out}
+    report = {**summary(scores, captions, vocabulary, training), "left out": {**left_out, **scores.left_out}}
     if others:
-        compared = score({name: others[name] for name in captions}, {name: references[name] for name in captions})
+        with_java = [name for name in with_java if name not in scores.left_out]
+        others, refs = ({name: both[name] for name in captions} for both in (others, references))
+        compared = score(others, refs, with_java)
+        report["left out"] |= {f"difference in {name}": reason for name, reason in compared.left_out.items()}
         differences = bootstrap.compare(scores, compared)
         figures = {name: dataclasses.asdict(difference) for name, difference in differences.items()}
         report["difference"] = {"from": config.compare, "figures": figures}
@@ -169,9 +178,11 @@ def summary(
     intervals = bootstrap.intervals(scores)
     figures = {}
     for name, value in scores.figures().items():
-        low, high = intervals.get(name, (None, None))
+        low, high = intervals[name]
         figures[name] = {"value": value, "low": low, "high": high}
-    words = vocabulary and vocabulary.words[len(vocabulary.SPECIALS) :]
+    words = None  # of a vocabulary of pieces no share is told
+    if vocabulary and vocabulary.merges is None:
+        words = vocabulary.words[len(vocabulary.SPECIALS) :]
     seen = None if training is None else (tokenize(caption) for caption in training)
     varied = diversity([tokenize(caption) for caption in captions.values()], words, seen)
     return {"images": len(captions), "figures": figures, "captions": varied}

@@ -41,12 +41,12 @@ def tables(report: Mapping) -> list[list[tuple[str, ...]]]:
 
 
 def _interval(figure: Mapping) -> str:
-    return f"{figure['low']:.4f} to {figure['high']:.4f}" if figure.get("low") is not None else ""
+    return f"{figure['low']:.4f} to {figure['high']:.4f}"
 
 
 def notes(report: Mapping) -> list[str]:
     """The sentences that belong to the tables."""
-    found = [f"{report['images']} images. CIDEr is CIDEr-D, as in coco-caption."]
+    found = [f"{report['images']} images. CIDEr is CIDEr-D, which coco-caption calls CIDEr."]
     found += [f"{name} left out: {reason}." for name, reason in report.get("left out", {}).items()]
     if "difference" in report:
         found.append(f"The difference is to {report['difference']['from']}, drawn in pairs.")

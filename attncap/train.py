@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 
 from attncap import command
 from attncap.captioner import Captioner
-from attncap.data import Example, Splits, open_dataset
+from attncap.data import Splits, open_dataset
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError, UserError
 from attncap.evaluate import evaluate, results, summary
@@ -51,8 +52,12 @@ def run(config: TrainConfig, device: torch.device) -> int:
     for split, examples in splits.items():
         if not examples:
             raise UserError(f"{config.data}: no images for the {split} split; it takes three or more")
+    captions = [caption for example in splits["train"] for caption in example.captions]
+    vocabulary = start.vocabulary if start else find_vocabulary(config, captions)
+    vocabulary.forbid(config.suppressed.split())  # a word that is none is told now, not after the first epoch
     torch.manual_seed(config.seed)
-    model = (start or make_model(config, splits["train"])).to(device)
+    weights = "none" if config.resume else config.encoder_weights  # of a resumed run they come from the checkpoint
+    model = (start or Captioner(config.model, vocabulary, weights, config.implementation)).to(device)
     trainer = Trainer(config, model, splits, output)
     if config.resume:
         trainer.load_checkpoint()
@@ -87,11 +92,22 @@ def check_output(config: TrainConfig, output: Path) -> None:
     remove_temporary(output)
 
 
-def make_model(config: TrainConfig, examples: Sequence[Example]) -> Captioner:
-    """A new model, with the words of these examples."""
-    vocabulary = Vocabulary.build((caption for example in examples for caption in example.captions), config.min_count)
-    weights = "none" if config.resume else config.encoder_weights  # then they come from the checkpoint
-    return Captioner(config.model, vocabulary, weights, config.implementation)
+def find_vocabulary(config: TrainConfig, captions: Sequence[str]) -> Vocabulary:
+    """That of --vocabulary, or else one learnt from the training captions. Raises CallError and UserError."""
+    if config.vocabulary is None:
+        return Vocabulary.build(captions, config.min_count, config.subwords)
+    if config.subwords:
+        raise CallError("--subwords: --vocabulary has its words already; give one of the two")
+    if not Path(config.vocabulary).is_file():
+        raise CallError(f"--vocabulary {config.vocabulary}: no such file")
+    vocabulary = Vocabulary.load(config.vocabulary)
+    ids = Counter(i for caption in captions for i in vocabulary.encode(caption, sys.maxsize)[1:-1])
+    if ids.total() == ids[Vocabulary.UNK]:
+        raise UserError(f"--vocabulary {config.vocabulary}: has no word of the training captions")
+    known = 1 - ids[Vocabulary.UNK] / ids.total()
+    if distributed.is_main():
+        print(f"{config.vocabulary}: knows {known:.2%} of the running words of the training captions")
+    return vocabulary
 
 
 def test(config: TrainConfig, splits: Splits, output: Path, device: torch.device) -> None:

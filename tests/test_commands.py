@@ -219,6 +219,7 @@ def test_any_results_file_is_read_or_refused(tmp_path_factory, content):
         ("[7]", 'field "image_id" of entry 0'),
         ('{"image_id": 1}', "expected"),
         ('[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]', "twice"),
+        ('[{"image_id": "1", "caption": "a"}, {"image_id": 1, "caption": "b"}]', "image id 1 stands there twice"),
     ],
 )
 def test_wrong_results_files(tmp_path, content, reason):
@@ -288,10 +289,12 @@ def test_wrong_calls_of_caption_and_evaluate(attncap, trained, flickr8k, tmp_pat
     picture = flickr8k / "Images" / "000.png"
     (tmp_path / "empty").mkdir()
     (tmp_path / "a file").write_text("")
+    (tmp_path / "two.csv").write_text(f"image,caption\n{picture},a dog\n{flickr8k}/Images/001.png,a cat\n")
     for name, arguments, status, message in (
         ("caption", [picture, "--model", tmp_path / "nowhere"], 2, "no such model folder"),
         ("caption", [tmp_path / "no.jpg", "--model", trained], 2, "no.jpg"),
         ("caption", [tmp_path / "empty", "--model", trained], 2, "no images in"),
+        ("caption", [tmp_path / "no.json", "--model", trained], 2, "no.json: no such file"),
         ("caption", [picture, "--model", trained, "--attention-dir", tmp_path / "a file" / "x"], 1, "cannot write"),
         ("caption", [picture, "--model", trained, "--beam-size", 0], 2, "--beam-size"),
         ("caption", [picture, "--model", trained, "--suppressed", "zebra"], 2, "'zebra' cannot be suppressed"),
@@ -303,7 +306,20 @@ def test_wrong_calls_of_caption_and_evaluate(attncap, trained, flickr8k, tmp_pat
             "should be NAME.json",
         ),
         ("evaluate", ["--predictions", "p.json", "--data", flickr8k, "--output", "p.json"], 2, "p.json: is an input"),
-        ("evaluate", ["--model", trained, "--data", flickr8k, "--split", "dev"], 2, "--split dev"),
+        (
+            "evaluate",
+            ["--model", trained, "--data", flickr8k, "--split", "dev"],
+            2,
+            "has no split dev; choose from train (48 images), val (6 images), test (6 images)",
+        ),
+        (
+            "evaluate",
+            ["--model", trained, "--data", tmp_path / "two.csv"],
+            2,
+            "has no images in test; choose from train (2 images)",
+        ),
+        ("evaluate", ["--predictions", "", "--data", flickr8k], 2, "--predictions is empty"),
+        ("evaluate", ["--model", trained, "--data", ""], 2, "--data is empty"),
         ("evaluate", ["--predictions", tmp_path / "no.json", "--references", tmp_path / "no.json"], 2, "no.json"),
     ):
         found, _, err = attncap(name, *arguments, *(["--workers", 0] if name == "caption" else []))

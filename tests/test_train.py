@@ -10,6 +10,7 @@ from conftest import COLORS, TINY, make_flickr8k
 from safetensors.torch import load_file
 
 from attncap import Captioner
+from attncap.data.vocabulary import Vocabulary
 
 
 def test_training_learns_what_is_in_the_pictures(trained, flickr8k):
@@ -180,3 +181,47 @@ def test_a_loss_that_is_not_finite_stops_the_run(attncap, flickr8k, tmp_path):
     arguments = ["--data", flickr8k, "--output", tmp_path / "run", *TINY, "--learning-rate", 1e30, "--clip-norm", 1e30]
     status, _, err = attncap("train", *arguments)
     assert status == 1 and "try a new run with a lower --learning-rate" in err and "Traceback" not in err
+
+
+def test_subwords_and_another_runs_vocabulary(attncap, flickr8k, trained, tmp_path):
+    """Pieces learnt from the captions give plain text with an attention map a piece; and the words of another run, or
+    of the tutorial's WORDMAP, take the place of the captions' own."""
+    status, _, _ = attncap("train", "--data", flickr8k, *TINY, "--subwords", 25, "--output", tmp_path / "pieces")
+    assert status == 0
+    model = Captioner.from_pretrained(tmp_path / "pieces")
+    assert model.vocabulary.merges and len(model.vocabulary) <= 29
+    [caption] = model.caption([flickr8k / "Images" / "001.png"])
+    assert "green" in caption.text.split() and "▁" not in caption.text
+    assert len(caption.words) == len(caption.attention) > len(caption.text.split())
+    assert caption.words[0].startswith("▁") and "".join(caption.words).replace("▁", " ").strip() == caption.text
+    evaluate = ["evaluate", "--model", tmp_path / "pieces", "--data", flickr8k, "--workers", 0]
+    status, out, _ = attncap(*evaluate, "--suppressed", "<unk> ▁a", "--output", tmp_path / "pieces.json")
+    assert status == 0 and "vocabulary" not in out and json.loads((tmp_path / "pieces.json").read_text())["BLEU-1"] > 0
+
+    short = ["train", "--data", flickr8k, *TINY, "--epochs", 1]
+    status, out, _ = attncap(
+        *short, "--vocabulary", tmp_path / "pieces/vocabulary.json", "--output", tmp_path / "again"
+    )
+    assert status == 0 and "pieces/vocabulary.json: knows 100.00% of the running words" in out
+    again = (tmp_path / "again/vocabulary.json").read_text()
+    assert again == (tmp_path / "pieces/vocabulary.json").read_text()
+    wordmap = tmp_path / "WORDMAP.json"
+    wordmap.write_text('{"picture": 1, "zebra": 2, "a": 3, "<unk>": 4, "<start>": 5, "<end>": 6, "<pad>": 0}')
+    status, out, _ = attncap(*short, "--vocabulary", wordmap, "--output", tmp_path / "mapped")
+    assert status == 0 and "WORDMAP.json: knows 57.14% of the running words" in out  # all but a colour and `all`
+    assert Vocabulary.load(tmp_path / "mapped/vocabulary.json").words[4:] == ["picture", "zebra", "a"]
+
+
+def test_wrong_vocabularies(attncap, flickr8k, trained, tmp_path):
+    (tmp_path / "foreign.json").write_text('{"犬": 1, "<start>": 2}')
+    for arguments, status, message in (
+        (["--vocabulary", tmp_path / "no.json"], 2, "no.json: no such file"),
+        (["--vocabulary", trained / "config.json"], 1, 'field "words" should be a list of words'),
+        (["--vocabulary", tmp_path / "foreign.json"], 1, "foreign.json: has no word of the training captions"),
+        (["--vocabulary", trained / "vocabulary.json", "--subwords", 9], 2, "give one of the two"),
+        (["--subwords", -1], 2, "--subwords -1: must be at least 0"),
+        (["--suppressed", "<unk> zebra"], 2, "'zebra' cannot be suppressed"),
+    ):
+        found, _, err = attncap("train", "--data", flickr8k, *TINY, *arguments, "--output", tmp_path / "run")
+        assert found == status and message in err.splitlines()[-1], err
+        assert not (tmp_path / "run").exists()

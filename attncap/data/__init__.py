@@ -48,23 +48,26 @@ class Dataset:
     missing: Sequence[Path] = ()
 
 
-def open_dataset(path: str | Path, seed: int) -> Splits:
-    """Read the data set at `path` to train on it or to score on it, and report the images that are missing.
+def open_dataset(path: str | Path, seed: int, images: bool = True) -> Splits:
+    """Read the data set at `path` to train on it or to score on it, and report the images that are missing. `images`
+    as in `read_dataset`.
 
     Raises what `read_dataset` raises, and UserError for a data set without captions.
     """
-    dataset = read_dataset(path, seed)
+    dataset = read_dataset(path, seed, images)
     report(path, dataset.missing, "images, whose files are missing")
     if not any(example.captions for examples in dataset.splits.values() for example in examples):
         raise UserError(f"{path}: has no captions; its images can be captioned: python -m attncap.caption {path}")
     return dataset.splits
 
 
-def read_dataset(path: str | Path, seed: int) -> Dataset:
+def read_dataset(path: str | Path, seed: int, images: bool = True) -> Dataset:
     """Read the data set at `path`, whose layout is recognised, or draw the built-in `shapes`.
 
     `seed` draws what a data set leaves open: its splits, always by image. No image is opened. Of several layouts in a
-    folder the first in the order below is read, and the others are reported.
+    folder the first in the order below is read, and the others are reported. Examples whose images are missing are left
+    out; without `images`, to score captions that are written already, they stay, unless splits are to be drawn and some
+    of the images are there: then it is as in training, so that the splits are the same.
     Raises CallError when there is nothing at `path`, UserError when it is no data set or a broken one.
     """
     # The readers need Example from above.
@@ -90,7 +93,7 @@ def read_dataset(path: str | Path, seed: int) -> Dataset:
         beside = f"data sets beside {files[0].name}; give the path of one to read it"
         tables_beside = files[1:] if read is tables.read and files[0].name in tables.FLICKR else []
         report(path, [*tables_beside, *(files[0] for files, _ in others)], beside)
-        return read(path, files, seed)
+        return read(path, files, seed, images)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
@@ -126,12 +129,18 @@ def told_splits(examples: Sequence[Example], told: Mapping[str, str]) -> Splits:
     return splits
 
 
-def keep_existing(examples: Sequence[Example], source: Path) -> tuple[list[Example], list[Path]]:
+def keep_existing(
+    examples: Sequence[Example], source: Path, images: bool = True, drawn: bool = True
+) -> tuple[Sequence[Example], list[Path]]:
     """The examples whose file is there, and the paths of the other files. Raises UserError when none is there.
+
+    Without `images`, see `read_dataset`, all the examples where splits are not `drawn`, or no file is there.
 
     `source` is the file that names them. Each folder is listed once: a look at every single file
     takes minutes on a network's disk.
     """
+    if not (images or drawn):
+        return examples, []
     present = {folder: file_names(folder) for folder in {example.path.parent for example in examples}}
     kept: list[Example] = []
     missing: list[Path] = []
@@ -140,6 +149,9 @@ def keep_existing(examples: Sequence[Example], source: Path) -> tuple[list[Examp
             kept.append(example)
         else:
             missing.append(example.path)
+    if not kept and not images:
+        log.warning("%s: none of its images is there; what splits it leaves open are drawn from all of them", source)
+        return examples, []
     if not kept:
         raise UserError(
             f"{source}: none of the {len(missing)} images it names is there, e.g. {_short(missing[0])}; "

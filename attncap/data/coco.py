@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from pycocotools.coco import COCO
@@ -31,8 +32,9 @@ def find(path: Path) -> list[Path]:
     return sorted(annotations.glob("captions_*.json")) or sorted(annotations.glob("image_info_*.json"))
 
 
-def read(path: Path, files: list[Path], seed: int) -> Dataset:
-    """The examples by split; `name` is the image id, so that results are in COCO's own format.
+def read(path: Path, files: list[Path], seed: int, images: bool = True) -> Dataset:
+    """The examples by split; `name` is the image id, so that results are in COCO's own format. `images` as in
+    `read_dataset`.
 
     With a train and a val file, train is train and the seed cuts val into halves, val and test (the
     official test set has no public captions). A single file is cut 80/10/10; a list of images is all
@@ -43,7 +45,7 @@ def read(path: Path, files: list[Path], seed: int) -> Dataset:
         examples, missing = read_images(files[0])
         return Dataset(f"{layout}: images without captions", {"train": [], "val": [], "test": examples}, missing)
     if len(files) == 1:
-        examples, missing = _examples(files[0])
+        examples, missing = _examples(files[0], images)
         return Dataset(layout, draw_splits(examples, seed), missing)
     kinds = {kind: [f for f in files if _suffix(f).startswith(kind)] for kind in ("train", "val")}
     if len(files) != 2 or not all(len(found) == 1 for found in kinds.values()):
@@ -52,21 +54,28 @@ def read(path: Path, files: list[Path], seed: int) -> Dataset:
             f"{path / 'annotations'}: expected one captions_train*.json and one captions_val*.json, "
             f"found {names}; give the path of one file, or move the others away"
         )
-    held, missing_held = _examples(kinds["val"][0])
-    train, missing = _examples(kinds["train"][0])
+    held, missing_held = _examples(kinds["val"][0], images)
+    train, missing = _examples(kinds["train"][0], images)
     val, test = draw_parts(held, [len(held) // 2], seed)
     return Dataset(layout, {"train": train, "val": val, "test": test}, missing + missing_held)
 
 
 def read_captions(path: str | Path) -> dict[str, list[str]]:
-    """Captions by image id (as text). Raises UserError naming the file and the field that is wrong."""
+    """Captions by image id (as text), without blank ones. Raises UserError naming the file and the field that is
+    wrong."""
     captions: dict[str, list[str]] = {}
+    blank: list[str] = []
     for annotation in _load(Path(path), "annotations").dataset["annotations"]:
-        captions.setdefault(str(annotation["image_id"]), []).append(annotation["caption"])
+        key, caption = str(annotation["image_id"]), annotation["caption"].strip()
+        if caption:
+            captions.setdefault(key, []).append(caption)
+        else:
+            blank.append(key)
+    report(path, blank, "blank captions, of images")
     return captions
 
 
-def read_images(path: Path) -> tuple[list[Example], list[Path]]:
+def read_images(path: Path) -> tuple[Sequence[Example], list[Path]]:
     """All images of a file, without captions, and the missing ones. Raises UserError."""
     coco = _load(path, "images")
     folder = _image_folder(path)
@@ -74,9 +83,9 @@ def read_images(path: Path) -> tuple[list[Example], list[Path]]:
     return keep_existing(examples, path)
 
 
-def _examples(path: Path) -> tuple[list[Example], list[Path]]:
+def _examples(path: Path, images: bool) -> tuple[Sequence[Example], list[Path]]:
     coco = _load(path, "annotations", "images")
-    folder = _image_folder(path)
+    folder = _image_folder(path, images)
     captions = {
         key: tuple(a["caption"].strip() for a in annotations if a["caption"].strip())
         for key, annotations in coco.imgToAnns.items()
@@ -91,15 +100,17 @@ def _examples(path: Path) -> tuple[list[Example], list[Path]]:
     report(path, [str(key) for key in coco.imgs if not captions.get(key)], "images without captions")
     if not examples:
         raise UserError(f'{path}: no caption belongs to an image of field "images"')
-    return keep_existing(examples, path)
+    return keep_existing(examples, path, images)
 
 
-def _image_folder(path: Path) -> Path:
+def _image_folder(path: Path, needed: bool = True) -> Path:
     path, name = path.absolute(), _suffix(path)
     candidates = [top / name for top in (path.parent.parent, path.parent, path.parent.parent / "images")]
     for folder in candidates:
         if folder.is_dir():
             return folder
+    if not needed:
+        return candidates[0]
     raise UserError(f"{path}: no folder with its images; put them in {candidates[0]}")
 
 

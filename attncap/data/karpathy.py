@@ -17,6 +17,7 @@ from attncap.errors import UserError
 from attncap.files import read_json
 
 NAMES = ("dataset_coco.json", "dataset_flickr30k.json", "dataset_flickr8k.json")
+OPTIONAL = {"filepath": str, "cocoid": int | str}  # null is as good as none
 EXPECTED = "dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json beside the images' folder (Karpathy)"
 
 
@@ -28,8 +29,9 @@ def find(path: Path) -> list[Path]:
         return [path] if path.suffix.lower() == ".json" and re.search(rb'"sentences"\s*:', file.read(2**16)) else []
 
 
-def read(path: Path, files: list[Path], seed: int) -> Dataset:
+def read(path: Path, files: list[Path], seed: int, images: bool = True) -> Dataset:
     """The examples by the file's own split, restval in train; `name` is COCO's id, or the file name of a Flickr image.
+    `images` as in `read_dataset`.
 
     Raises UserError on a broken file, and when several files are there to choose from.
     """
@@ -38,22 +40,24 @@ def read(path: Path, files: list[Path], seed: int) -> Dataset:
         raise UserError(f"{path}: expected one of Karpathy's files, found {names}; give the path of one")
     [source] = files
     content = read_json(source)
-    images = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(images, list) or not images:
+    entries = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
         raise UserError(f'{source}: field "images" should be a list with entries, as in Karpathy\'s files')
     captions: dict[str, tuple[str, ...]] = {}
     names: dict[str, str] = {}
     told: dict[str, str] = {}
-    for i, image in enumerate(images):
+    for i, image in enumerate(entries):
         _check(source, f"images[{i}]", image, {"filename": str, "split": str, "sentences": list})
         if image["split"] not in SPLITS:
             raise UserError(f'{source}: field "split" of images[{i}] should be train, restval, val or test')
         for j, sentence in enumerate(image["sentences"]):
             _check(source, f"images[{i}].sentences[{j}]", sentence, {"raw": str})
-        key = str(image.get("cocoid", image["filename"]))
+        given = {key: kind for key, kind in OPTIONAL.items() if image.get(key) is not None}
+        _check(source, f"images[{i}]", image, given)
+        key = str(image["cocoid"] if "cocoid" in given else image["filename"])
         if key in told:
             raise UserError(f"{source}: images[{i}] is {key[:60]!r}, which stands there already; remove one")
-        names[key] = f"{image.get('filepath', '.')}/{image['filename']}"
+        names[key] = f"{image.get('filepath') or '.'}/{image['filename']}"
         captions[key] = tuple(text for sentence in image["sentences"] if (text := sentence["raw"].strip()))
         told[key] = SPLITS[image["split"]]
     report(source, [key for key, texts in captions.items() if not texts], "images without captions")
@@ -61,11 +65,11 @@ def read(path: Path, files: list[Path], seed: int) -> Dataset:
     examples = [Example(key, texts, folder / names[key]) for key, texts in captions.items() if texts]
     if not examples:
         raise UserError(f"{source}: no captions in it")
-    examples, missing = keep_existing(examples, source)
+    examples, missing = keep_existing(examples, source, images, drawn=False)
     return Dataset(f"Karpathy's splits ({source.name})", told_splits(examples, told), missing)
 
 
-def _check(source: Path, place: str, entry: object, types: dict[str, type]) -> None:
+def _check(source: Path, place: str, entry: object, types: dict) -> None:
     for key, kind in types.items():
         if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
             raise UserError(f'{source}: field "{key}" of {place} is missing or of the wrong type')

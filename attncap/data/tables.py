@@ -58,8 +58,9 @@ def find(path: Path) -> list[Path]:
     return [f for f in files if f.suffix.lower() in SUFFIXES and f.name not in FLICKR and f.is_file()]
 
 
-def read(path: Path, files: list[Path], seed: int) -> Dataset:
-    """The examples by split; `name` is the image's name in the table. Raises UserError on a wrong layout.
+def read(path: Path, files: list[Path], seed: int, images: bool = True) -> Dataset:
+    """The examples by split; `name` is the image's name in the table. `images` as in `read_dataset`. Raises UserError
+    on a wrong layout.
 
     The splits are the lists' or the table's own, or else drawn from the seed.
     """
@@ -70,9 +71,10 @@ def read(path: Path, files: list[Path], seed: int) -> Dataset:
     captions, told = read_table(source)
     folder = find_image_folder(captions, tops_of(path, source) if source.name in FLICKR else [source.parent])
     examples = [Example(name, tuple(texts), folder / name) for name, texts in captions.items()]
-    examples, missing = keep_existing(examples, source)
     lists = {split: _first_file(source.parent, names) for split, names in LISTS.items()}
-    if source.name in FLICKR and any(lists.values()):
+    listed = source.name in FLICKR and any(lists.values())
+    examples, missing = keep_existing(examples, source, images, drawn=not (listed or told))
+    if listed:
         splits = _listed_splits(source.parent, lists, captions, examples)
     else:
         splits = told_splits(examples, told) if told else draw_splits(examples, seed)

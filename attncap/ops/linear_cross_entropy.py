@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attncap.ops import library
+from attncap.ops.linear import linear
 from attncap.ops.soft_attention import DTYPES, _autocast, _sum_dtype
 
 CHUNK = 2**22  # logits that are held at a time, at most; at least one word's
@@ -77,13 +78,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (M, _), V, dtype = x.shape, len(weight), _sum_dtype(x)
         wanted = any(ctx.needs_input_grad[:3])
         loss = x.new_zeros((), dtype=dtype)
-        x_grad = torch.empty_like(x)
-        weight_grad, bias_grad = (torch.zeros_like(tensor, dtype=dtype) for tensor in (weight, bias))
+        last_layer = linear(weight, bias)
+        x_grad, weight_grad, bias_grad = torch.empty_like(x), None, x.new_zeros(V, dtype=dtype)
         for begin in range(0, M, max(1, CHUNK // V)):
             words = slice(begin, begin + max(1, CHUNK // V))
             target = targets[words].unsqueeze(1)
             of_words = 1 if word_weights is None else word_weights[words].to(dtype).unsqueeze(1)
-            logits = F.linear(x[words], weight, bias).to(dtype)
+            logits = last_layer(x[words]).to(dtype)
             log_sum = logits.logsumexp(dim=1, keepdim=True)
             expected = (1 - label_smoothing) * logits.gather(1, target)
             if label_smoothing:
@@ -100,9 +101,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             bias_grad += grad.sum(dim=0)
             grad = grad.to(x.dtype)
             torch.mm(grad, weight, out=x_grad[words])
-            weight_grad += grad.t() @ x[words]
+            of_chunk = (grad.t() @ x[words]).to(dtype)
+            weight_grad = of_chunk if weight_grad is None else weight_grad.add_(of_chunk)
         if wanted:
-            ctx.save_for_backward(x_grad, weight_grad.to(weight.dtype), bias_grad.to(bias.dtype))
+            weight_grad = torch.zeros_like(weight) if weight_grad is None else weight_grad.to(weight.dtype)
+            ctx.save_for_backward(x_grad, weight_grad, bias_grad.to(bias.dtype))
         return loss
 
     @staticmethod

@@ -17,7 +17,7 @@ class Batch:
 
     indices: list[int]  # of the examples
     pictures: Tensor | None = None  # images uint8 [B,3,S,S]; where the encoder is frozen its features [B,P,D]
-    tokens: Tensor | None = None  # int64 [N,T]
+    tokens: Tensor | None = None  # int64 [N,T], perhaps on the CPU
     row_weights: Tensor | None = None  # [N]
     inputs: Tensor | None = None  # int64 [N,T-1]
     reward: float = 0.0  # summed over rows

@@ -84,6 +84,12 @@ class TrainConfig(command.CaptioningConfig):
     """Validate and keep a moving average of the weights, instead of the weights themselves."""
     min_count: int = 3
     """Words seen less often in the training captions become <unk>."""
+    vocabulary: str | None = None
+    """File of the words to use instead of the training captions' own: another run's vocabulary.json, or the WORDMAP of
+    the tutorial a-PyTorch-Tutorial-to-Image-Captioning."""
+    subwords: int = 0
+    """Pieces of words to learn from the training captions (byte-pair encoding), for a language with too many words; 0:
+    whole words. Needs the tokenizers library."""
     best_by: Literal["CIDEr", "BLEU-4"] = "CIDEr"
     """The validation figure, of freely written captions, that decides which model is kept and what a gain is."""
     seed: int = 0

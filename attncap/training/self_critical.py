@@ -4,6 +4,7 @@ Rennie et al., "Self-critical Sequence Training for Image Captioning", 2017, wit
 of Self-Critical Sequence Training", 2020: the mean of the image's other samples, in place of the greedy caption.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,7 @@ from attncap.metrics.cider import CiderD
 from attncap.models.decoder import Decoder
 from attncap.search.decoder_step import DecoderStep
 
+END = -1  # the end of a caption, among the numbers of words
 LOOK_EVERY = 8  # words after which CUDA is asked whether all captions have ended: the answer makes it wait
 
 
@@ -62,8 +64,7 @@ class SelfCritical:
 
     The reward is CIDEr-D against all of the image's captions, with the document frequencies of the training split.
     <end> is a word in it, on both sides: without it a caption loses nothing by stopping at "a man in a", which gives
-    the n-grams of a longer one. Words that the vocabulary lacks keep their own ids in the references, so that <unk>
-    gains nothing.
+    the n-grams of a longer one. <unk> is a word that no reference has. Of subwords the words that they spell count.
 
     Args:
         vocabulary: the model's.
@@ -73,14 +74,24 @@ class SelfCritical:
     """
 
     def __init__(self, vocabulary: Vocabulary, captions: Sequence[Sequence[str]], samples: int, max_length: int):
-        ordinary = vocabulary.words[len(Vocabulary.SPECIALS) :]  # a caption may contain what looks like a special word
-        ids = {word: i for i, word in enumerate([*range(len(Vocabulary.SPECIALS)), *ordinary])}
+        self.vocabulary, self.samples, self.max_length = vocabulary, samples, max_length
+        self.pieces = list(vocabulary.words)
+        self.pieces[Vocabulary.UNK] = "\ufffd"  # no word has it: the tokenizer drops it
+        self.ids: defaultdict[str, int] = defaultdict()
+        self.ids.default_factory = self.ids.__len__  # a word not seen before gets the next number
+        self.cider = CiderD([[[*self.encode(tokenize(c)), END] for c in of_image] for of_image in captions])
 
-        def encode(caption: str) -> list[int]:
-            return [*(ids.setdefault(word, len(ids)) for word in tokenize(caption)), Vocabulary.END]
+    def encode(self, words: Sequence[str]) -> list[int]:
+        return list(map(self.ids.__getitem__, words))
 
-        self.cider = CiderD([[encode(caption) for caption in of_image] for of_image in captions])
-        self.samples, self.max_length = samples, max_length
+    def rewards(self, tokens: Tensor, images: Sequence[int]) -> Tensor:
+        """CIDEr-D, float64 [N], of samples int64 [N,T], each with its training image."""
+        captions = []
+        for row in tokens[:, 1:].tolist():
+            pieces = [self.pieces[token] for token in row if token > Vocabulary.END]
+            ends = [END] * (Vocabulary.END in row)
+            captions.append([*self.encode(self.vocabulary.text(pieces).split()), *ends])
+        return torch.from_numpy(self.cider.score(captions, images))
 
     def __call__(
         self, decoder: Decoder, features: Tensor, indices: Sequence[int], generator: torch.Generator
@@ -102,9 +113,8 @@ class SelfCritical:
         """
         decoder.eval()
         tokens = sample_captions(decoder, features.detach(), self.samples, self.max_length, generator)
-        captions = [[word for word in row if word != Vocabulary.PAD] for row in tokens[:, 1:].tolist()]
         images = [index for index in indices for _ in range(self.samples)]
-        rewards = torch.from_numpy(self.cider.score(captions, images)).view(-1, self.samples)
+        rewards = self.rewards(tokens, images).view(-1, self.samples)
         row_weights = advantages(rewards).flatten().to(features)
         return tokens, row_weights, {"reward": rewards.mean().item()}
 

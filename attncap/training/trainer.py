@@ -155,7 +155,23 @@ class Trainer:
             report(str(error))
         if pictures is None:
             return Batch([])
-        batch = Batch(indices, pictures.to(self.device, non_blocking=True))
+        batch = Batch(indices)
+        if not self.self_critical:
+            captions = [
+                caption_rows(
+                    self.splits["train"][index].captions,
+                    config.captions_per_image,
+                    self.model.vocabulary,
+                    config.search.max_length,
+                    seed_of("captions", config.seed, self.epoch, index),
+                )
+                for index in indices
+            ]
+            # The decoder wants images with long captions first: while it is cheap to sort them.
+            order = sorted(range(len(indices)), key=lambda i: -max(map(len, captions[i])))
+            batch.indices, pictures = [indices[i] for i in order], pictures[order]
+            batch.tokens = pad([row for i in order for row in captions[i]])
+        batch.pictures = pictures.to(self.device, non_blocking=True)
         frozen = not any(parameter.requires_grad for parameter in self.model.encoder.parameters())
         if frozen or self.self_critical or config.scheduled_sampling:
             features = self.features(batch.pictures)
@@ -164,22 +180,10 @@ class Trainer:
             decoder = self.model.decoder
             batch.tokens, batch.row_weights, figures = self.self_critical(decoder, features, indices, self.generator)
             batch.reward = figures["reward"] * len(batch.tokens)
-            return batch
-        rows = [
-            row
-            for index in indices
-            for row in caption_rows(
-                self.splits["train"][index].captions,
-                config.captions_per_image,
-                self.model.vocabulary,
-                config.search.max_length,
-                seed_of("captions", config.seed, self.epoch, index),
-            )
-        ]
-        batch.tokens = pad(rows).to(self.device)
         if config.scheduled_sampling:
             probability = config.scheduled_sampling * self.steps_done / (config.epochs * self.steps)
-            batch.inputs = mix_tokens(self.model.decoder, features, batch.tokens, probability, self.generator)[:, :-1]
+            tokens = batch.tokens.to(self.device)
+            batch.inputs = mix_tokens(self.model.decoder, features, tokens, probability, self.generator)[:, :-1]
         return batch
 
     @torch.no_grad()

@@ -6,7 +6,8 @@
 //   CIDEr-D(c, references) = 10 / 4 / |references| * sum over references r, over n = 1 to 4 of
 //       exp(-(l_c - l_r)^2 / (2 * 6^2)) * min(g_n(c), g_n(r)) . g_n(r) / (|g_n(c)| |g_n(r)|)
 //
-// l is counted in pairs of words, as coco-caption does. Words are ids. The references are counted once; a call then
+// l is the number of words. (coco-caption counts pairs; a caption for which the difference is another one has no n-gram
+// in common with any, so its score is 0 all the same.) Words are ids. The references are counted once; a call then
 // scores any captions against them.
 //
 // An n-gram is known by a hash of 64 bits. Among ten million (COCO has fewer) the chance that any two share one is
@@ -102,14 +103,15 @@ class Cider {
     share_out(threads, references.count, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const int64_t* words = references.words + offsets_[r];
-        for (int n = 1; n <= kLongest; ++n) make_ngrams(words, references.length(r), n, &ngrams_[n - 1][offsets_[r]]);
+        for (int n = 1; n <= kLongest; ++n)
+          make_ngrams(words, references.length(r), n, ngrams_[n - 1].data() + offsets_[r]);
       }
     });
     share_out(threads, kLongest, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         for (int64_t image = 0; image < image_count; ++image) {
           for (int64_t r = images[image]; r < images[image + 1]; ++r) {
-            const uint64_t* ngrams = &ngrams_[k][offsets_[r]];
+            const uint64_t* ngrams = ngrams_[k].data() + offsets_[r];
             const int64_t count = ngram_count(references.length(r), k + 1);
             for (int64_t i = 0; i < count; ++i) frequencies_[k].add(ngrams[i], image + 1);
           }
@@ -120,7 +122,7 @@ class Cider {
       std::vector<Term> terms;
       for (int n = 1; n <= kLongest; ++n) {
         for (int64_t r = begin; r < end; ++r) {
-          norms_[r][n - 1] = weigh(&ngrams_[n - 1][offsets_[r]], references.length(r), n, terms);
+          norms_[r][n - 1] = weigh(ngrams_[n - 1].data() + offsets_[r], references.length(r), n, terms);
         }
       }
     });
@@ -192,7 +194,7 @@ class Cider {
 
   // Of a caption's clipped vector and a reference's.
   double dot(const std::vector<Term>& terms, int64_t reference, int n) const {
-    const uint64_t* ngrams = &ngrams_[n - 1][offsets_[reference]];
+    const uint64_t* ngrams = ngrams_[n - 1].data() + offsets_[reference];
     const uint64_t* end = ngrams + ngram_count(offsets_[reference + 1] - offsets_[reference], n);
     double sum = 0;
     for (const Term& term : terms) {
@@ -205,8 +207,8 @@ class Cider {
   }
 
   static double penalty(int64_t length, int64_t reference_length) {
-    const int64_t difference = std::max<int64_t>(1, length) - std::max<int64_t>(1, reference_length);  // in pairs
-    return std::exp(-static_cast<double>(difference * difference) / (2 * kSigma * kSigma));
+    const double difference = static_cast<double>(length - reference_length);
+    return std::exp(-difference * difference / (2 * kSigma * kSigma));
   }
 
   std::vector<int64_t> images_;                            // [image_count + 1], the first reference of each

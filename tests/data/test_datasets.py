@@ -322,8 +322,12 @@ def test_coco_wrong_files(tmp_path, content, reason):
     assert failure(tmp_path) == f"{path}: {reason}"
 
 
-def test_coco_references_alone(tmp_path):
+def test_coco_references_alone(tmp_path, caplog):
     path = write_json(tmp_path, "val2017", {"annotations": [CAPTION, {**CAPTION, "id": 2, "caption": "b"}]})
     assert coco.read_captions(path) == {"1": ["a", "b"]}
+    blank = [{**CAPTION, "id": 3, "caption": " \n"}, {**CAPTION, "id": 4, "image_id": 2, "caption": ""}]
+    path = write_json(tmp_path, "val2017", {"annotations": [CAPTION, *blank]})
+    assert coco.read_captions(path) == {"1": ["a"]}
+    assert caplog.messages == [f"{path}: left out 2 blank captions, of images: 1, 2"]
     with pytest.raises(UserError, match="x.json: cannot be read: No such file or directory"):
         coco.read_captions(tmp_path / "x.json")

@@ -1,6 +1,7 @@
 """Layouts beside those of test_datasets.py: each as a small sample with what its real files have that is nasty."""
 
 import json
+import shutil
 
 import pytest
 from test_datasets import failure, names, photograph, write_coco
@@ -317,3 +318,66 @@ def test_a_table_with_bars_has_no_numbers_to_mend(tmp_path):
     write(tmp_path / "mine.csv", "image|caption\nmy.jpg dog.jpg\n")
     photographs(tmp_path, "my.jpg")
     assert "line 2 is not image,caption" in failure(tmp_path)
+
+
+# Without the images, to score captions that are written already
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("dataset_coco.json", karpathy(*COCO_IMAGES), {"train": ["2", "3", "5"], "val": ["4"], "test": ["1"]}),
+        ("a.csv", OWN["a.csv"], {"train": ["sub/1.JPG"], "val": ["2.jpg"], "test": ["3.jpg"]}),
+        ("d.jsonl", OWN["d.jsonl"], {"train": ["sub/1.JPG"], "val": ["2.jpg"], "test": ["3.jpg"]}),
+    ],
+)
+@pytest.mark.parametrize("there", [(), ("val2014/COCO_val2014_1.jpg", "2.jpg")])
+def test_told_splits_need_no_images(tmp_path, caplog, name, content, expected, there):
+    path = write(tmp_path / name, content)
+    photographs(tmp_path, *there)
+    assert names(open_dataset(path, 0, images=False)) == expected and not caplog.messages
+
+
+@pytest.mark.parametrize("there", [(), ("a.jpg",)])
+def test_listed_splits_need_no_images(tmp_path, there):
+    photographs(tmp_path, *there)
+    write(tmp_path / "Flickr8k.token.txt", TOKENS)
+    for name, image in (("train", "c.jpg"), ("dev", "a.jpg"), ("test", "b.JPG")):
+        write(tmp_path / f"Flickr_8k.{name}Images.txt", image)
+    assert names(open_dataset(tmp_path, 0, images=False)) == {"train": ["c.jpg"], "val": ["a.jpg"], "test": ["b.JPG"]}
+
+
+def test_drawn_splits_without_any_image_are_those_of_a_folder_with_all(tmp_path, caplog):
+    """Where some are there the splits are those of training, which leaves the others out."""
+    lines = [f"{i}.jpg#0\ta dog" for i in range(20)]
+    write(tmp_path / "results_20130124.token", "\n".join(lines))
+    alone = names(open_dataset(tmp_path, 1, images=False))
+    assert caplog.messages[0].endswith("images is there; what splits it leaves open are drawn from all of them")
+    photographs(tmp_path / "flickr30k-images", *(f"{i}.jpg" for i in range(10)))
+    assert names(open_dataset(tmp_path, 1, images=False)) == names(open_dataset(tmp_path, 1)) != alone
+    photographs(tmp_path / "flickr30k-images", *(f"{i}.jpg" for i in range(20)))
+    assert alone == names(open_dataset(tmp_path, 1))
+
+
+@pytest.mark.parametrize("folders", [["train2017", "val2017"], ["val2014"]])
+def test_coco_without_images(tmp_path, folders):
+    for i, folder in enumerate(folders):
+        write_coco(tmp_path, folder, range(100 * i, 100 * i + 10))
+    whole = names(open_dataset(tmp_path, 0))
+    for folder in folders:
+        shutil.rmtree(tmp_path / folder)
+    assert "no folder with its images" in failure(tmp_path)
+    assert names(open_dataset(tmp_path, 0, images=False)) == whole
+
+
+def test_karpathy_null_is_as_good_as_none(tmp_path):
+    images = [
+        {"filename": f"{split}.jpg", "split": split, "filepath": None, "cocoid": None} for split in ("test", "val")
+    ]
+    path = write(tmp_path / "dataset_flickr8k.json", karpathy(*images))
+    photographs(tmp_path / "Images", "test.jpg", "val.jpg")
+    dataset = read_dataset(path, 0)
+    assert names(dataset.splits) == {"train": [], "val": ["val.jpg"], "test": ["test.jpg"]} and not dataset.missing
+    for field, wrong in (("filepath", 1), ("cocoid", [])):
+        path.write_text(karpathy({"filename": "test.jpg", "split": "test", field: wrong}))
+        assert failure(path) == f'{path}: field "{field}" of images[0] is missing or of the wrong type'

@@ -1,9 +1,11 @@
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from attncap.data.vocabulary import Vocabulary
-from attncap.errors import UserError
+from attncap.errors import CallError, UserError
 
 CAPTIONS = ["A dog runs.", "a cat runs", "a bird sings", "<start> a"]
 
@@ -83,3 +85,65 @@ def test_half_a_character_is_saved(tmp_path):
     vocabulary = Vocabulary([*Vocabulary.SPECIALS, "a\ud83d"])
     vocabulary.save(tmp_path / "vocabulary.json")
     assert Vocabulary.load(tmp_path / "vocabulary.json").words == vocabulary.words
+
+
+# The tutorial's WORDMAP
+
+
+def test_a_wordmap_gives_its_words_in_their_order(tmp_path):
+    """As create_input_files writes it: words from 1 in no special order, then <unk>, <start>, <end>; <pad> is 0."""
+    path = tmp_path / "WORDMAP_coco_5_cap_per_img_5_min_word_freq.json"
+    path.write_text('{"a": 2, "man": 1, "words": 3, "<unk>": 4, "<start>": 5, "<end>": 6, "<pad>": 0}')
+    vocabulary = Vocabulary.load(path)
+    assert vocabulary.words == [*SPECIALS, "man", "a", "words"]
+    assert vocabulary.encode("A man, a plan", 9) == [1, 5, 4, 5, 3, 2]
+    vocabulary.save(tmp_path / "vocabulary.json")
+    assert Vocabulary.load(tmp_path / "vocabulary.json").words == vocabulary.words
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"a": "1", "<start>": 2}, "the id of 'a' should be a whole number"),
+        ({"a": True, "<start>": 2}, "the id of 'a' should be a whole number"),
+        ({"a": 1, "b": 2, "<start>": 2}, "2 words have the id 2"),
+    ],
+)
+def test_wrong_wordmaps(tmp_path, content, reason):
+    path = tmp_path / "WORDMAP.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{path}: {reason}"):
+        Vocabulary.load(path)
+
+
+def test_forbidden_words(vocabulary):
+    assert vocabulary.forbid(["<unk>", "dog"]) == [3, 8]
+    for word in ("zebra", "<end>"):
+        with pytest.raises(CallError, match=f"'{word}' cannot be suppressed"):
+            vocabulary.forbid([word])
+
+
+FILES = [
+    {"words": [*SPECIALS, "▁", "a", "b", "▁a", "▁ab"], "merges": ["▁ a", "▁a b"]},
+    {"a": 1, "man": 2, "<unk>": 3, "<start>": 4, "<end>": 5, "<pad>": 0},
+]
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.sampled_from("ab ▁\ud800"), max_size=4)
+
+
+@settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_file_is_a_vocabulary_or_refused(tmp_path, data):
+    """One value is another, or one byte is cut: what loads can also encode."""
+    content = json.loads(json.dumps(data.draw(st.sampled_from(FILES))))
+    node = data.draw(st.sampled_from([content, *(value for value in content.values() if isinstance(value, list))]))
+    key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+    node[key] = data.draw(VALUES | st.lists(VALUES, max_size=2))
+    text = json.dumps(content)
+    path = tmp_path / "vocabulary.json"
+    path.write_text(text[: data.draw(st.integers(0, len(text)) | st.just(len(text)))])
+    try:
+        vocabulary = Vocabulary.load(path)
+    except UserError as error:
+        assert str(error).startswith(str(path)) and "\n" not in str(error)
+    else:
+        assert vocabulary.words[:4] == SPECIALS and vocabulary.encode("a man ab", 9)[-1] == Vocabulary.END

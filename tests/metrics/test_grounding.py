@@ -38,3 +38,10 @@ def caption(words: str, *peaks: tuple[int, int]) -> Caption:
 )
 def test_a_hand_worked_scene(words, peaks, share, chance):
     assert grounding(SCENE, caption(words, *peaks)) == (pytest.approx(share), pytest.approx(chance))
+
+
+def test_a_word_in_pieces_looks_where_its_first_piece_does():
+    pieces = ["▁a", "▁lar", "ge", "▁", "blue", "▁cross"]
+    attention = caption(" ".join(pieces), (0, 0), (3, 0), (0, 1), (0, 1), (0, 2), (3, 0)).attention
+    found = grounding(SCENE, Caption("a large blue cross", -1.0, pieces, attention))
+    assert found == (pytest.approx(2 / 3), pytest.approx(1 / 16))

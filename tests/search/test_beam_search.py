@@ -61,10 +61,11 @@ class Truth:
     @torch.no_grad()
     def run(self, words: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """The next word's log-probabilities [V], and the attention [len(words),P] with which the words were written."""
-        tokens = torch.tensor([[START, *words, PAD]])
-        outputs = [d(f.unsqueeze(0), tokens) for d, f in zip(self.decoders, self.features, strict=True)]
-        probabilities = torch.stack([logits[0, -1].softmax(0) for logits, _ in outputs]).mean(0)
-        return probabilities.log(), torch.stack([weights[0, :-1] for _, weights in outputs]).mean(0)
+        tokens = torch.tensor([[START, *words, END]])
+        written = [d(f.unsqueeze(0), tokens) for d, f in zip(self.decoders, self.features, strict=True)]
+        logits = [d.word_output(w.outputs[-1]) for d, w in zip(self.decoders, written, strict=True)]
+        probabilities = torch.stack([x.softmax(0) for x in logits]).mean(0)
+        return probabilities.log(), torch.stack([w.weights[:-1] for w in written]).mean(0)
 
     def next_words(self, words: list[int], config: SearchConfig, suppressed: tuple[int, ...]) -> dict[int, float]:
         """The log-probability of every word that may come next."""
@@ -451,7 +452,8 @@ def test_settings_that_do_not_go_together(fields, message):
 
 def train(decoder: Decoder):
     optimizer = torch.optim.SGD(decoder.parameters(), lr=0.5)
-    decoder(make_features(2).to(decoder.score_weight.dtype), torch.tensor([[1, 4, 5, 2]] * 2))[0].sin().sum().backward()
+    features = make_features(2).to(decoder.score_weight.dtype)
+    decoder(features, torch.tensor([[1, 4, 5, 2]] * 2)).outputs.sin().sum().backward()
     optimizer.step()
 
 

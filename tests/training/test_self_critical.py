@@ -1,5 +1,6 @@
 """Samples, rewards and the gradient of self-critical training, against formulas worked out caption by caption."""
 
+import copy
 import itertools
 from collections import Counter
 
@@ -38,8 +39,8 @@ def make_features(B: int) -> torch.Tensor:
 
 def log_probability(decoder, feature, tokens):
     """Of the words of one caption, by teacher forcing: tokens [T] without padding."""
-    logits, _ = decoder(feature.unsqueeze(0), tokens.unsqueeze(0))
-    return logits[0].log_softmax(dim=1).gather(1, tokens[1:, None]).sum()
+    logits = decoder.word_output(decoder(feature.unsqueeze(0), tokens.unsqueeze(0)).outputs)
+    return logits.log_softmax(dim=1).gather(1, tokens[1:, None]).sum()
 
 
 def all_captions(V: int, max_length: int):
@@ -94,10 +95,13 @@ def test_samples_come_from_the_generator_alone():
 
 def test_samples_see_new_weights():
     decoder, features = make_decoder().eval(), make_features(2)
-    sample_captions(decoder, features, 2, 4, torch.Generator())
+    before = sample_captions(decoder, features, 20, 4, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        decoder.word_output.bias[END] += 100
-    assert sample_captions(decoder, features, 2, 4, torch.Generator()).tolist() == [[START, END]] * 4
+        for parameter in decoder.parameters():
+            parameter.mul_(0.5)
+    found = sample_captions(decoder, features, 20, 4, torch.Generator().manual_seed(0))
+    anew = sample_captions(copy.deepcopy(decoder), features, 20, 4, torch.Generator().manual_seed(0))
+    assert found.tolist() == anew.tolist() != before.tolist()
 
 
 def test_advantages_worked_by_hand():
@@ -118,12 +122,12 @@ def test_rewards_are_pycocoevalcaps_with_the_end_as_a_word():
     assert vocabulary.words[4:] == ["a", "cats", "dog", "man", "runs", "two"]
     decoder, features = make_decoder(len(vocabulary)), make_features(2)
     scst = SelfCritical(vocabulary, CAPTIONS, samples=40, max_length=5)
-    tokens, row_weights, figures = scst(decoder, features, [2, 0], torch.Generator().manual_seed(0))
+    tokens, row_weights, figures = scst(decoder, features, [2, 1], torch.Generator().manual_seed(0))
     # Its words: <unk> is written so that no reference has it.
     written = [
         [{END: "END", UNK: "UNK"}.get(w, vocabulary.words[w]) for w in row if w > START] for row in tokens.tolist()
     ]
-    images = [2] * 40 + [0] * 40
+    images = [2] * 40 + [1] * 40
     references = {i: [" ".join([*tokenize(caption), "END"]) for caption in CAPTIONS[i]] for i in range(3)}
     truth = []
     for image, caption in zip(images, written, strict=True):
@@ -135,6 +139,15 @@ def test_rewards_are_pycocoevalcaps_with_the_end_as_a_word():
     others = (truth.sum(dim=1, keepdim=True) - truth) / 39
     torch.testing.assert_close(row_weights, (truth - others).flatten(), rtol=0, atol=1e-9)
     assert row_weights.dtype == features.dtype
+
+
+def test_subwords_count_as_the_words_they_spell():
+    captions = [["a dog", "a dog runs"], ["two cats"], ["the man"]]
+    whole = Vocabulary([*Vocabulary.SPECIALS, "a", "dog", "the"])
+    pieces = Vocabulary([*Vocabulary.SPECIALS, "▁a", "▁d", "og", "▁the"], merges=["▁ a"])
+    expected = SelfCritical(whole, captions, 2, 5).rewards(torch.tensor([[START, 4, 5, END, PAD]]), [0])
+    found = SelfCritical(pieces, captions, 2, 5).rewards(torch.tensor([[START, 4, 5, 6, END]]), [0])
+    assert found.item() == pytest.approx(expected.item()) and found.item() > 2
 
 
 def test_gradient_is_the_policy_gradient():
@@ -154,7 +167,7 @@ def test_gradient_is_the_policy_gradient():
     expected = [torch.zeros_like(leaf) for leaf in leaves]
     for image, rows in enumerate(tokens.view(2, 4, -1)):
         samples = [row[row != PAD] for row in rows]
-        rewards = [scst.cider.score([row[1:].tolist()], [image])[0] for row in samples]
+        rewards = [scst.rewards(row.unsqueeze(0), [image]).item() for row in samples]
         assert len(set(rewards)) > 1
         for k, row in enumerate(samples):
             baseline = sum(rewards[:k] + rewards[k + 1 :]) / 3

@@ -1,0 +1,139 @@
+"""Pieces of words: byte-pair encoding against a plain one, and what the vocabulary makes of it."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attncap.data import subwords
+from attncap.data.tokenizer import tokenize
+from attncap.data.vocabulary import Vocabulary
+from attncap.errors import CallError, UserError
+
+CAPTIONS = [
+    "Ein Hunderennen im Schnee .",
+    "Die Hunde rennen im Schneesturm .",
+    "Ein Hund , ein Rennen , Hunde",
+    "ein Rennhund rennt , Hunde rennen",
+    "犬が走る 犬が",
+    "( ) < > / - ' ä",
+]
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return Vocabulary.build(CAPTIONS, min_count=2, pieces=70)
+
+
+def test_merges_worked_by_hand():
+    # "ab" stands in both words, five times; then ▁ab is the only pair seen twice or more, three times.
+    pieces, merges = subwords.learn({"ab": 3, "cab": 2, "d": 1}, pieces=20, min_count=3)
+    assert merges == ["a b", "▁ ab"] and pieces == ["a", "b", "c", "d", "▁", "ab", "▁ab"]
+    splitter = subwords.Splitter({piece: i for i, piece in enumerate(["<unk>", *pieces])}, merges)
+    assert splitter.split(["ab", "cab", "zydab"]) == ["▁ab", "▁", "c", "ab", "▁", "<unk>", "d", "ab"]
+    assert subwords.learn({"ab": 3, "cab": 2, "d": 1}, pieces=6, min_count=3)[1] == ["a b"]
+
+
+def test_merges_are_of_the_most_frequent_pair(vocabulary):
+    """Sennrich's algorithm done plainly: no pair is seen more often than the one that is merged."""
+    counts = Counter(word for caption in CAPTIONS for word in tokenize(caption))
+    words = {word: ["▁", *word] for word in counts}
+    for merge in vocabulary.merges:
+        pairs = Counter()
+        for word, pieces in words.items():
+            for pair in zip(pieces, pieces[1:], strict=False):
+                pairs[" ".join(pair)] += counts[word]
+        assert pairs[merge] == max(pairs.values()) >= 2
+        a, b = merge.split(" ")
+        for pieces in words.values():
+            for i in range(len(pieces) - 2, -1, -1):
+                if pieces[i : i + 2] == [a, b]:
+                    pieces[i : i + 2] = [a + b]
+    splitter = subwords.Splitter({piece: i for i, piece in enumerate(vocabulary.words)}, vocabulary.merges)
+    assert {word: splitter.split([word]) for word in words} == words
+    assert len(vocabulary.merges) > 10 and len(vocabulary) <= 74
+
+
+def test_the_same_captions_give_the_same_pieces_in_every_process():
+    script = (
+        "from attncap.data.vocabulary import Vocabulary\n"
+        f"v = Vocabulary.build({CAPTIONS!r}, 1, 25)\n"
+        "print(ascii([v.words, v.merges]))"
+    )
+    outputs = {subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout for _ in range(2)}
+    assert len(outputs) == 1 and b"<unk>" in outputs.pop()
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.sampled_from("ehindrsuc HÄ犬が走 .,'-()<>/"), max_size=40) | st.sampled_from(CAPTIONS))
+def test_what_is_encoded_is_decoded(vocabulary, text):
+    ids = vocabulary.encode(text, 1000)
+    assert ids[0] == Vocabulary.START and ids[-1] == Vocabulary.END
+    if Vocabulary.UNK not in ids:
+        assert vocabulary.decode(ids) == " ".join(tokenize(text))
+
+
+def test_unknown_characters_and_special_words(vocabulary):
+    assert "<unk>" in [vocabulary.words[i] for i in vocabulary.encode("ein zoo", 50)]
+    assert vocabulary.decode(vocabulary.encode("ein zoo im 公園", 50)) == "ein im"
+    forged = vocabulary.encode("<end> <pad> ein <end>x", 50)
+    assert forged.count(Vocabulary.END) == 1 and Vocabulary.PAD not in forged
+    assert vocabulary.encode("a\ud83d", 50)[-1] == Vocabulary.END
+    for pieces in (5, 30, 200):
+        built = Vocabulary.build(["<end> x<end>x <<end>> <pad>"] * 9 + CAPTIONS + ["a\ud83d"], 1, pieces)
+        assert len(set(built.words)) == len(built.words) <= 4 + pieces
+
+
+def test_pieces_are_cut_at_the_largest_length(vocabulary):
+    whole = vocabulary.encode("Die Hunde rennen im Schneesturm", 50)
+    assert vocabulary.encode("Die Hunde rennen im Schneesturm", 3) == [*whole[:4], Vocabulary.END]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "words", "firsts"),
+    [
+        (["▁ein", "▁hund", "e", "rennen"], ["ein", "hunderennen"], [0, 1]),
+        (["e", "▁", "▁", "in", "▁s", "o"], ["e", "in", "so"], [0, 3, 4]),  # nothing keeps a model from writing these
+        (["▁"], [], []),
+        ([], [], []),
+    ],
+)
+def test_words_that_pieces_spell(pieces, words, firsts):
+    assert subwords.spell(pieces) == words and subwords.first_pieces(pieces) == firsts
+
+
+def test_saved_in_one_file(vocabulary, tmp_path, monkeypatch):
+    path = tmp_path / "vocabulary.json"
+    vocabulary.save(path)
+    assert '"▁hunde"' in path.read_text(encoding="utf-8") and '"▁hund e"' in path.read_text(encoding="utf-8")
+    loaded = Vocabulary.load(path)
+    assert (loaded.words, loaded.merges) == (vocabulary.words, vocabulary.merges)
+    assert loaded.encode(CAPTIONS[0], 50) == vocabulary.encode(CAPTIONS[0], 50)
+
+    # What is written can be read without the library; splitting tells what is missing.
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    loaded = Vocabulary.load(path)
+    assert loaded.decode(vocabulary.encode(CAPTIONS[0], 50)) == "ein hunderennen im schnee"
+    for work in (lambda: loaded.encode("ein", 9), lambda: Vocabulary.build(CAPTIONS, 1, 50)):
+        with pytest.raises(CallError, match=r"needs the tokenizers library; pip install 'attncap\[subwords\]'"):
+            work()
+
+
+@pytest.mark.parametrize("merges", ["a b", [1], ["ab"], ["a b c"], ["a c"], ["a  b"]])
+def test_wrong_merges(tmp_path, merges):
+    path = tmp_path / "vocabulary.json"
+    path.write_text(json.dumps({"words": [*Vocabulary.SPECIALS, "a", "b", "ab", "c"], "merges": merges}))
+    with pytest.raises(UserError, match=f'{path}: field "merges" should be a list of pairs of "words"'):
+        Vocabulary.load(path)
+    path.write_text(json.dumps({"words": [*Vocabulary.SPECIALS, "a", "b", "ab", "c"], "merges": ["a b"]}))
+    assert Vocabulary.load(path).encode("cab", 9) == [1, 3, 7, 6, 2]
+
+
+def test_a_forbidden_word_is_named_as_its_piece(vocabulary):
+    assert vocabulary.forbid(["▁hunde"]) == [vocabulary.words.index("▁hunde")]
+    with pytest.raises(CallError, match="'hunde' cannot be suppressed.*; '▁hunde' is"):
+        vocabulary.forbid(["hunde"])

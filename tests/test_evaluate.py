@@ -1,0 +1,82 @@
+"""Results files scored where there are no images, and figures that Java gives, or fails to."""
+
+import json
+
+import numpy as np
+from test_commands import one_line
+
+from attncap.errors import UserError
+from attncap.metrics import java
+
+
+def test_evaluate_a_results_file_where_the_images_are_not(attncap, tmp_path):
+    """Karpathy's file alone, as most have it: the figures are those against the same references by themselves."""
+    sentences = {7: ["a dog runs over the grass", "the dog runs"], 8: ["two men play chess", "men in a park"]}
+    images = [
+        {"filepath": "val2014", "filename": f"{key}.jpg", "cocoid": key, "split": "test",
+         "sentences": [{"raw": text} for text in texts]}
+        for key, texts in {**sentences, 9: ["a bird"]}.items()
+    ]  # fmt: skip
+    images[2]["split"] = "train"
+    annotations = [{"image_id": key, "caption": text} for key, texts in sentences.items() for text in texts]
+    results = [{"image_id": 7, "caption": "a dog runs"}, {"image_id": 8, "caption": "two men in a park"}]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    (tmp_path / "references.json").write_text(
+        json.dumps({"annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations)]})
+    )
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    predictions, figures = ["--predictions", tmp_path / "results.json"], []
+    for source in (["--data", tmp_path / "dataset_coco.json"], ["--references", tmp_path / "references.json"]):
+        status, _, err = attncap("evaluate", *predictions, *source, "--output", tmp_path / "o.json")
+        assert status == 0 and "images" not in err
+        figures.append(json.loads((tmp_path / "o.json").read_text()))
+        assert (tmp_path / "o.html").read_text().count("<article>") == 2
+    assert figures[0] == figures[1]
+    status, _, err = attncap("evaluate", *predictions, "--data", tmp_path / "dataset_coco.json", "--split", "train")
+    assert status == 1 and "results.json: 2 of 2 image ids have no references in" in one_line(err)
+
+
+def test_meteor_has_an_interval_and_a_difference_and_may_fail(attncap, tmp_path, monkeypatch):
+    """Java itself runs in tests/metrics; here METEOR's counts are those of captions that match in every word."""
+    references = {"annotations": [{"id": i, "image_id": i, "caption": f"a dog number {i}"} for i in range(1, 4)]}
+    (tmp_path / "references.json").write_text(json.dumps(references))
+    for name in ("ours", "theirs"):
+        results = [{"image_id": i, "caption": f"a dog number {i}"} for i in range(1, 4)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(results))
+    exact = np.array([4.0, 4, 1, 1, 3, 3, 1, 1, *[0] * 12, 0, 4, 4])
+    half = np.array([4.0, 4, 1, 1, 1, 1, 1, 1, *[0] * 12, 1, 2, 2])
+    counts = iter([np.array([exact, half, half]), np.array([half, half, half])])
+
+    def meteor_statistics(*_):
+        try:
+            return next(counts)
+        except StopIteration:
+            raise UserError("its Java program failed: out of memory") from None
+
+    monkeypatch.setattr(java, "left_out", lambda: {"SPICE": "no Stanford models"})
+    monkeypatch.setattr(java, "meteor_statistics", meteor_statistics)
+    arguments = ["--predictions", tmp_path / "ours.json", "--references", tmp_path / "references.json"]
+    arguments += ["--compare", tmp_path / "theirs.json", "--output", tmp_path / "o.json"]
+    assert attncap("evaluate", *arguments)[0] == 0
+    report = json.loads((tmp_path / "o.report.json").read_text())
+    figure, difference = report["figures"]["METEOR"], report["difference"]["figures"]["METEOR"]
+    assert 0 < figure["low"] < figure["value"] < figure["high"] <= 1 and report["left out"].keys() == {"SPICE"}
+    assert difference["value"] > 0 and abs(difference["above"] - 19 / 27) < 0.05  # of the draws hold image 1
+    [row, *_] = map(json.loads, (tmp_path / "o.images.jsonl").read_text().splitlines())
+    assert row["METEOR"] == 1
+
+    counts = iter([np.array([exact, half, half])])  # and the other one fails
+    status, out, _ = attncap("evaluate", *arguments)
+    assert status == 0 and "difference in METEOR left out: its Java program failed: out of memory." in out
+    report = json.loads((tmp_path / "o.report.json").read_text())
+    assert "METEOR" in report["figures"] and "METEOR" not in report["difference"]["figures"]
+
+    status, out, err = attncap("evaluate", *arguments)
+    report = json.loads((tmp_path / "o.report.json").read_text())
+    assert status == 0 and "METEOR left out: its Java program failed: out of memory" in err
+    assert report["left out"] == {
+        "SPICE": "no Stanford models",
+        "METEOR": "its Java program failed: out of memory",
+    }
+    assert "METEOR" not in report["figures"] and "CIDEr" in report["figures"]
+    assert "METEOR left out: its Java program failed: out of memory." in (tmp_path / "o.report.md").read_text()
