@@ -5,7 +5,8 @@ import copy
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -109,7 +110,6 @@ class Trainer:
         losses = distributed.wrapped(Losses(self.model, 0.0 if self.self_critical else config.label_smoothing))
         order = draw_batches(len(examples), config.batch_size, config.seed, self.epoch)[self.step * config.accumulate :]
         shares = [batch[distributed.rank() :: distributed.size()] for batch in order]
-        loader = iter(batches(self.pictures(), config.batch_size, self.workers, shares))
         saved = before = time.monotonic()
         with tqdm(
             total=len(examples) * self.captions_per_image,
@@ -119,11 +119,11 @@ class Trainer:
             leave=False,
             disable=not distributed.is_main(),
         ) as bar:
-            for start in range(0, len(order), config.accumulate):
+            # No name but the loop's own holds the readers, so that they end with the loop, whatever ends it.
+            for read in in_groups(batches(self.pictures(), config.batch_size, self.workers, shares), config.accumulate):
                 seed = seed_of("step", config.seed, self.steps_done, distributed.rank())
                 torch.manual_seed(seed)
                 self.generator.manual_seed(seed)
-                read = [next(loader) for _ in order[start : start + config.accumulate]]
                 self.train_step(losses, [self.prepare(*batch) for batch in read])
                 self.step += 1
                 now = time.monotonic()
@@ -332,3 +332,10 @@ class Trainer:
                 setattr(self, name, state[name])
         except (KeyError, ValueError, RuntimeError) as error:
             raise checkpoint.unusable(self.output, error) from error
+
+
+def in_groups(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` items one after the other; the last one may be shorter."""
+    items = iter(items)
+    while group := list(islice(items, size)):
+        yield group
