@@ -100,7 +100,8 @@ def _search(
 ) -> tuple[list[Step], Beams]:
     """All steps, and the beams after the last one."""
     if features[0].is_cuda and len(steps) == 1 and config.method != "sample":
-        return SearchGraphs.of(steps[0], config, suppressed, features[0]).run(features[0])
+        with torch.cuda.device(features[0].device):
+            return SearchGraphs.of(steps[0], config, suppressed, features[0]).run(features[0])
     search = Search(steps, config, suppressed)
     beams = search.start(features, range(len(features[0])) if seeds is None else seeds)
     trail = []
