@@ -269,5 +269,7 @@ def _check(
             "score_weight": (score_weight, (A,), features.dtype),
         },
         features.device,
-        f"features {list(features.shape)}, keys {list(keys.shape)}, h {list(h.shape)} and images {list(images)}",
+        lambda: (
+            f"features {list(features.shape)}, keys {list(keys.shape)}, h {list(h.shape)} and images {list(images)}"
+        ),
     )

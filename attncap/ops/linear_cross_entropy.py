@@ -130,5 +130,5 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, word_weight
             "word_weights": (word_weights, (M,), None if word_weights is None else word_weights.dtype),
         },
         x.device,
-        f"x {list(x.shape)} and weight {list(weight.shape)}",
+        lambda: f"x {list(x.shape)} and weight {list(weight.shape)}",
     )
