@@ -63,11 +63,20 @@ def check_compiler() -> None:
         )
 
 
+def check_python() -> None:
+    headers = sysconfig.get_paths()["include"]
+    if not (Path(headers) / "Python.h").is_file():
+        sys.exit(
+            f"attncap: no Python.h in {headers}; install its headers (on Debian or Ubuntu: apt install python3-dev)."
+        )
+
+
 class BuildLibraries(build_ext):
     """Builds with CMake and leaves the libraries and build.json in attncap/lib."""
 
     def run(self) -> None:
         check_compiler()
+        check_python()
         torch, torch_version = find_torch() or sys.exit("attncap: the build needs torch>=2.10.")
         wanted = os.environ.get("ATTNCAP_CUDA")
         nvcc = None if wanted == "0" else find_nvcc()
@@ -77,6 +86,7 @@ class BuildLibraries(build_ext):
 
         options = {
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
+            "Python_EXECUTABLE": sys.executable,  # the CIDEr-D scorer's
             "TORCH_DIR": torch,
             "TORCH_VERSION": torch_version,
             "ATTNCAP_CUDA": "ON" if nvcc else "OFF",

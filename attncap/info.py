@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from attncap import command
+from attncap.metrics.cider import missing as cider_missing
 from attncap.ops import library
 
 PACKAGES = ("attncap", "torchvision", "numpy", "pillow", "pycocotools", "safetensors", "tyro", "matplotlib")
@@ -26,6 +27,7 @@ def main(config: InfoConfig) -> None:
     kernels = {name: "in use" if status[name]["loaded"] else status[name]["reason"] for name in ("cpu", "cuda")}
     if status["cpu"]["loaded"]:
         kernels["cpu"] += f", {torch.ops.attncap.cpu_isa()}"
+    kernels["cider"] = cider_missing or "in use"
     for title, lines in (
         ("versions", versions()),
         ("devices", devices),

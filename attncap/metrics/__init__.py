@@ -77,7 +77,7 @@ def score(
     words = [tokenize(caption) for caption in predictions.values()]
     refs = [[tokenize(caption) for caption in references[name]] for name in predictions]
     corpus = Corpus(words, refs)
-    by_image = {"ROUGE-L": np.array(rouge_l(words, refs)), "CIDEr": cider(corpus)}
+    by_image = {"ROUGE-L": np.array(rouge_l(words, refs)), "CIDEr": cider(words, refs)}
     scores = Scores(list(predictions), bleu_statistics(corpus), by_image)
     for name in with_java:
         try:

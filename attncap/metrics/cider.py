@@ -1,43 +1,67 @@
-"""CIDEr."""
+"""CIDEr, by the scorer of csrc/cider."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import accumulate, chain
 
 import numpy as np
+import torch
 from numpy import ndarray
 
-from attncap.metrics.ngrams import Corpus
+from attncap.errors import UserError
+from attncap.metrics.ngrams import Words
 
-SIGMA = 6.0  # words by which lengths may differ before it costs much
+try:
+    from attncap.lib import cider as native
+except ImportError as error:  # not built, or built for another Python
+    native, missing = None, f"{error}; run `pip install .` in the package's source folder"
+else:
+    missing = None
 
 
-def cider(corpus: Corpus) -> ndarray:
-    """CIDEr of each image, 0 to 10, [I]; their mean is the corpus's.
+class CiderD:
+    """CIDEr-D of captions, against the references of I images (Vedantam et al. 2015, section "CIDEr-D", without
+    stemming). What coco-caption calls CIDEr is this; csrc/cider/cider.h has the formula.
 
-    Vedantam et al. 2015, section 4, as coco-caption has it under this name: it is the paper's
-    CIDEr-D (section "CIDEr-D") without stemming. With g the vector of an n-gram length's tf-idf
-    weights, c the prediction and s a reference,
+    Args:
+        references: for each image its references, one or more, as ids of words (any integers). Their n-grams are
+            counted here, once: an image is a document.
+        threads: by default as many as torch takes. No score depends on them.
 
-        CIDEr_n = 10 / |refs| Σ_s exp(-(l_c - l_s)² / 2σ²) min(g_c, g_s) · g_s / (|g_c| |g_s|)
-
-    and CIDEr is their mean over n. tf is the plain count; idf is the logarithm of images / images
-    with the n-gram in a reference, all taken from the references. l is counted in pairs of words,
-    as coco-caption does.
+    Raises:
+        ValueError: no image, or an image without references.
+        UserError: the scorer is not built.
     """
-    captions = len(corpus.lengths)
-    similarity = np.zeros(captions)
-    for n in corpus.ngrams:
-        entries = slice(n.predicted, None)  # the references'
-        owner, size = n.caption[entries], n.ngram.max(initial=0) + 1
-        # Without counts np.unique would take six times as long.
-        seen, _ = np.unique(corpus.image[owner] * size + n.ngram[entries], return_counts=True)
-        images_with = np.bincount(seen % size, minlength=size)
-        idf = np.log(corpus.images) - np.log(np.maximum(1, images_with))
-        weight = n.count * idf[n.ngram]
-        norm = np.sqrt(np.bincount(n.caption, weight**2, captions))
-        common = n.partner >= 0
-        ours, theirs = weight[n.partner[common]], weight[entries][common]
-        dot = np.bincount(owner[common], np.minimum(ours, theirs) * theirs, captions)
-        norms = norm[corpus.image] * norm
-        similarity += np.divide(dot, norms, out=np.zeros(captions), where=norms > 0)
-    pairs = np.maximum(0, corpus.lengths - 1)
-    similarity *= np.exp(-((pairs[corpus.image] - pairs) ** 2) / (2 * SIGMA**2))
-    sums = np.bincount(corpus.image[corpus.images :], similarity[corpus.images :], corpus.images)
-    return 10 * sums / len(corpus.ngrams) / corpus.references
+
+    def __init__(self, references: Sequence[Sequence[Sequence[int]]], threads: int | None = None):
+        if missing:
+            raise UserError(f"attncap's CIDEr scorer is missing: {missing}")
+        self.threads = threads or torch.get_num_threads()
+        captions = [reference for of_image in references for reference in of_image]
+        self.scorer = native.Cider(*_flat(captions), _offsets(references), self.threads)
+
+    def score(self, captions: Sequence[Sequence[int]], images: Sequence[int]) -> ndarray:
+        """CIDEr-D, 0 to 10, float64 [C], of C captions as ids of words, each against the references of its image, 0 to
+        I - 1. Raises ValueError for an image that is none of the I."""
+        return self.scorer.score(*_flat(captions), np.asarray(images, dtype=np.int64), self.threads)
+
+
+def cider(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -> ndarray:
+    """CIDEr of each image, 0 to 10, [I]: of one prediction an image, in words; their mean is the corpus's."""
+    numbers: defaultdict[str, int] = defaultdict()
+    numbers.default_factory = numbers.__len__  # a word not seen before gets the next number
+
+    def ids(words: Words) -> list[int]:
+        return list(map(numbers.__getitem__, words))
+
+    scorer = CiderD([[ids(reference) for reference in of_image] for of_image in references])
+    return scorer.score([ids(words) for words in predictions], range(len(predictions)))
+
+
+def _flat(captions: Sequence[Sequence[int]]) -> tuple[ndarray, ndarray]:
+    """All words one after the other, and where each caption begins and the last one ends."""
+    return np.fromiter(chain.from_iterable(captions), dtype=np.int64), _offsets(captions)
+
+
+def _offsets(parts: Sequence[Sequence]) -> ndarray:
+    return np.fromiter(accumulate(map(len, parts), initial=0), dtype=np.int64)

@@ -46,3 +46,13 @@ def test_beam_search(device, tmp_path):
     for result in record["search"]:
         assert result["captions/s"] > 0 and result["share of floor"] > 0
         assert result["other captions"] == 0
+
+
+def test_cider(tmp_path):
+    flags = "--captions 20 --references 2 --vocabulary 50 --threads 1 3 --rounds 1 --output"
+    command = [sys.executable, BENCHMARKS / "cider.py", *flags.split(), tmp_path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "cider.json").read_text())
+    assert {"device", "date", "torch"} <= record.keys()
+    assert len(record["results"]) == 2 + 2 * 2 and all(result["ms"] > 0 for result in record["results"])

@@ -32,7 +32,7 @@ def build(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["test_cuda_emulator", "test_soft_attention", "test_beam_search_step", "test_lstm_step"]
+    "name", ["test_cuda_emulator", "test_soft_attention", "test_beam_search_step", "test_lstm_step", "test_cider"]
 )
 def test_passes(build, name):
     done = run(build / name)

@@ -104,7 +104,7 @@ def test_rouge_worked_by_hand():
 def test_cider_worked_by_hand():
     # Two images with no word in common: idf is ln 2 for every n-gram. "a b" has n-grams of lengths 1
     # and 2 and equals its reference, so 10 * (1 + 1 + 0 + 0) / 4; "c" shares no word with its own.
-    assert cider(Corpus([["a", "b"], ["c"]], [[["a", "b"]], [["d"]]])) == pytest.approx([5, 0])
+    assert cider([["a", "b"], ["c"]], [[["a", "b"]], [["d"]]]) == pytest.approx([5, 0])
 
 
 def test_perfect_captions():

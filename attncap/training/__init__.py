@@ -1,0 +1,1 @@
+"""Training: settings and recipes, the optimizer, and the run itself."""
