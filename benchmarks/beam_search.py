@@ -23,7 +23,7 @@ from attncap.config import ModelConfig
 from attncap.data.vocabulary import Vocabulary
 from attncap.models import Decoder
 from attncap.ops import beam_search_step, soft_attention_reference
-from attncap.ops.linear import linear
+from attncap.ops.linear import fixed_linear
 from attncap.search import SearchConfig, beam_search
 
 NEVER_WRITTEN = [Vocabulary.PAD, Vocabulary.START, Vocabulary.END]
@@ -211,8 +211,8 @@ def products(config: Config, decoder: Decoder, features: Tensor, K: int) -> Call
     B, H = len(features), decoder.lstm.hidden_size
     E = decoder.embedding.embedding_dim
     weight = torch.cat([decoder.lstm.weight_hh, decoder.query.weight, decoder.gate.weight])
-    hidden, context = linear(weight, None), linear(decoder.lstm.weight_ih[:, E:].contiguous(), None)
-    words = linear(decoder.word_output.weight, decoder.word_output.bias)
+    hidden, context = fixed_linear(weight, None), fixed_linear(decoder.lstm.weight_ih[:, E:].contiguous(), None)
+    words = fixed_linear(decoder.word_output.weight, decoder.word_output.bias)
     states, contexts = features.new_ones(B * K, H), features.new_ones(B * K, config.channels)
 
     def run():

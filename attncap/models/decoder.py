@@ -85,7 +85,7 @@ class Decoder(nn.Module):
         mean = features.mean(dim=1)
         h, context, weights = self.ops.attention_lstm(
             features,
-            self.key(features),
+            self.ops.linear(features, self.key.weight, self.key.bias),
             F.linear(embedded, word_weight, lstm.bias_ih + lstm.bias_hh),
             self.initial_h(mean).repeat_interleave(K, dim=0),  # section 3.1.2
             self.initial_c(mean).repeat_interleave(K, dim=0),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attncap.ops import library
-from attncap.ops.linear import linear
+from attncap.ops.linear import fixed_linear
 from attncap.ops.soft_attention import ACTIVATIONS, DTYPES, _autocast, soft_attention_reference
 
 
@@ -111,7 +111,7 @@ class _AttentionLstm(torch.autograd.Function):
         ctx, features, keys, words, h, c, hidden_weight, hidden_bias, context_weight, score_weight, images, activation
     ):
         K = _rows_of_an_image(h, features)
-        hidden_part, context_part = linear(hidden_weight, hidden_bias), linear(context_weight, None)
+        hidden_part, context_part = fixed_linear(hidden_weight, hidden_bias), fixed_linear(context_weight, None)
         row = torch.arange(len(h), device=h.device)
         states, cells, outputs, projections, of_contexts = [h], [c], [], [], []
         for B, of_words in zip(images, words.split([K * B for B in images]), strict=True):
@@ -143,10 +143,11 @@ class _AttentionLstm(torch.autograd.Function):
         (next_h, context, weights), of_steps, T = rest[:3], rest[3:], len(ctx.images)
         cells, projections, of_contexts = of_steps[:T], of_steps[T : 2 * T], of_steps[2 * T :]
         K, sizes = _rows_of_an_image(h, features), _sizes(h, keys, features)
-        through_hidden, through_context = linear(hidden_weight.t(), None), linear(context_weight.t(), None)
+        through_hidden, through_context = fixed_linear(hidden_weight.t(), None), fixed_linear(context_weight.t(), None)
         ends = list(itertools.accumulate(K * B for B in ctx.images))  # of each step's rows among all steps'
         from_next = cell_grad = h[:0]
-        projection_grads, gated_grads, score_grads = ([None] * T for _ in range(3))
+        projection_grad = h.new_empty(ends[-1], sum(sizes))  # of all steps
+        gated_grads, score_grads = ([None] * T for _ in range(2))
         for t in reversed(range(T)):
             B = ctx.images[t]
             rows = slice(ends[t] - K * B, ends[t])
@@ -160,13 +161,12 @@ class _AttentionLstm(torch.autograd.Function):
                 through_context(gates_grad).add_(context_grad[rows]), weights_grad[rows], features[:B], keys[:B],
                 query, score_weight, gate, context[rows], weights[rows], ctx.activation,
             )  # fmt: skip
-            projection_grads[t] = torch.cat([gates_grad, query_grad, gate_grad], dim=1)
-            from_next = through_hidden(projection_grads[t])
+            torch.cat([gates_grad, query_grad, gate_grad], dim=1, out=projection_grad[rows])
+            from_next = through_hidden(projection_grad[rows])
             if ctx.needs_input_grad[0]:
                 gated_grads[t] = gated_grad
 
         # What all steps share, after the loop: each in one go.
-        projection_grad = torch.cat(projection_grads)  # [M,4H+A+D]
         gates_grad = projection_grad[:, : sizes[0]]
         began = [h] + [next_h[end - K * B : end] for end, B in zip(ends, ctx.images, strict=True)]
         began = torch.cat([x[: K * B] for x, B in zip(began, ctx.images, strict=False)])  # each step's h, [M,H]
@@ -269,5 +269,7 @@ def _check(
             "score_weight": (score_weight, (A,), features.dtype),
         },
         features.device,
-        f"features {list(features.shape)}, keys {list(keys.shape)}, h {list(h.shape)} and images {list(images)}",
+        lambda: (
+            f"features {list(features.shape)}, keys {list(keys.shape)}, h {list(h.shape)} and images {list(images)}"
+        ),
     )

@@ -200,7 +200,7 @@ def _check(
             "penalties": (penalties, (N, M), torch.float32),
         },
         logits.device,
-        f"logits {list(logits.shape)}, scores {list(scores.shape)} and finished {list(finished.shape)}",
+        lambda: f"logits {list(logits.shape)}, scores {list(scores.shape)} and finished {list(finished.shape)}",
     )
 
 

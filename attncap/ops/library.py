@@ -4,6 +4,7 @@ Nothing falls back silently: `require` says what is missing and how to get it.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +63,17 @@ def require(device: torch.device) -> None:
 
 
 def check_tensors(
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]], device: torch.device, others: str
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]],
+    device: torch.device,
+    others: Callable[[], str],
 ) -> None:
-    """Raises ValueError unless every tensor of an op, by name, has its shape and dtype and the op's device. `others`:
-    the tensors that the shapes follow from, for the sentence."""
+    """Raises ValueError unless every tensor of an op, by name, has its shape and dtype and the op's device. `others`
+    tells the tensors that the shapes follow from, for the sentence, which takes longer than the check."""
     for name, (tensor, shape, dtype) in expected.items():
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, but {list(shape)} fits {others}")
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, but {list(shape)} fits {others()}")
         if tensor.dtype != dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype}, but {dtype} is needed")
         if tensor.device != device:

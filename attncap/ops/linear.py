@@ -1,4 +1,4 @@
-"""Matrix products with the same weights many times over."""
+"""`F.linear` where laying out the weights anew pays: for one large product, or many with the same weights."""
 
 import functools
 from collections.abc import Callable
@@ -6,9 +6,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
-def linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def fixed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """`F.linear` with these, without gradients. On the CPU, float32 weights are laid out once for oneDNN, as torch's
     own compiler does it with frozen weights."""
     packs = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if torch.backends.mkldnn.is_available() else None
@@ -16,3 +17,25 @@ def linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         return functools.partial(F.linear, weight=weight, bias=bias)
     packed = packs(weight.detach())
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.linear` for a large product: x [...,I], weight [O,I], bias [O] -> [...,O], differentiable once."""
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return fixed_linear(weight, bias)(x)
+
+    @staticmethod
+    @once_differentiable  # a second derivative is an error, not zeros
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        x_grad = grad @ weight if ctx.needs_input_grad[0] else None
+        return x_grad, rows.t() @ x.flatten(0, -2), rows.sum(dim=0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attncap.ops import library
-from attncap.ops.linear import linear
+from attncap.ops.linear import fixed_linear
 from attncap.ops.soft_attention import DTYPES, _autocast, _sum_dtype
 
 CHUNK = 2**22  # logits that are held at a time, at most; at least one word's
@@ -78,24 +78,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (M, _), V, dtype = x.shape, len(weight), _sum_dtype(x)
         wanted = any(ctx.needs_input_grad[:3])
         loss = x.new_zeros((), dtype=dtype)
-        last_layer = linear(weight, bias)
+        last_layer = fixed_linear(weight, bias)
         x_grad, weight_grad, bias_grad = torch.empty_like(x), None, x.new_zeros(V, dtype=dtype)
         for begin in range(0, M, max(1, CHUNK // V)):
             words = slice(begin, begin + max(1, CHUNK // V))
             target = targets[words].unsqueeze(1)
             of_words = 1 if word_weights is None else word_weights[words].to(dtype).unsqueeze(1)
-            logits = last_layer(x[words]).to(dtype)
-            log_sum = logits.logsumexp(dim=1, keepdim=True)
-            expected = (1 - label_smoothing) * logits.gather(1, target)
+            log_p = last_layer(x[words]).to(dtype).log_softmax(dim=1)
+            expected = (1 - label_smoothing) * log_p.gather(1, target)
             if label_smoothing:
-                expected += label_smoothing * logits.mean(dim=1, keepdim=True)
-            loss += ((log_sum - expected) * of_words).sum()
+                expected += label_smoothing * log_p.mean(dim=1, keepdim=True)
+            loss -= (expected * of_words).sum()
             if not wanted:
                 continue
-            grad = logits.sub_(log_sum).exp_()  # of the logits: probabilities less what is expected
+            grad = log_p.exp_()  # of the logits: probabilities less what they should be
             if label_smoothing:
                 grad -= label_smoothing / V
-            grad.scatter_add_(1, target, torch.full_like(log_sum, label_smoothing - 1))
+            grad.scatter_add_(1, target, torch.full_like(expected, label_smoothing - 1))
             if word_weights is not None:
                 grad *= of_words
             bias_grad += grad.sum(dim=0)
@@ -131,5 +130,5 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, word_weight
             "word_weights": (word_weights, (M,), None if word_weights is None else word_weights.dtype),
         },
         x.device,
-        f"x {list(x.shape)} and weight {list(weight.shape)}",
+        lambda: f"x {list(x.shape)} and weight {list(weight.shape)}",
     )

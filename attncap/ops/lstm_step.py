@@ -79,7 +79,7 @@ def _check(
             "tokens": (tokens, (N,), torch.int64),
         },
         c.device,
-        f"c {list(c.shape)}, word_table {list(word_table.shape)} and parents {list(parents.shape)}",
+        lambda: f"c {list(c.shape)}, word_table {list(word_table.shape)} and parents {list(parents.shape)}",
     )
 
 

@@ -139,7 +139,7 @@ def _check(
             "gate": (gate, (N, D), features.dtype),
         },
         features.device,
-        f"features {list(features.shape)}, keys {list(keys.shape)} and query {list(query.shape)}",
+        lambda: f"features {list(features.shape)}, keys {list(keys.shape)} and query {list(query.shape)}",
     )
 
 

@@ -100,7 +100,8 @@ def _search(
 ) -> tuple[list[Step], Beams]:
     """All steps, and the beams after the last one."""
     if features[0].is_cuda and len(steps) == 1 and config.method != "sample":
-        return SearchGraphs.of(steps[0], config, suppressed, features[0]).run(features[0])
+        with torch.cuda.device(features[0].device):
+            return SearchGraphs.of(steps[0], config, suppressed, features[0]).run(features[0])
     search = Search(steps, config, suppressed)
     beams = search.start(features, range(len(features[0])) if seeds is None else seeds)
     trail = []
@@ -123,16 +124,14 @@ def _trace_back(trail: list[Step], beams: Beams, config: SearchConfig, B: int) -
     T, K = len(trail), config.beam_size
     tokens, parents = np.zeros((T, B, K), dtype=np.int64), np.zeros((T, B, K), dtype=np.int64)  # parents by beam
     scores = np.full((B, (T + 1) * K), -np.inf, dtype=np.float32)  # of what ended in each step, then of live beams
-    rows = np.zeros((T, B), dtype=np.int64)  # an image's first row among all steps' weights
-    row_count = 0
+    rows = np.zeros((T, B), dtype=np.int64)  # an image's first row among a step's weights
     images, of_tokens, of_parents, of_ended = (_to_host([step[i] for step in trail]) for i in range(4))
     for t, step in enumerate(trail):
         J = step.ended.shape[1]
         tokens[t, images[t]] = of_tokens[t]
         parents[t, images[t]] = of_parents[t] % J
         scores[images[t], t * K : t * K + J] = of_ended[t]
-        rows[t, images[t]] = row_count + len(step.weights) // len(images[t]) * np.arange(len(images[t]))
-        row_count += len(step.weights)
+        rows[t, images[t]] = len(step.weights) // len(images[t]) * np.arange(len(images[t]))
     scores[beams.images.cpu().numpy(), T * K :] = beams.scores.cpu().numpy()
     if np.isnan(scores).any():
         images = np.isnan(scores).any(axis=1).nonzero()[0].tolist()
@@ -151,16 +150,18 @@ def _trace_back(trail: list[Step], beams: Beams, config: SearchConfig, B: int) -
     place = order[exists]
     length, beam = place // K, place % K
 
-    words, looked = np.zeros((2, len(image), T), dtype=np.int64)  # tokens; rows of all steps' weights
+    words, looked = np.zeros((2, len(image), T), dtype=np.int64)  # tokens; rows of the steps' weights
     for t in range(T - 1, -1, -1):
         [written] = (t < length).nonzero()
         of = image[written]
         words[written, t] = tokens[t, of, beam[written]]
         beam[written] = parents[t, of, beam[written]]
         looked[written, t] = rows[t, of] + (parents[t - 1, of, beam[written]] if t > 0 else 0)
-    is_word = np.arange(T) < length[:, None]
-    weights = torch.cat([step.weights for step in trail])
-    attention = weights[torch.from_numpy(looked[is_word]).to(weights.device)].float().cpu().split(length.tolist())
+    is_word = np.arange(T)[:, None] < length  # [T, captions]
+    looked = torch.from_numpy(looked.T[is_word]).to(trail[0].weights.device).split(is_word.sum(axis=1).tolist())
+    weights = torch.cat([step.weights[places] for step, places in zip(trail, looked, strict=True)]).float().cpu()
+    by_caption = torch.from_numpy(is_word.nonzero()[1].argsort(kind="stable"))  # not by step
+    attention = weights[by_caption].split(length.tolist())
     hypotheses = [[] for _ in range(B)]
     for i, (b, n) in enumerate(zip(image, length, strict=True)):
         hypotheses[b].append(Hypothesis(words[i, :n].tolist(), float(scores[b, place[i]]), attention[i]))

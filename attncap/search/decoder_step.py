@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attncap.models.decoder import Decoder, Memory
-from attncap.ops.linear import linear
+from attncap.ops.linear import fixed_linear
 
 
 class Look(NamedTuple):
@@ -37,12 +37,12 @@ class DecoderStep:
         self.activation = decoder.activation
         self.score_weight = decoder.score_weight.detach()
         self.sizes = [4 * lstm.hidden_size, query.out_features, gate.out_features]
-        self.key = linear(decoder.key.weight, decoder.key.bias)
-        self.initial = linear(
+        self.key = fixed_linear(decoder.key.weight, decoder.key.bias)
+        self.initial = fixed_linear(
             torch.cat([decoder.initial_h.weight, decoder.initial_c.weight]),
             torch.cat([decoder.initial_h.bias, decoder.initial_c.bias]),
         )
-        self.hidden_part = linear(
+        self.hidden_part = fixed_linear(
             torch.cat([lstm.weight_hh, query.weight, gate.weight]),
             torch.cat([torch.zeros_like(lstm.bias_hh), query.bias, gate.bias]),
         )
@@ -53,10 +53,10 @@ class DecoderStep:
         if decoder.deep:
             context_weights.append(decoder.context_output.weight)
             word_table.append(words + decoder.hidden_output.bias)
-            self.hidden_output = linear(decoder.hidden_output.weight, None)
-        self.context_part = linear(torch.cat(context_weights), None)
+            self.hidden_output = fixed_linear(decoder.hidden_output.weight, None)
+        self.context_part = fixed_linear(torch.cat(context_weights), None)
         self.word_table = torch.cat(word_table, dim=1)  # [V,4H+E]
-        self.word_output = linear(decoder.word_output.weight, decoder.word_output.bias)
+        self.word_output = fixed_linear(decoder.word_output.weight, decoder.word_output.bias)
         self.graphs = {}  # beam_search's, which hold these weights' addresses
 
     @classmethod

@@ -1,7 +1,10 @@
 // The CPU kernel; compiled once for each instruction set, ATTNCAP_ISA being its name.
 //
-// A row of logits is passed over three times while it is in the cache: for its maximum, its sum of exponentials, and
-// what is better than the K-th best candidate so far, which is rare after the first few vectors.
+// A row of logits is read once, block by block: for the block's maximum, and while it is in the cache for its sum of
+// exponentials. What is better than the K-th best candidate so far is then looked for in the few blocks whose maximum
+// is. Threads share the images, or else an only image's rows.
+#include <cfloat>
+
 #include "beam_search_step.h"
 
 #include "../common/parallel.h"
@@ -10,38 +13,59 @@
 namespace attncap::ATTNCAP_ISA {
 namespace {
 
-struct LogSumExp {
-  float largest;  // logit
+// What is known of a row of logits once it has been read.
+struct Row {
+  static constexpr int64_t kMostBlocks = 64, kLeastVectors = 16;
+  Vector<float> largest_of_block[kMostBlocks];  // in each lane
+  float largest;                                // logit
   float log_sum;  // log sum_w exp(factor * (logits[w] - largest)); NaN for NaN or +infinity, or if all are -infinity
 };
 
-template <typename T>
-LogSumExp log_sum_exp(const T* logits, int64_t V, float factor) {
-  constexpr int64_t kBlock = 32;  // vectors summed by themselves: fewer roundings in a row
-  const Vector<float> lowest = broadcast(-INFINITY);
-  Vector<float> largest_of_lane = lowest;
-  for_each_vector<float>(V, [&](int64_t w, auto... rest) {
-    largest_of_lane = larger(largest_of_lane, load_or(lowest, logits + w, rest...));
-  });
-  float largest = largest_of_lane[0];
-  for (int64_t lane = 1; lane < kLanes<float>; ++lane) {
-    largest = largest_of_lane[lane] > largest ? largest_of_lane[lane] : largest;
-  }
-  Vector<float> total{};
-  for (int64_t first = 0; first < V; first += kBlock * kLanes<float>) {
-    Vector<float> of_block{};
-    const int64_t left = V - first, count = kBlock * kLanes<float>;
-    for_each_vector<float>(left < count ? left : count, [&](int64_t w, auto... rest) {
-      of_block += exp_of_negative((load_or(lowest, logits + first + w, rest...) - largest) * factor);
-    });
-    total += of_block;
-  }
-  return {largest, std::log(sum_of_lanes<float>(total))};
+// Calls body(i, first, count) for the i-th block of a row, its first word and their number.
+template <typename Body>
+void for_each_block(int64_t V, const Body& body) {
+  const int64_t vectors = (V / kLanes<float> + Row::kMostBlocks) / Row::kMostBlocks;
+  const int64_t size = (vectors < Row::kLeastVectors ? Row::kLeastVectors : vectors) * kLanes<float>;
+  for (int64_t i = 0; i * size < V; ++i) body(i, i * size, V - i * size < size ? V - i * size : size);
 }
 
 template <typename T>
-void search_image(const BeamSearchStep<T>& params, int64_t b) {
+void read(Row& row, const T* logits, int64_t V, float factor) {
+  const Vector<float> lowest = broadcast(-INFINITY), least = broadcast(-FLT_MAX);
+  const float to_log2 = factor * 1.44269504f;
+  Vector<float> largest = lowest, reference = least, total{};  // of each lane; sums are of exponents less `reference`
+  for_each_block(V, [&](int64_t i, int64_t first, int64_t count) {
+    Vector<float> largest_here = lowest, sum{};
+    for_each_vector<float>(count, [&](int64_t w, auto... rest) {
+      largest_here = larger(largest_here, load_or(lowest, logits + first + w, rest...));
+    });
+    row.largest_of_block[i] = largest_here;
+    largest = larger(largest, largest_here);
+    const Vector<float> before = reference;
+    reference = larger(least, largest);  // -infinity less -infinity would be NaN
+    for_each_vector<float>(count, [&](int64_t w, auto... rest) {
+      sum += exp2_of_negative((load_or(lowest, logits + first + w, rest...) - reference) * to_log2);
+    });
+    total = total * exp2_of_negative((before - reference) * to_log2) + sum;
+  });
+  row.largest = largest[0];
+  for (int64_t lane = 1; lane < kLanes<float>; ++lane) {
+    row.largest = largest[lane] > row.largest ? largest[lane] : row.largest;
+  }
+  total *= exp2_of_negative((reference - row.largest) * to_log2);
+  row.log_sum = row.largest == -INFINITY ? NAN : std::log(sum_of_lanes<float>(total));
+}
+
+template <typename T>
+void search_image(const BeamSearchStep<T>& params, int64_t b, Threads threads) {
   const auto [B, J, K, V] = params.sizes;
+  const float factor = params.inverse_temperature;
+  Row rows[kMostBeams];
+  parallel_for(threads, J, [&](int64_t j) {
+    const int64_t row = b * J + j;
+    if (params.scores[row] != -INFINITY) read(rows[j], params.logits + row * params.logits_stride, V, factor);
+  });
+
   Candidate best[kMostBeams];
   float ends[kMostBeams];
   bool is_nan = false;
@@ -50,32 +74,33 @@ void search_image(const BeamSearchStep<T>& params, int64_t b) {
     ends[j] = -INFINITY;
     if (params.scores[row] == -INFINITY) continue;
     const T* logits = params.logits + row * params.logits_stride;
-    const float factor = params.inverse_temperature;
-    const auto [largest, log_sum] = log_sum_exp(logits, V, factor);
-    const float base = params.scores[row] - log_sum;
+    const float base = params.scores[row] - rows[j].log_sum;
     if (base != base) {
       is_nan = true;
       continue;
     }
+    // Of a vector of logits; this way large ones lose no digits.
+    const auto scores_of = [&](Vector<float> x) { return (x - rows[j].largest) * factor + base; };
     if (params.end_allowed) {
-      const Vector<float> score = (load(logits + params.end, 1) - largest) * factor + base;
-      ends[j] = score[0] - penalty_of(params, row, params.end);
+      ends[j] = scores_of(load(logits + params.end, 1))[0] - penalty_of(params, row, params.end);
     }
-    for_each_vector<float>(V, [&](int64_t first, auto... rest) {
-      const Vector<float> x = load_or(broadcast(-INFINITY), logits + first, rest...);
-      const Vector<float> scores = (x - largest) * factor + base;  // this way large logits lose no digits
-      if (!any_above(scores, best[K - 1].score)) return;
-      for (int64_t lane = 0; lane < kLanes<float>; ++lane) {
-        const int64_t w = first + lane;
-        if (!(scores[lane] > best[K - 1].score) || w == params.end || is_suppressed(params, w)) continue;
-        Candidate candidate{scores[lane] - penalty_of(params, row, w), j * V + w};
-        for (int64_t k = 0; k < K; ++k) {  // into its place; the worst falls off
-          if (!is_better(candidate, best[k])) continue;
-          const Candidate lower = best[k];
-          best[k] = candidate;
-          candidate = lower;
+    for_each_block(V, [&](int64_t i, int64_t first, int64_t count) {
+      if (!any_above(scores_of(rows[j].largest_of_block[i]), best[K - 1].score)) return;
+      for_each_vector<float>(count, [&](int64_t from, auto... rest) {
+        const Vector<float> scores = scores_of(load_or(broadcast(-INFINITY), logits + first + from, rest...));
+        if (!any_above(scores, best[K - 1].score)) return;
+        for (int64_t lane = 0; lane < kLanes<float>; ++lane) {
+          const int64_t w = first + from + lane;
+          if (!(scores[lane] > best[K - 1].score) || w == params.end || is_suppressed(params, w)) continue;
+          Candidate candidate{scores[lane] - penalty_of(params, row, w), j * V + w};
+          for (int64_t k = 0; k < K; ++k) {  // into its place; the worst falls off
+            if (!is_better(candidate, best[k])) continue;
+            const Candidate lower = best[k];
+            best[k] = candidate;
+            candidate = lower;
+          }
         }
-      }
+      });
     });
   }
   for (int64_t j = 0; j < J; ++j) end_beam(params, b, best, ends, is_nan, j);
@@ -87,7 +112,7 @@ void search_image(const BeamSearchStep<T>& params, int64_t b) {
 
 template <typename T>
 void beam_search_step_cpu(const BeamSearchStep<T>& params, Threads threads) {
-  parallel_for(threads, params.sizes.B, [&](int64_t b) { search_image(params, b); });
+  parallel_for(threads, params.sizes.B, [&](int64_t b) { search_image(params, b, threads); });
 }
 
 #define INSTANTIATE(T) template void beam_search_step_cpu(const BeamSearchStep<T>&, Threads);

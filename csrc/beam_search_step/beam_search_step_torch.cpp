@@ -32,16 +32,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> beam_search_step(Tensor logit
     check_tensor("beam_search_step: penalties", *penalties, logits, {B * J, M}, ScalarType::Float);
   }
   logits = contiguous_rows(logits);
-  scores = torch::stable::contiguous(scores);
-  finished = torch::stable::contiguous(finished);
+  scores = as_contiguous(scores);
+  finished = as_contiguous(finished);
   suppressed = contiguous(suppressed);
   penalty_words = contiguous(penalty_words);
   penalties = contiguous(penalties);
-  const Tensor tokens = torch::stable::new_empty(logits, {B, K}, ScalarType::Long);
-  const Tensor parents = torch::stable::new_empty(logits, {B, K}, ScalarType::Long);
-  const Tensor next_scores = torch::stable::new_empty(scores, {B, K});
-  const Tensor ended = torch::stable::new_empty(scores, {B, J});
-  const Tensor next_finished = torch::stable::new_empty(scores, {B, K});
+  const Tensor tokens = empty(logits, B, K, ScalarType::Long);
+  const Tensor parents = empty(logits, B, K, ScalarType::Long);
+  const Tensor next_scores = empty(scores, B, K);
+  const Tensor ended = empty(scores, B, J);
+  const Tensor next_finished = empty(scores, B, K);
 
   dispatch_dtype(logits, [&](auto type) {
     using T = decltype(type);

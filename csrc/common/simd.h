@@ -161,6 +161,12 @@ inline Vector<float> exp_of_negative(Vector<float> x) {
   return parts.power * parts.rest + parts.power;
 }
 
+// The same of 2^x for -126 <= x <= 0, a multiplication or two less.
+inline Vector<float> exp2_of_negative(Vector<float> x) {
+  const PowerAndRest parts = split_exp(larger(broadcast(-126.0f), x), 1.0f);
+  return parts.power * parts.rest + parts.power;
+}
+
 // exp(x) for |x| <= 87, exp(87) above, 0 below. NaN stays NaN.
 inline Vector<float> exp(Vector<float> x) {
   const PowerAndRest parts = split_exp(clamp(x, -87.0f, 87.0f), 1.44269504f);

@@ -9,11 +9,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "dtype.h"
 #include "isa.h"
@@ -36,28 +36,50 @@ inline void check(bool condition, const std::string& sentence) {
 
 // Every tensor of an op has the sizes named and the device of `like`; dtype too, unless another is
 // named.
-inline void check_tensor(const std::string& name, const Tensor& tensor, const Tensor& like,
+inline void check_tensor(const char* name, const Tensor& tensor, const Tensor& like,
                          std::initializer_list<int64_t> sizes, std::optional<ScalarType> dtype = std::nullopt) {
-  check(tensor.scalar_type() == dtype.value_or(like.scalar_type()), name + " has another dtype than the op takes");
-  check(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(),
-        name + " is on another device than the op's first tensor");
+  const auto check_that = [&](bool condition, const char* else_it) {  // no string is made where all is well
+    if (!condition) throw std::runtime_error(std::string(name) + else_it);
+  };
+  check_that(tensor.scalar_type() == dtype.value_or(like.scalar_type()), " has another dtype than the op takes");
+  check_that(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(),
+             " is on another device than the op's first tensor");
   const auto actual = tensor.sizes();
-  check(std::vector<int64_t>(actual.begin(), actual.end()) == std::vector<int64_t>(sizes),
-        name + " has sizes that do not fit the other tensors");
+  check_that(std::equal(actual.begin(), actual.end(), sizes.begin(), sizes.end()),
+             " has sizes that do not fit the other tensors");
 }
 
 inline ScalarType accumulate_dtype(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// The tensor itself where it is contiguous (torch's own function asks the dispatcher first), else a copy.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
   if (!tensor) return std::nullopt;
-  return torch::stable::contiguous(*tensor);
+  return as_contiguous(*tensor);
 }
 
 // [rows, columns] as it lies where each row is contiguous, else a copy.
 inline Tensor contiguous_rows(const Tensor& tensor) {
   return tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// A new matrix on the device of `like`, of its dtype unless another is named. (torch's own new_empty asks the
+// dispatcher, which takes longer than a small kernel.)
+inline Tensor empty(const Tensor& like, int64_t rows, int64_t columns, std::optional<ScalarType> dtype = std::nullopt) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  int32_t code, device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &code));
+  if (dtype) code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle result;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, sizes, strides, code, device_type, like.get_device_index(), &result));
+  return Tensor(result);
 }
 
 template <typename T>

@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(kThreads) soft_attention_score_kernel(SoftAtte
   const int64_t P = params.sizes.P;
   const CellsBlock block(params.sizes, rows);
   if (block.first_cell >= P) return;
-  sum_over_channels<rows>(block, params.sizes.A, params.keys + block.tile.b * params.keys_stride, params.query, aligned,
+  sum_over_channels<rows>(block, params.sizes.A, params.keys + block.tile.b * params.keys_stride, params.query,
+                          params.query_stride, aligned,
                           ScoreTerm<T>{{params.activation}, params.score_weight, aligned, {}},
                           [&](int64_t n, int64_t p, accumulate_t<T> score) {
                             const bool counts = !params.mask || params.mask[block.tile.b * P + p];
@@ -95,11 +96,11 @@ __global__ void __launch_bounds__(kThreads) soft_attention_score_kernel(SoftAtte
                           });
 }
 
-// `sum` over all cells becomes the context at `at`.
+// `sum` over all cells becomes channel d of row n's context.
 template <typename T>
-__device__ void store_context(const SoftAttentionForward<T>& params, int64_t at, accumulate_t<T> sum) {
-  if (params.gate) sum *= sigmoid(static_cast<accumulate_t<T>>(params.gate[at]));
-  params.context[at] = static_cast<T>(sum);
+__device__ void store_context(const SoftAttentionForward<T>& params, int64_t n, int64_t d, accumulate_t<T> sum) {
+  if (params.gate) sum *= sigmoid(static_cast<accumulate_t<T>>(params.gate[n * params.gate_stride + d]));
+  params.context[n * params.sizes.D + d] = static_cast<T>(sum);
 }
 
 // Over channels: weights and context; with several parts, context_parts instead. Shared memory: rows times the most
@@ -160,11 +161,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int row = 0; row < rows; ++row) {
     if (row >= tile.row_count) break;
     sum_over_groups(sums[row], columns, scratch, block, D, [&](int64_t d, Number sum) {
-      const int64_t at = (tile.first_row + row) * D + d;
+      const int64_t n = tile.first_row + row;
       if (parts == 1) {
-        store_context(params, at, sum);
+        store_context(params, n, d, sum);
       } else {
-        params.context_parts[block.part * params.sizes.B * params.sizes.K * D + at] = sum;
+        params.context_parts[(block.part * params.sizes.B * params.sizes.K + n) * D + d] = sum;
       }
     });
   }
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(kThreads) soft_attention_sum_parts_kernel(Soft
   if (i >= count) return;
   accumulate_t<T> sum = 0;
   for (int part = 0; part < parts; ++part) sum += params.context_parts[part * count + i];
-  store_context(params, i, sum);
+  store_context(params, i / params.sizes.D, i % params.sizes.D, sum);
 }
 
 // A thread a channel of a row: gated_grad and gate_grad.
@@ -205,7 +206,8 @@ __global__ void __launch_bounds__(kThreads)
   const CellsBlock block(params.sizes, rows);
   if (block.first_cell >= P) return;
   sum_over_channels<rows>(block, params.sizes.D, params.features + block.tile.b * params.features_stride,
-                          params.gated_grad, aligned, ProductTerm(), [&](int64_t n, int64_t p, accumulate_t<T> sum) {
+                          params.gated_grad, params.sizes.D, aligned, ProductTerm(),
+                          [&](int64_t n, int64_t p, accumulate_t<T> sum) {
                             const int64_t at = n * P + p;
                             params.score_grad[at] = sum + static_cast<accumulate_t<T>>(params.weights_grad[at]);
                           });

@@ -34,6 +34,7 @@ struct SoftAttentionForward {
   SoftAttentionSizes sizes;
   Activation activation;
   int64_t features_stride, keys_stride;  // from image to image, in elements
+  int64_t query_stride, gate_stride;     // from row to row
   const T* features;                     // [B, P, D]
   const T* keys;                         // [B, P, A]
   const T* query;                        // [N, A]

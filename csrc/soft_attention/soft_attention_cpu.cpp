@@ -52,7 +52,7 @@ void score_cells(const SoftAttentionForward<T>& params, int64_t b, int64_t begin
   const T* keys = params.keys + b * params.keys_stride;
   for_each_tile(begin, end, [&]<int64_t count>(int64_t p) {
     for (int64_t n = b * K; n < b * K + K; ++n) {
-      const T* query = params.query + n * A;
+      const T* query = params.query + n * params.query_stride;
       Vector<Number> sums[count] = {};
       for_each_vector<Number>(A, [&](int64_t a, auto... rest) {
         const Vector<Number> q = load(query + a, rest...);
@@ -130,11 +130,11 @@ void sum_channels_of_rows(const SoftAttentionForward<T>& params, int64_t b, int6
     });
   });
   for (int64_t row = 0; row < row_count; ++row) {
-    const int64_t at = (first_row + row) * D + first;
+    const int64_t n = first_row + row;
     for_each_vector<Number>(end - first, [&](int64_t d, auto... rest) {
       Vector<Number> sum = load(sums[row] + d);
-      if (params.gate) sum *= sigmoid<Number>(load(params.gate + at + d, rest...));
-      store(params.context + at + d, sum, rest...);
+      if (params.gate) sum *= sigmoid<Number>(load(params.gate + n * params.gate_stride + first + d, rest...));
+      store(params.context + n * D + first + d, sum, rest...);
     });
   }
 }

@@ -85,10 +85,10 @@ struct CellsBlock {
 
 // For this warp's cells and rows: the sum over channels of term(j, cell's number, row's number), handed to
 // out(row, cell, sum) in one lane; term.move_to(channel, count) says which channel j = 0 is, and how many there are.
-// cells is [P, channels] of the image, row_values [N, channels].
+// cells is [P, channels] of the image, row_values [N, channels], whose rows are `stride` numbers apart.
 template <int rows, typename T, typename R, typename Term, typename Out>
 __device__ void sum_over_channels(const CellsBlock& block, int64_t channels, const T* cells, const R* row_values,
-                                  bool aligned, Term term, const Out& out) {
+                                  int64_t stride, bool aligned, Term term, const Out& out) {
   using Number = accumulate_t<T>;
   constexpr int width = kWidth<T>;
   const int lane = threadIdx.x % kWarpSize;
@@ -105,7 +105,7 @@ __device__ void sum_over_channels(const CellsBlock& block, int64_t channels, con
 #pragma unroll
     for (int row = 0; row < rows; ++row) {
       if (row >= block.tile.row_count) break;
-      const auto values = load<width>(row_values + (block.tile.first_row + row) * channels + channel, count, aligned);
+      const auto values = load<width>(row_values + (block.tile.first_row + row) * stride + channel, count, aligned);
 #pragma unroll
       for (int i = 0; i < kCells; ++i) {
 #pragma unroll

@@ -39,10 +39,10 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor keys, Tensor query, T
   if (mask) check_tensor("soft_attention: mask", *mask, features, {B, P}, ScalarType::Bool);
   features = contiguous_images(features);
   keys = contiguous_images(keys);
-  query = torch::stable::contiguous(query);
+  query = contiguous_rows(query);
   score_weight = torch::stable::contiguous(score_weight);
   mask = contiguous(mask);
-  gate = contiguous(gate);
+  if (gate) gate = contiguous_rows(*gate);
   const Tensor context = torch::stable::new_empty(features, {B * K, D});
   const Tensor weights = torch::stable::new_empty(features, {B * K, P});
   const Tensor scores = torch::stable::new_empty(features, {B * K, P}, accumulate_dtype(features));
@@ -54,6 +54,8 @@ std::tuple<Tensor, Tensor> forward(Tensor features, Tensor keys, Tensor query, T
         .activation = parse_activation(activation),
         .features_stride = features.stride(0),
         .keys_stride = keys.stride(0),
+        .query_stride = query.stride(0),
+        .gate_stride = gate ? gate->stride(0) : 0,
         .features = data<T>(features),
         .keys = data<T>(keys),
         .query = data<T>(query),

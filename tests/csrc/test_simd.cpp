@@ -28,6 +28,8 @@ void test_functions() {
       if (x < -87) expect(exp_x == 0, "exp below the normal numbers", x);
       const float of_negative = exp_of_negative(broadcast(x))[0], least = exp(broadcast(-87.0f))[0];
       if (x <= 0) expect(of_negative == (x < -87 ? least : exp_x), "exp_of_negative", x);
+      const float power = exp2_of_negative(broadcast(x))[0];
+      if (x <= 0) expect(units(power, std::exp2(double(x < -126 ? -126 : x))) <= 1, "exp2_of_negative", x);
       expect(units(tanh_x, std::tanh(double(x))) <= 2.5, "tanh", x);
       const double short_error = short_tanh(broadcast(x))[0] / std::tanh(double(x)) - 1;
       expect(x == 0 || std::fabs(short_error) <= 1e-4, "short_tanh", x);
@@ -35,8 +37,8 @@ void test_functions() {
     }
   }
   const Vector<float> nan = broadcast(NAN);
-  expect(std::isnan(exp(nan)[0]) && std::isnan(exp_of_negative(nan)[0]) && std::isnan(tanh(nan)[0]) &&
-             std::isnan(short_tanh(nan)[0]) && std::isnan(relu(nan)[0]),
+  expect(std::isnan(exp(nan)[0]) && std::isnan(exp_of_negative(nan)[0]) && std::isnan(exp2_of_negative(nan)[0]) &&
+             std::isnan(tanh(nan)[0]) && std::isnan(short_tanh(nan)[0]) && std::isnan(relu(nan)[0]),
          "NaN stays", NAN);
   expect(tanh(Vector<double>{} + 0.5)[0] == std::tanh(0.5), "tanh in float64", 0.5);
 }

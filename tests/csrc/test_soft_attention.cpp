@@ -26,7 +26,8 @@ using attncap::compare;  // beside those for whole problems below
 using attncap::widen;
 
 // All arrays of one forward and backward pass. Outputs start as NaN, so that what is never written shows. `gap` numbers
-// lie between the features, and the keys, of one image and the next.
+// lie between the features, and the keys, of one image and the next, and for the forward between rows of query and
+// gate.
 template <typename T>
 struct Problem {
   using Number = accumulate_t<T>;
@@ -37,6 +38,7 @@ struct Problem {
   bool in_two_goes = false;  // keys_grad and score_weight_grad by themselves, after the rest of the backward
   std::vector<T> features, keys, query, score_weight, gate, context_grad, weights_grad;
   std::unique_ptr<bool[]> mask;
+  std::vector<T> query_apart, gate_apart;  // the forward's, with gaps between rows
   std::vector<T> context, weights, features_grad, keys_grad, gate_grad;
   std::vector<Number> scores, context_parts, query_grad, score_weight_grad, gated_grad, score_grad;
   std::vector<int64_t> row_starts;
@@ -50,17 +52,29 @@ struct Problem {
     scores.assign(B * K * P, NAN), gated_grad.assign(B * K * D, NAN), score_grad.assign(B * K * P, NAN);
   }
 
+  std::vector<T> apart(const std::vector<T>& values, int64_t length) const {
+    std::vector<T> result;
+    for (size_t i = 0; i < values.size(); ++i) {
+      result.push_back(values[i]);
+      if ((i + 1) % length == 0 && i + 1 < values.size()) result.insert(result.end(), gap, static_cast<T>(NAN));
+    }
+    return result;
+  }
+
   SoftAttentionForward<T> forward() {
+    query_apart = apart(query, sizes.A), gate_apart = apart(gate, sizes.D);
     return {.sizes = sizes,
             .activation = activation,
             .features_stride = sizes.P * sizes.D + gap,
             .keys_stride = sizes.P * sizes.A + gap,
+            .query_stride = sizes.A + gap,
+            .gate_stride = sizes.D + gap,
             .features = features.data(),
             .keys = keys.data(),
-            .query = query.data(),
+            .query = query_apart.data(),
             .score_weight = score_weight.data(),
             .mask = mask.get(),
-            .gate = gated ? gate.data() : nullptr,
+            .gate = gated ? gate_apart.data() : nullptr,
             .context = context.data(),
             .weights = weights.data(),
             .scores = scores.data()};

@@ -264,6 +264,44 @@ def test_large_logits_lose_no_digits(device, op):
 
 
 @both_ops
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "peak first", "peak last"])
+@pytest.mark.parametrize("V", [9490, 50_000])
+def test_scores_are_as_exact_as_torchs(device, op, order, V):
+    """Wherever in a row the maximum is: the error is at most twice that of torch's log-softmax in float32."""
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(32, V)
+    if order == "ascending":
+        logits = logits.sort(dim=1).values
+    if order == "descending":
+        logits = logits.sort(dim=1, descending=True).values
+    if order.startswith("peak"):  # what comes before it counts for little, or nothing
+        logits[:, 1 if order == "peak first" else -1] = torch.linspace(10, 200, 32)
+    logits[:, 0] = -torch.inf
+    scores, finished = torch.zeros(32, 1), torch.full((32, 8), -torch.inf)
+    found = op(logits.to(device), scores.to(device), finished.to(device), end=0)
+    truth = logits.double().log_softmax(dim=1)
+    of_torch = (logits.log_softmax(dim=1) - truth).nan_to_num(0).abs().max()
+    error = (found.scores.cpu() - truth.gather(1, found.tokens.cpu())).abs().max()
+    assert error <= 2 * of_torch
+    assert torch.equal(found.tokens.cpu(), truth.topk(8).indices)
+
+
+@both_ops
+def test_lowest_finite_logits_are_numbers(device, op):
+    """As masks with finfo.min leave them; -inf before and after."""
+    lowest = torch.finfo(torch.float32).min
+    logits = torch.full((2, 700), -torch.inf, device=device)
+    logits[0, 300:600] = lowest
+    logits[1, :600] = lowest
+    logits[1, 650] = 0
+    scores, finished = torch.zeros(2, 1, device=device), torch.full((2, 2), -torch.inf, device=device)
+    found = op(logits, scores, finished, end=699)
+    assert found.tokens.tolist() == [[300, 301], [650, 0]]
+    torch.testing.assert_close(found.scores[0].cpu(), torch.full((2,), -math.log(300)))
+    assert found.scores[1].tolist() == [0, lowest]
+
+
+@both_ops
 @both_methods
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_logits_of_no_beam_do_not_count(device, op, shrink, value):

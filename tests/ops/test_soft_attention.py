@@ -242,6 +242,22 @@ def test_backward_in_two_goes(device, activation):
 
 
 @on_every_device
+@pytest.mark.parametrize("P", [5, 200])
+def test_query_and_gate_as_columns_of_one_product(device, P):
+    """They are read where they lie; the search has them so."""
+    torch.manual_seed(0)
+    B, N, D, A = 2, 6, 40, 24
+    features, keys, score_weight = torch.randn(B, P, D), torch.randn(B, P, A), torch.randn(A)
+    features, keys, score_weight = (x.to(device) for x in (features, keys, score_weight))
+    for before in (0, 3, 16):  # which leaves their rows aligned, or not
+        product = torch.randn(N, before + A + D, device=device)
+        _, query, gate = product.split([before, A, D], dim=1)
+        found = soft_attention(features, keys, query, score_weight, gate=gate)
+        expected = soft_attention(features, keys, query.contiguous(), score_weight, gate=gate.contiguous())
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@on_every_device
 def test_non_contiguous(device):
     inputs = make_inputs(2, 3, 7, 6, 5, device=device)
     strided = []
