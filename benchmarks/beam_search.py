@@ -154,12 +154,13 @@ class EagerStep(nn.Module):
 def batched(decoder: Decoder, step: Callable, features: Tensor, K: int, steps: int) -> Captions:
     """A search by an `EagerStep`, eager or compiled. All beams of an image begin as one."""
     torch.compiler.cudagraph_mark_step_begin()  # the compiled step's results stay valid until the next search
-    memory, (h, c) = decoder.start(features, rows=1)
+    mean = features.mean(dim=1)
+    keys, h, c = decoder.key(features), decoder.initial_h(mean), decoder.initial_c(mean)
     tokens = torch.full((len(features),), Vocabulary.START, device=features.device)
     scores = torch.zeros(len(features), 1, device=features.device)
     trail = []
     for _ in range(steps):
-        h, c, tokens, scores, rows = step(*memory, h, c, tokens, scores)
+        h, c, tokens, scores, rows = step(features, keys, h, c, tokens, scores)
         trail.append((tokens, rows))
     best = K * torch.arange(len(features), device=features.device)
     words = []
