@@ -16,6 +16,7 @@ def fixed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tens
     if packs is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return functools.partial(F.linear, weight=weight, bias=bias)
     packed = packs(weight.detach())
+    bias = bias if bias is None else bias.contiguous()  # oneDNN is not told its strides
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 

@@ -95,8 +95,9 @@ def test_error_rule(device, dtype, sizes, activation):
         assert error <= 2 * plain_error + floor * largest, f"{name}: {error:.2e}, plain {plain_error:.2e}"
 
 
-def test_inputs_of_any_strides(device):
-    inputs = make_inputs(device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # on the CPU they have products of their own
+def test_inputs_of_any_strides(device, dtype):
+    inputs = make_inputs(device=device, dtype=dtype)
     expected = outputs_and_gradients(attention_lstm, inputs, images=IMAGES)
     strided = {name: torch.stack([x.detach()] * 2, dim=-1)[..., 0].requires_grad_() for name, x in inputs.items()}
     strided["context_weight"] = inputs["context_weight"].detach().t().contiguous().t().requires_grad_()
