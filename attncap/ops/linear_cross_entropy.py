@@ -110,7 +110,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # a second derivative is an error, not zeros
     def backward(ctx, loss_grad):
-        return *(grad * loss_grad.to(grad.dtype) for grad in ctx.saved_tensors), None, None, None
+        grads = ctx.saved_tensors  # a loss scale of 65,536 is no float16
+        return *((grad.to(loss_grad.dtype) * loss_grad).to(grad.dtype) for grad in grads), None, None, None
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, word_weights: Tensor | None) -> None:

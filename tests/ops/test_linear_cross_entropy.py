@@ -131,6 +131,25 @@ def test_autocast(device, op):
     assert all(tensor.grad.dtype == torch.float32 for tensor in (x, weight, bias))
 
 
+@both
+def test_a_scaled_loss(op):
+    """As float16 is trained, by a scale that float16 itself cannot hold."""
+    x, weight, bias, targets, _ = make_inputs(dtype=torch.float16)
+    (65536 * op(x, weight, bias, targets, torch.full((M,), 1e-3))).backward()
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
+    (65.536 * linear_cross_entropy_reference(*wide, targets)).backward()
+    for tensor, true in zip((x, weight, bias), wide, strict=True):
+        torch.testing.assert_close(tensor.grad.double(), true.grad, rtol=1e-2, atol=0.1)
+
+
+def test_inputs_of_any_strides():
+    *tensors, targets, _ = make_inputs(dtype=torch.float32)
+    strided = [torch.stack([tensor.detach()] * 2, dim=-1)[..., 0].requires_grad_() for tensor in tensors]
+    losses = [linear_cross_entropy(*inputs, targets) for inputs in (tensors, strided)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(torch.autograd.grad(losses[0], tensors), torch.autograd.grad(losses[1], strided))
+
+
 def test_without_gradients():
     x, weight, bias, targets, word_weights = make_inputs()
     with torch.no_grad():
