@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -107,9 +108,9 @@ class CudaGraph:
     of one pool write over each other's."""
 
     def __init__(self, work: Callable[[], Any], warm_up: Callable[[], Any], pool: tuple[int, int] | None):
-        stream = torch.cuda.Stream()  # a first call may set things up that cannot be captured
+        stream = capture_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):  # a first call may set things up that cannot be captured
             warm_up()
         torch.cuda.current_stream().wait_stream(stream)
         self.captured = torch.cuda.CUDAGraph()
@@ -121,6 +122,13 @@ class CudaGraph:
         """Returns what happens when the device is done."""
         self.captured.replay()
         return torch.cuda.current_stream().record_event()
+
+
+@functools.cache
+def capture_stream(device: int) -> torch.cuda.Stream:
+    """One for all captures: a pool's memory is used again by the same stream only, and cuBLAS keeps a workspace for
+    each stream that it has worked on."""
+    return torch.cuda.Stream(device)
 
 
 def tensors(nested: Tensor | Iterable) -> list[Tensor]:

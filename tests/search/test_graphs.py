@@ -1,6 +1,9 @@
 """The search in graphs, on CUDA and, with what stands in for CUDA's graphs, on the CPU."""
 
+import contextlib
 import itertools
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -70,6 +73,22 @@ def capture(device, monkeypatch) -> str:
     if device == "cpu":
         monkeypatch.setattr(graphs, "CudaGraph", StandIn)
     return device
+
+
+def test_one_stream_for_the_captures_of_a_device(monkeypatch):
+    """torch gives a pool's memory to the stream again that had it before, and to no other."""
+    cuda, captures = MagicMock(), []
+    cuda.Stream = lambda device=None: SimpleNamespace(device=device, wait_stream=lambda other: None)
+    cuda.graph = lambda captured, pool, stream: captures.append((pool, stream)) or contextlib.nullcontext()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    graphs.capture_stream.cache_clear()
+    for device in (0, 0, 1):
+        cuda.current_device.return_value = device
+        graph = graphs.CudaGraph(lambda: None, lambda: None, "pool")
+    graphs.capture_stream.cache_clear()
+    (_, first), (pool, second), (_, other) = captures
+    assert pool == "pool" and first is second and [first.device, other.device] == [0, 1]
+    assert graph.pool is cuda.CUDAGraph().pool()
 
 
 def make_step(device: str, end_bias: float) -> DecoderStep:
