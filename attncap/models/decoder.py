@@ -66,10 +66,14 @@ class Decoder(nn.Module):
 
         features [B,P,D]; tokens int64 [N,T], <pad> after a caption's end, perhaps on the CPU, where their lengths are
         needed; inputs int64 [N,T-1], tokens[:, :-1] by default. The work is that of the longest caption of each image;
-        where images do not come sorted by it, longest first, their features are copied to sort them."""
+        where images do not come sorted by it, longest first, their features are copied to sort them.
+
+        Raises ValueError where N is no multiple of B, or no row has a word."""
         device, N, B = features.device, len(tokens), len(features)
-        K = N // B
         lengths = (tokens[:, 1:] != Vocabulary.PAD).sum(dim=1).cpu()
+        if B == 0 or N % B or not lengths.any():
+            raise ValueError(f"{N} rows of tokens for {B} images; all need as many, and one a word to write")
+        K = N // B
         longest, order = lengths.view(B, K).amax(dim=1).sort(descending=True, stable=True)
         images = [int((longest > t).sum()) for t in range(longest[0])]  # in each step
         if not order.equal(torch.arange(B)):

@@ -116,6 +116,18 @@ def test_native_and_torch_agree(output_layer):
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
+def test_captions_without_words():
+    """They count for nothing beside others, and cannot be all."""
+    decoder, features = make_decoder("native"), torch.randn(B, P, D, dtype=torch.double)
+    losses = caption_losses(decoder, features, make_tokens([0, 3]))
+    alone = caption_losses(decoder, features[1:], make_tokens([0, 3])[1:])
+    torch.testing.assert_close(losses["words"], alone["words"])
+    torch.testing.assert_close(losses["attention"], alone["attention"] + 1)
+    for wrong in (make_tokens([0, 0]), make_tokens([3, 2, 1]), make_tokens([3])[:0]):
+        with pytest.raises(ValueError, match="rows of tokens for 2 images"):
+            decoder(features, wrong)
+
+
 def test_an_image_costs_its_own_longest_caption():
     """Not that of the batch; and features that come sorted are not copied."""
     decoder, asked = make_decoder("torch"), []
