@@ -80,8 +80,9 @@ def main(config: EvaluateConfig) -> None:
     if config.references is not None:
         references = read_captions(config.references)
     else:
-        trained = training_seed(config.model[0]) if config.model else 0
-        seed = trained if config.seed is None else config.seed
+        seed = config.seed
+        if seed is None:
+            seed = training_seed(config.model[0]) if config.model else 0
         splits = open_dataset(config.data, seed, images=config.predictions is None)
         examples = splits.get(config.split)
         if not examples:
@@ -199,9 +200,17 @@ def image_id(name: str) -> int | str:
 
 
 def training_seed(model: str) -> int:
-    """The seed a model was trained with, from its folder; 0, the default of training, where that is not told."""
+    """The seed a model was trained with, from its folder; 0, the default of training, where that is not told. Raises
+    UserError when the file that should tell it is broken."""
     path = Path(model) / "settings.json"
-    return json.loads(path.read_text(encoding="utf-8"))["settings"]["seed"] if path.exists() else 0
+    if not path.exists():
+        return 0
+    found = read_json(path)
+    settings = found.get("settings") if isinstance(found, dict) else None
+    seed = settings.get("seed") if isinstance(settings, dict) else None
+    if type(seed) is not int:
+        raise UserError(f'{path}: field "seed" of "settings" should be a whole number; or give --seed')
+    return seed
 
 
 def read_results(path: str | Path) -> dict[str, str]:

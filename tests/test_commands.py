@@ -125,6 +125,10 @@ def test_evaluate_takes_the_seed_of_the_training(trained, tmp_path):
     assert training_seed(trained) == 0 and training_seed(tmp_path) == 0
     (tmp_path / "settings.json").write_text('{"settings": {"seed": 7}}')
     assert training_seed(tmp_path) == 7
+    for broken in ('{"settings"', '{"settings": {}}', '{"settings": {"seed": "7"}}', "[]"):
+        (tmp_path / "settings.json").write_text(broken)
+        with pytest.raises(UserError, match=r"settings\.json: (not a whole JSON file|field \"seed\")"):
+            training_seed(tmp_path)
 
 
 def test_results_on_coco_are_in_cocos_format(attncap, trained, tmp_path):
