@@ -64,7 +64,7 @@ def first_pieces(pieces: Sequence[str]) -> list[int]:
     places, within = [], False
     for place, piece in enumerate(pieces):
         within = within and not piece.startswith(MARK)
-        if not within and piece != MARK:
+        if not within and piece.strip(MARK):
             places.append(place)
             within = True
     return places

@@ -99,6 +99,7 @@ def test_pieces_are_cut_at_the_largest_length(vocabulary):
         (["▁ein", "▁hund", "e", "rennen"], ["ein", "hunderennen"], [0, 1]),
         (["e", "▁", "▁", "in", "▁s", "o"], ["e", "in", "so"], [0, 3, 4]),  # nothing keeps a model from writing these
         (["▁"], [], []),
+        (["▁▁", "▁a"], ["a"], [1]),  # a caption may have the mark itself
         ([], [], []),
     ],
 )
