@@ -189,7 +189,7 @@ class _AttentionLstm(torch.autograd.Function):
             query[by_image],
             score_weight,
             torch.cat(score_grads)[by_image],
-            row_starts.to(h.device),
+            row_starts,
             ctx.activation,
         )
         return (
