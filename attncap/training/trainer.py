@@ -278,7 +278,7 @@ class Trainer:
         return figures
 
     def end_epoch(self, figures: dict[str, float]) -> None:
-        """Log, keep the model if it is the best so far, and write the checkpoint."""
+        """Log, keep the model if it is the best so far, write the checkpoint, and last draw, which is slow."""
         # Where the first figure cannot tell models apart (CIDEr is 0 for a single image), the next one decides.
         self.schedule.epoch_ended([figures[name] for name in (self.config.best_by, "BLEU-4", "ROUGE-L")])
         decoder, encoder = self.optimizer.param_groups
@@ -291,10 +291,12 @@ class Trainer:
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
             if self.schedule.epochs_without_gain == 0:
                 self.average.save_pretrained(self.output)
-            self.watch.epoch(line, self.captioned() if self.watch.wants_pictures else ())
+            self.watch.epoch(line)
         self.epoch, self.step = self.epoch + 1, 0
         self.start_sums()
         self.save_checkpoint()
+        if distributed.is_main() and self.watch.wants_pictures and not self.interruption.number:
+            self.watch.pictures(self.captioned())
 
     def captioned(self) -> list[tuple[Image.Image, Caption]]:
         """Four validation images with the captions that the model gives them now."""

@@ -146,6 +146,19 @@ def test_stopped_while_it_validates(server, data, whole, tmp_path):
     assert metrics(whole) == metrics(tmp_path / "run")
 
 
+def test_killed_while_it_draws(server, data, tmp_path):
+    """The epoch is on the disk before its pictures are drawn, which takes seconds."""
+    arguments = ["--data", data, *SETTINGS, "--output", tmp_path / "run"]
+    draw = (
+        "watch._open_board = lambda *_: __import__('unittest.mock').mock.MagicMock()\n"
+        "trainer.Trainer.captioned = lambda _: os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    status, text = run(server, tmp_path, arguments, draw)
+    state = checkpoint(tmp_path / "run")
+    assert status == -signal.SIGKILL and (state["epoch"], state["step"]) == (1, 0), text
+    assert len(metrics(tmp_path / "run")) == 1
+
+
 def test_a_second_signal_ends_it_at_once(server, data, tmp_path):
     slow = "trainer.Trainer.train_step = lambda *_: __import__('time').sleep(60)"
     running = server.start(tmp_path / "log", ["--data", data, *SETTINGS, "--output", tmp_path / "run"], slow)
