@@ -61,7 +61,9 @@ def run(config: TrainConfig, device: torch.device) -> int:
     trainer = Trainer(config, model, splits, output)
     if config.resume:
         trainer.load_checkpoint()
-    elif distributed.is_main():
+    if config.cache_features:
+        trainer.cache_features()
+    if not config.resume and distributed.is_main():
         settings = {"settings": dataclasses.asdict(config), "versions": versions()}
         write_atomically(output / "settings.json", json.dumps(settings, indent=2) + "\n")
         trainer.save_checkpoint()

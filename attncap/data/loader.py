@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ def batches(
     others; images are None where none is left. `chosen` are the indices of each batch; by default all as they stand."""
     if chosen is None:
         chosen = [range(i, min(i + batch_size, len(pictures))) for i in range(0, len(pictures), batch_size)]
-    return DataLoader(
+    return _Loader(
         pictures,
         batch_sampler=chosen,
         num_workers=workers,
@@ -94,6 +94,16 @@ def batches(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # the loader seeds its workers; the process's own random numbers stay as they are
     )
+
+
+class _Loader(DataLoader):
+    def __iter__(self) -> Iterator:
+        """Workers are born deaf to the signals that `_start_worker` has them ignore: one may come before that."""
+        hears = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, hears)
 
 
 def _start_worker(_: int) -> None:

@@ -62,8 +62,9 @@ class DecoderStep:
     @classmethod
     def of(cls, decoder: Decoder) -> DecoderStep:
         """The step of a decoder, made once, and anew when its weights have changed, moved or been cast. (What goes
-        behind torch's back, such as `parameter.data.mul_(2)`, is not seen; a decoder made in inference mode, whose
-        changes torch does not count, gets a new step every time.)"""
+        behind torch's back, such as `parameter.data.mul_(2)` or an optimizer with `fused=True`, is not seen unless
+        `torch.autograd.graph.increment_version` tells; a decoder made in inference mode, whose changes torch does not
+        count, gets a new step every time.)"""
         if any(p.is_inference() for p in decoder.parameters()):
             return cls(decoder)
         made_from = [(p.data_ptr(), p._version) for p in decoder.parameters()]

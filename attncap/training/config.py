@@ -25,7 +25,7 @@ class TrainConfig(command.CaptioningConfig):
     """cross-entropy: the next word of a given caption. scst: CIDEr-D of captions that the model samples (self-critical
     training, Rennie et al. 2017); it needs --start-from."""
     start_from: str | None = None
-    """Folder of a trained model whose weights and vocabulary the run starts from."""
+    """Folder of a trained model whose weights, sizes and vocabulary the run has, whatever flags say of them."""
     samples: int = 5
     """scst: captions sampled for an image, at least 2; each one's baseline is the mean of the others."""
     epochs: int = 10
@@ -72,8 +72,8 @@ class TrainConfig(command.CaptioningConfig):
     augment: bool = True
     """Train on random parts of the images, mirrored half of the time."""
     cache_features: bool = False
-    """Run the encoder over the training images once and keep its features on disk, in half precision. For an encoder
-    that is not trained, and images that are not augmented."""
+    """Run the encoder over the training and validation images once and keep its features on disk, in half precision.
+    For an encoder that is not trained, and images that are not augmented."""
     encoder_weights: str = "default"
     """default (torchvision's ImageNet weights), none, or the file of a state dict."""
     fine_tune_from: str = "none"

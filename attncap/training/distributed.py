@@ -6,9 +6,9 @@ Each process computes the gradients of its share, DistributedDataParallel brings
 the same step. The first process (rank 0) validates, shows, and writes. Without torchrun there is one process, and
 everything here does nothing.
 
-Rounding apart, a run is the same with any number of processes, but for dropout and for batch norms that are trained:
-they normalise by their process's share of a batch, as DistributedDataParallel leaves them, and rank 0's statistics are
-kept. Frozen ones use the statistics they came with.
+Rounding apart, a run is the same with any number of processes, but for what is drawn (dropout, words that are sampled)
+and for batch norms that are trained: they normalise by their process's share of a batch, as DistributedDataParallel
+leaves them, and rank 0's statistics are kept. Frozen ones use the statistics they came with.
 """
 
 import contextlib

@@ -45,16 +45,15 @@ def mix_tokens(
         for t in range(1, tokens.shape[1] - 1):  # nothing is fed after the last word
             h, c, logits = step.write(step.look(memory, h), c, parents, mixed[:, t - 1])
             drawn = chosen[:, t].nonzero().squeeze(1)
-            mixed[drawn, t] = _draw(logits[drawn], draws[drawn, t])
+            mixed[drawn, t] = draw_words(logits[drawn], draws[drawn, t], Vocabulary.END + 1)
             parents = rows
     return mixed
 
 
-def _draw(logits: Tensor, draws: Tensor) -> Tensor:
-    """logits [R,V], draws [R] uniform in [0, 1) -> words int64 [R]: the first at which the summed probabilities of all
-    words up to it pass the draw. (Below 1 in float32, a draw stays below the last sum however it is rounded.)"""
-    first = Vocabulary.END + 1
-    probabilities = logits[:, first:].softmax(dim=1)
-    sums = probabilities.cumsum(dim=1)
-    words = torch.searchsorted(sums, draws.to(sums.dtype).unsqueeze(1) * sums[:, -1:], right=True)
-    return first + words.squeeze(1)
+def draw_words(logits: Tensor, draws: Tensor, first: int) -> Tensor:
+    """logits [R,V], draws [R] uniform in [0, 1) -> words int64 [R], none before `first`: the first word at which the
+    summed probabilities of all words up to it pass the draw. (Below 1 in float32, a draw stays below the last sum
+    however it is rounded. Where logits are no numbers it is the last word: that the loss is none is told later.)"""
+    sums = logits[:, first:].softmax(dim=1).cumsum(dim=1)
+    words = torch.searchsorted(sums, draws.to(sums.dtype).unsqueeze(1) * sums[:, -1:], right=True).squeeze(1)
+    return first + words.clamp(max=sums.shape[1] - 1)

@@ -15,6 +15,7 @@ from attncap.data.vocabulary import Vocabulary
 from attncap.metrics.cider import CiderD
 from attncap.models.decoder import Decoder
 from attncap.search.decoder_step import DecoderStep
+from attncap.training.scheduled_sampling import draw_words
 
 END = -1  # the end of a caption, among the numbers of words
 LOOK_EVERY = 8  # words after which CUDA is asked whether all captions have ended: the answer makes it wait
@@ -37,7 +38,7 @@ def sample_captions(
         int64 [N,T], N = B K: <start>, the words, <end>, then <pad>.
     """
     rows = torch.arange(len(features) * samples, device=features.device)
-    draws = torch.rand(max_length, len(rows), 1, generator=generator, device=generator.device).to(features.device)
+    draws = torch.rand(max_length, len(rows), generator=generator, device=generator.device).to(features.device)
     tokens = torch.full((len(rows), 1 + max_length), Vocabulary.PAD, device=features.device)
     tokens[:, 0] = Vocabulary.START
     has_ended = torch.zeros_like(rows, dtype=torch.bool)
@@ -47,9 +48,7 @@ def sample_captions(
         parents = rows // samples  # an image's captions go on from one beginning
         for t in range(1, 1 + max_length):
             h, c, logits = step.write(step.look(memory, h), c, parents, tokens[:, t - 1])
-            sums = logits[:, Vocabulary.END :].softmax(dim=1).cumsum(dim=1)
-            drawn = torch.searchsorted(sums, draws[t - 1].to(sums.dtype) * sums[:, -1:], right=True).squeeze(1)
-            words = Vocabulary.END + drawn.clamp(max=sums.shape[1] - 1)  # a draw just below 1 may be rounded up
+            words = draw_words(logits, draws[t - 1], Vocabulary.END)
             tokens[:, t] = words.masked_fill(has_ended, Vocabulary.PAD)
             has_ended |= words == Vocabulary.END
             parents = rows
@@ -115,7 +114,7 @@ class SelfCritical:
         tokens = sample_captions(decoder, features.detach(), self.samples, self.max_length, generator)
         images = [index for index in indices for _ in range(self.samples)]
         rewards = self.rewards(tokens, images).view(-1, self.samples)
-        row_weights = advantages(rewards).flatten().to(features)
+        row_weights = advantages(rewards).flatten().to(decoder.word_output.weight)  # features may be in half precision
         return tokens, row_weights, {"reward": rewards.mean().item()}
 
 

@@ -49,13 +49,7 @@ class Trainer:
         self.optimizer = make_optimizer(config, model)
         self.average = copy.deepcopy(model).eval() if config.average_weights else model  # what is validated and kept
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
-        self.caches = {}  # features by split
-        if config.cache_features:
-            with distributed.main_first():
-                for split in ("train", "val"):
-                    self.caches[split] = FeatureCache.of(
-                        splits[split], model.encoder, model.config.image_size, config.batch_size, self.workers
-                    )
+        self.caches: dict[str, FeatureCache] = {}  # features by split
         self.steps = math.ceil(len(splits["train"]) / (config.batch_size * config.accumulate))  # in an epoch
         self.schedule = Schedule(config, self.steps)
         self.self_critical = None
@@ -67,6 +61,16 @@ class Trainer:
         self.interruption = Interruption()
         self.epoch = self.step = 0
         self.start_sums()
+
+    def cache_features(self) -> None:
+        """Find the features of the images, or compute them, with the weights that the encoder has now: of a resumed
+        run, those of its checkpoint. Raises UserError, see `FeatureCache.of`."""
+        encoder, size = self.model.encoder, self.model.config.image_size
+        with distributed.main_first():
+            for split in ("train", "val"):
+                self.caches[split] = FeatureCache.of(
+                    self.splits[split], encoder, size, self.config.batch_size, self.workers
+                )
 
     def start_sums(self) -> None:
         """What the log tells of an epoch: sums over its words and rows, and the time."""
@@ -180,7 +184,7 @@ class Trainer:
             decoder = self.model.decoder
             batch.tokens, batch.row_weights, figures = self.self_critical(decoder, features, indices, self.generator)
             batch.reward = figures["reward"] * len(batch.tokens)
-        if config.scheduled_sampling:
+        elif config.scheduled_sampling:
             probability = config.scheduled_sampling * self.steps_done / (config.epochs * self.steps)
             tokens = batch.tokens.to(self.device)
             batch.inputs = mix_tokens(self.model.decoder, features, tokens, probability, self.generator)[:, :-1]
@@ -274,7 +278,7 @@ class Trainer:
         return figures
 
     def end_epoch(self, figures: dict[str, float]) -> None:
-        """Log, keep the model if it is the best so far, and write the checkpoint."""
+        """Log, keep the model if it is the best so far, write the checkpoint, and last draw, which is slow."""
         # Where the first figure cannot tell models apart (CIDEr is 0 for a single image), the next one decides.
         self.schedule.epoch_ended([figures[name] for name in (self.config.best_by, "BLEU-4", "ROUGE-L")])
         decoder, encoder = self.optimizer.param_groups
@@ -287,10 +291,12 @@ class Trainer:
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
             if self.schedule.epochs_without_gain == 0:
                 self.average.save_pretrained(self.output)
-            self.watch.epoch(line, self.captioned() if self.watch.wants_pictures else ())
+            self.watch.epoch(line)
         self.epoch, self.step = self.epoch + 1, 0
         self.start_sums()
         self.save_checkpoint()
+        if distributed.is_main() and self.watch.wants_pictures and not self.interruption.number:
+            self.watch.pictures(self.captioned())
 
     def captioned(self) -> list[tuple[Image.Image, Caption]]:
         """Four validation images with the captions that the model gives them now."""

@@ -41,7 +41,7 @@ class Watch:
 
     @property
     def wants_pictures(self) -> bool:
-        """Whether `epoch` has a use for captioned images."""
+        """Whether there is a place for `pictures`."""
         return self.board is not None
 
     def step(self, step: int, scalars: Mapping[str, float | Tensor]) -> None:
@@ -52,9 +52,9 @@ class Watch:
             for name, value in scalars.items():
                 self.board.add_scalar(name, float(value), step)
 
-    def epoch(self, line: Mapping[str, float], captioned: Sequence[tuple[Image.Image, Caption]] = ()) -> None:
+    def epoch(self, line: Mapping[str, float]) -> None:
         """Write the figures of an epoch, "epoch" among them, which counts from 1; they are on the disk when this
-        returns. `captioned`: images of the validation split with their captions, for TensorBoard."""
+        returns."""
         self.lines.append(dict(line))
         path = self.output / "metrics.jsonl"
         try:
@@ -67,10 +67,13 @@ class Watch:
         if self.board:
             for name, value in line.items():
                 self.board.add_scalar(f"epoch/{name}", value, self.last)
-            if captioned:
-                picture = np.asarray(Image.open(io.BytesIO(draw_attention(captioned))).convert("RGB"))
-                self.board.add_image("captions", picture, self.last, dataformats="HWC")
             self.board.flush()
+
+    def pictures(self, captioned: Sequence[tuple[Image.Image, Caption]]) -> None:
+        """Show images with their captions in TensorBoard, where `wants_pictures`. It takes seconds to draw them."""
+        picture = np.asarray(Image.open(io.BytesIO(draw_attention(captioned))).convert("RGB"))
+        self.board.add_image("captions", picture, self.last, dataformats="HWC")
+        self.board.flush()
 
     def close(self) -> None:
         """Draw the curves: at the end of the run, or where it was stopped."""

@@ -1,5 +1,6 @@
 """What is drawn for an image depends on the seed, the epoch and the image, and on nothing else."""
 
+import os
 import signal
 
 import numpy as np
@@ -52,6 +53,13 @@ def test_reading_draws_nothing_from_the_process(examples, workers):
     read(AugmentedPictures(examples, 32, 0, 0), [[0, 1], [2]], workers)
     assert torch.get_rng_state().equal(before)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_to_a_worker_that_is_just_born(examples, monkeypatch):
+    """Before it has come so far as to ignore it: launchers send SIGTERM to all processes at once."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert read(Pictures(examples, 32), [[0, 1], [2]], workers=1).keys() == {0, 1, 2}
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM}
 
 
 def test_an_epoch_has_every_image_once_in_an_order_of_its_own():

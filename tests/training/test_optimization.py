@@ -10,6 +10,7 @@ from attncap.config import ModelConfig
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError
 from attncap.models.losses import caption_losses
+from attncap.search.decoder_step import DecoderStep
 from attncap.training.config import TrainConfig
 from attncap.training.optimization import Schedule, clip_gradients, make_optimizer, update_average
 
@@ -37,6 +38,18 @@ def test_two_groups(model, first, count):
     assert list(map(id, decoder["params"])) == list(map(id, model.decoder.parameters()))
     assert len(encoder["params"]) == count and all(p.requires_grad for p in encoder["params"])
     assert (decoder["peak"], encoder["peak"]) == (decoder["lr"], encoder["lr"]) == (0.3, 0.2)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_captions_are_written_with_the_weights_after_a_step(model, kind):
+    model = copy.deepcopy(model)
+    optimizer = make_optimizer(TrainConfig(optimizer=kind), model)
+    old = DecoderStep.of(model.decoder)
+    for parameter in model.decoder.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    now, new = DecoderStep.of(model.decoder), DecoderStep(model.decoder)
+    assert now.word_table.equal(new.word_table) and not now.word_table.equal(old.word_table)
 
 
 def test_no_such_layer(model):

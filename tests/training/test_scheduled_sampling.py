@@ -7,7 +7,7 @@ from attncap.config import ModelConfig
 from attncap.data.vocabulary import Vocabulary
 from attncap.models.decoder import Decoder
 from attncap.models.losses import caption_losses
-from attncap.training.scheduled_sampling import _draw, mix_tokens
+from attncap.training.scheduled_sampling import draw_words, mix_tokens
 
 V, P, D = 13, 6, 7
 
@@ -128,11 +128,12 @@ def test_the_ends_of_the_draw():
     """The largest and the smallest draw still give words that have a probability."""
     for size in (6, 9490):
         logits = torch.randn(64, size, generator=generator())
-        assert _draw(logits, torch.full((64,), 1 - 2**-24)).max() < size
-        assert _draw(logits, torch.zeros(64)).eq(Vocabulary.UNK).all()
+        assert draw_words(logits, torch.full((64,), 1 - 2**-24), Vocabulary.UNK).max() < size
+        assert draw_words(logits, torch.zeros(64), Vocabulary.UNK).eq(Vocabulary.UNK).all()
         logits[:, Vocabulary.UNK] = logits[:, -1] = -torch.inf
-        assert _draw(logits, torch.full((64,), 1 - 2**-24)).max() < size - 1
-        assert _draw(logits, torch.zeros(64)).eq(Vocabulary.UNK + 1).all()
+        assert draw_words(logits, torch.full((64,), 1 - 2**-24), Vocabulary.UNK).max() < size - 1
+        assert draw_words(logits, torch.zeros(64), Vocabulary.UNK).eq(Vocabulary.UNK + 1).all()
+        assert draw_words(logits * torch.nan, torch.zeros(64), Vocabulary.UNK).max() < size
 
 
 def test_fed_to_the_loss():

@@ -138,7 +138,9 @@ def test_rewards_are_pycocoevalcaps_with_the_end_as_a_word():
     assert figures == {"reward": pytest.approx(truth.mean().item(), abs=1e-9)}
     others = (truth.sum(dim=1, keepdim=True) - truth) / 39
     torch.testing.assert_close(row_weights, (truth - others).flatten(), rtol=0, atol=1e-9)
-    assert row_weights.dtype == features.dtype
+    assert row_weights.dtype == torch.float64
+    row_weights = scst(decoder, features.bfloat16(), [2, 1], torch.Generator().manual_seed(0))[1]
+    assert row_weights.dtype == torch.float64  # rewards are not rounded to the features' half precision
 
 
 def test_subwords_count_as_the_words_they_spell():

@@ -7,6 +7,8 @@ import time
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from conftest import make_flickr8k
 from PIL import Image
 from running import (
@@ -144,6 +146,19 @@ def test_stopped_while_it_validates(server, data, whole, tmp_path):
     assert metrics(whole) == metrics(tmp_path / "run")
 
 
+def test_killed_while_it_draws(server, data, tmp_path):
+    """The epoch is on the disk before its pictures are drawn, which takes seconds."""
+    arguments = ["--data", data, *SETTINGS, "--output", tmp_path / "run"]
+    draw = (
+        "watch._open_board = lambda *_: __import__('unittest.mock').mock.MagicMock()\n"
+        "trainer.Trainer.captioned = lambda _: os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    status, text = run(server, tmp_path, arguments, draw)
+    state = checkpoint(tmp_path / "run")
+    assert status == -signal.SIGKILL and (state["epoch"], state["step"]) == (1, 0), text
+    assert len(metrics(tmp_path / "run")) == 1
+
+
 def test_a_second_signal_ends_it_at_once(server, data, tmp_path):
     slow = "trainer.Trainer.train_step = lambda *_: __import__('time').sleep(60)"
     running = server.start(tmp_path / "log", ["--data", data, *SETTINGS, "--output", tmp_path / "run"], slow)
@@ -178,10 +193,11 @@ def test_a_loss_that_is_no_number_names_the_images(server, data, tmp_path):
 
 
 def test_self_critical_training_from_a_trained_model(server, data, whole, tmp_path):
-    """Under autocast, stopped and gone on with as any other run."""
-    arguments = ["--data", data, *SETTINGS, "--scheduled-sampling", 0, "--objective", "scst", "--start-from", whole]
+    """Under autocast, stopped and gone on with as any other run. Scheduled sampling has no part in it: the model is fed
+    what it has sampled."""
+    arguments = ["--data", data, *SETTINGS, "--objective", "scst", "--start-from", whole]
     arguments += ["--samples", 3, "--precision", "bfloat16", "--epochs", 2, "--output"]
-    status, text = run(server, tmp_path, [*arguments, tmp_path / "one"])
+    status, text = run(server, tmp_path, [*arguments, tmp_path / "one", "--scheduled-sampling", 0])
     assert status == 0, text
     running = server.start(tmp_path / "log", [*arguments, tmp_path / "two"], EACH_STEP)
     wait_for_checkpoints(tmp_path / "two", 3)
@@ -197,8 +213,11 @@ def test_self_critical_training_from_a_trained_model(server, data, whole, tmp_pa
 
 
 def test_features_from_the_cache(server, data, tmp_path):
-    """The same run but for half precision; the second one with the cache encodes nothing."""
+    """The same run but for half precision; the second one with the cache encodes nothing, and neither does one that
+    goes on, whose encoder is that of its checkpoint."""
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "encoder.pth")
     frozen = ["--fine-tune-from", "none", "--no-augment", "--scheduled-sampling", 0, "--dropout", 0, "--epochs", 2]
+    frozen += ["--encoder-weights", tmp_path / "encoder.pth"]
     arguments = ["--data", data, *SETTINGS, *frozen, "--output"]
     texts = []
     for name, flags in (("plain", []), ("first", ["--cache-features"]), ("second", ["--cache-features"])):
@@ -210,6 +229,9 @@ def test_features_from_the_cache(server, data, tmp_path):
     assert first == second
     for one, other in zip(plain, first, strict=True):
         assert other["loss_words"] == pytest.approx(one["loss_words"], rel=1e-2)
+    further = [*arguments, tmp_path / "first", "--cache-features", "--resume", "--epochs", 3]
+    status, text = run(server, tmp_path, further, XDG_CACHE_HOME=tmp_path / "cache")
+    assert status == 0 and "writing features" not in text, text
 
 
 def test_early_stopping(server, data, tmp_path):

@@ -135,7 +135,8 @@ def test_tensorboard_has_steps_epochs_and_pictures(tmp_path):
     caption = Caption("a dog", -1.0, ["a", "dog"], torch.full((2, 4, 4), 1 / 16))
     for step in range(2 * EVERY + 1):
         watch.step(step, {"loss/words": torch.tensor(5.0 - step / 100), "gradient_norm": 1.0 + step})
-    watch.epoch(line(1, 0.25), [(Image.new("RGB", (50, 40)), caption)])
+    watch.epoch(line(1, 0.25))
+    watch.pictures([(Image.new("RGB", (50, 40)), caption)])
     shown = board(tmp_path)  # before it is closed
     watch.close()
     assert points(tmp_path, "loss/words") == {0: 5.0, EVERY: 5 - EVERY / 100, 2 * EVERY: 5 - 2 * EVERY / 100}
