@@ -61,13 +61,15 @@ class DecoderStep:
 
     @classmethod
     def of(cls, decoder: Decoder) -> DecoderStep:
-        """The step of a decoder, made once, and anew when its weights have changed, moved or been cast. (What goes
-        behind torch's back, such as `parameter.data.mul_(2)` or an optimizer with `fused=True`, is not seen unless
-        `torch.autograd.graph.increment_version` tells; a decoder made in inference mode, whose changes torch does not
-        count, gets a new step every time.)"""
-        if any(p.is_inference() for p in decoder.parameters()):
+        """The step of a decoder, made once, and anew when its weights have changed, moved or been cast. (A decoder made
+        in inference mode, whose changes torch does not count, gets a new step every time.)"""
+        parameters = list(decoder.parameters())
+        if any(p.is_inference() for p in parameters):
             return cls(decoder)
-        made_from = [(p.data_ptr(), p._version) for p in decoder.parameters()]
+        # Torch does not count the changes by `parameter.data` and by fused optimizers, so a number of each parameter is
+        # looked at too.
+        numbers = torch.stack([p.detach().flatten()[-1].float() for p in parameters]).view(torch.int32).tolist()
+        made_from = [(p.data_ptr(), p._version, number) for p, number in zip(parameters, numbers, strict=True)]
         known = _steps.get(decoder)
         if known is None or known.made_from != made_from:
             if known is not None:
@@ -75,7 +77,7 @@ class DecoderStep:
             known = _steps[decoder] = cls(decoder)
             known.made_from = made_from
             # While these are kept, no others can have their place in memory.
-            known.weights = [p.detach() for p in decoder.parameters()]
+            known.weights = [p.detach() for p in parameters]
         return known
 
     def start(self, features: Tensor) -> tuple[Memory, Tensor, Tensor]:

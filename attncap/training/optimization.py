@@ -26,10 +26,7 @@ def make_optimizer(config: TrainConfig, model: Captioner) -> torch.optim.Optimiz
         {"params": encoder, "lr": config.encoder_learning_rate, "peak": config.encoder_learning_rate},
     ]
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
-    optimizer = kind(groups, weight_decay=config.weight_decay, fused=True)
-    # A fused step does not count as a change of the weights, by which `DecoderStep.of` sees that it is old.
-    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(groups[0]["params"]))
-    return optimizer
+    return kind(groups, weight_decay=config.weight_decay, fused=True)
 
 
 class Schedule:

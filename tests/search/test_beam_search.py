@@ -450,8 +450,8 @@ def test_settings_that_do_not_go_together(fields, message):
     assert message in str(error.value)
 
 
-def train(decoder: Decoder):
-    optimizer = torch.optim.SGD(decoder.parameters(), lr=0.5)
+def train(decoder: Decoder, optimizer_class=torch.optim.SGD, **options):
+    optimizer = optimizer_class(decoder.parameters(), lr=0.5, **options)
     features = make_features(2).to(decoder.score_weight.dtype)
     decoder(features, torch.tensor([[1, 4, 5, 2]] * 2)).outputs.sin().sum().backward()
     optimizer.step()
@@ -466,7 +466,16 @@ def replace(decoder: Decoder):
         parameter.data = parameter.data.flip(0)
 
 
-CHANGES = [train, load, replace, Decoder.float, Decoder.bfloat16]
+def train_fused(decoder: Decoder):
+    train(decoder, torch.optim.AdamW, fused=True)
+
+
+def scale(decoder: Decoder):
+    for parameter in decoder.parameters():
+        parameter.data.mul_(1.1)
+
+
+CHANGES = [train, train_fused, load, replace, scale, Decoder.float, Decoder.bfloat16]
 
 
 @both_implementations
