@@ -28,7 +28,7 @@ from attncap.models.losses import caption_losses
 class Config:
     device: Literal["cpu", "cuda"] = "cpu"
     captions: tuple[int, ...] | None = None
-    """N, captions in a step; by default 8 and 32, on CUDA 64 and 256."""
+    """N, captions in a step; by default 32, on CUDA 64 and 256."""
     rows: tuple[int, ...] = (1, 5)
     """K, captions of an image (of which N / K then are there, at least one)."""
     words: float = 13.4
@@ -149,7 +149,7 @@ def main(config: Config) -> None:
     cases = [
         (encoder, max(1, N // K), K, dtype)
         for encoder in config.encoders
-        for N in config.captions or ((8, 32) if on_cpu else (64, 256))
+        for N in config.captions or ((32,) if on_cpu else (64, 256))
         for K in config.rows
         for dtype in config.dtypes or (("float32",) if on_cpu else ("float32", "bfloat16"))
     ]
@@ -166,7 +166,9 @@ def main(config: Config) -> None:
                 "provider": name,
                 "ms": milliseconds,
                 "captions/s": len(tokens) / milliseconds * 1000,
-                "peak MiB": measure.peak_memory(functions[name], device),
+                "peak MiB": min(
+                    measure.peak_memory(functions[name], device) for _ in range(3)
+                ),  # of what is kept, it differs
                 "native is faster by": milliseconds / times["native"],
             }
             results.append(result)
