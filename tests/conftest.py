@@ -1,9 +1,13 @@
 import runpy
+import signal
 import sys
 
 import pytest
 import torch
 from PIL import Image
+
+# Started in the background by a shell, this process and those it starts would ignore Ctrl-C, which tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COLORS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 210)}
 # A model and a recipe so small that an epoch takes a second.
