@@ -16,18 +16,21 @@ STABLE_TORCH_LIBRARY(attncap, library) {
       "Tensor score_weight, Tensor? gate, Tensor context, Tensor weights, str activation, bool features_need_grad) -> "
       "(Tensor features_grad, Tensor keys_grad, Tensor query_grad, Tensor score_weight_grad, Tensor gate_grad)");
   library.def(
-      "soft_attention_rows_backward(Tensor context_grad, Tensor weights_grad, Tensor features, Tensor keys, "
-      "Tensor query, Tensor score_weight, Tensor gate, Tensor context, Tensor weights, str activation) -> "
-      "(Tensor query_grad, Tensor gate_grad, Tensor gated_context_grad, Tensor score_grad)");
-  library.def(
       "soft_attention_keys_backward(Tensor keys, Tensor query, Tensor score_weight, Tensor score_grad, "
       "Tensor row_starts, str activation) -> (Tensor keys_grad, Tensor score_weight_grad)");
   library.def(
       "lstm_step(Tensor recurrent, Tensor context_part, Tensor word_table, Tensor c, Tensor parents, Tensor tokens) -> "
       "(Tensor h, Tensor c, Tensor output)");
   library.def(
-      "lstm_step_backward(Tensor recurrent, Tensor context_part, Tensor words, Tensor c, Tensor h_grad, Tensor c_grad) "
-      "-> (Tensor gates_grad, Tensor c_grad)");
+      "attention_lstm(Tensor features, Tensor keys, Tensor words, Tensor h, Tensor c, Tensor hidden_weight, "
+      "Tensor hidden_bias, Tensor context_weight, Tensor score_weight, int[] images, str activation) -> "
+      "(Tensor h, Tensor context, Tensor weights, Tensor cells, Tensor projections, Tensor of_contexts)");
+  library.def(
+      "attention_lstm_backward(Tensor h_grad, Tensor context_grad, Tensor weights_grad, Tensor features, Tensor keys, "
+      "Tensor words, Tensor c, Tensor hidden_weight, Tensor context_weight, Tensor score_weight, Tensor context, "
+      "Tensor weights, Tensor cells, Tensor projections, Tensor of_contexts, int[] images, str activation, "
+      "bool features_need_grad) -> "
+      "(Tensor projection_grad, Tensor gated_grad, Tensor score_grad, Tensor h_grad, Tensor c_grad)");
   library.def(
       "beam_search_step(Tensor logits, Tensor scores, Tensor finished, Tensor? suppressed, Tensor? penalty_words, "
       "Tensor? penalties, int end, bool end_allowed, bool shrink, float temperature, float length_penalty, "

@@ -4,7 +4,6 @@ Letters: B images, K rows an image, N = B*K rows, P cells, D channels, A attenti
 all steps together.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attncap.ops import library
-from attncap.ops.linear import fixed_linear
-from attncap.ops.soft_attention import ACTIVATIONS, DTYPES, _autocast, soft_attention_reference
+from attncap.ops.linear import packed
+from attncap.ops.soft_attention import ACTIVATIONS, DTYPES, _autocast, _sum_dtype, soft_attention_reference
 
 
 def attention_lstm(
@@ -110,85 +109,51 @@ class _AttentionLstm(torch.autograd.Function):
     def forward(
         ctx, features, keys, words, h, c, hidden_weight, hidden_bias, context_weight, score_weight, images, activation
     ):
-        K = _rows_of_an_image(h, features)
-        hidden_part, context_part = fixed_linear(hidden_weight, hidden_bias), fixed_linear(context_weight, None)
-        row = torch.arange(len(h), device=h.device)
-        states, cells, outputs, projections, of_contexts = [h], [c], [], [], []
-        for B, of_words in zip(images, words.split([K * B for B in images]), strict=True):
-            projections.append(hidden_part(states[-1][: K * B]))
-            recurrent, query, gate = projections[-1].split(_sizes(h, keys, features), dim=1)
-            context, weights = torch.ops.attncap.soft_attention(
-                features[:B], keys[:B], query, score_weight, None, gate, activation
-            )
-            of_contexts.append(context_part(context))
-            rows = row[: K * B]
-            next_h, next_c, _ = torch.ops.attncap.lstm_step(
-                recurrent, of_contexts[-1], of_words, cells[-1][: K * B], rows, rows
-            )
-            states.append(next_h)
-            cells.append(next_c)
-            outputs.append((next_h, context, weights))
-        outputs = tuple(torch.cat(values) for values in zip(*outputs, strict=True))
-        ctx.save_for_backward(
-            features, keys, words, h, hidden_weight, context_weight, score_weight, *outputs,
-            *cells[:-1], *projections, *of_contexts,
+        next_h, context, weights, *of_steps = torch.ops.attncap.attention_lstm(
+            features, keys, words, h, c, packed(hidden_weight), hidden_bias, packed(context_weight), score_weight,
+            images, activation,
         )  # fmt: skip
+        inputs = (features, keys, words, h, c, hidden_weight, context_weight, score_weight)
+        ctx.save_for_backward(*inputs, next_h, context, weights, *of_steps)
         ctx.images, ctx.activation = images, activation
-        return outputs
+        return next_h, context, weights
 
     @staticmethod
     @once_differentiable  # a second derivative is an error, not zeros
     def backward(ctx, h_grad, context_grad, weights_grad):
-        features, keys, words, h, hidden_weight, context_weight, score_weight, *rest = ctx.saved_tensors
-        (next_h, context, weights), of_steps, T = rest[:3], rest[3:], len(ctx.images)
-        cells, projections, of_contexts = of_steps[:T], of_steps[T : 2 * T], of_steps[2 * T :]
-        K, sizes = _rows_of_an_image(h, features), _sizes(h, keys, features)
-        through_hidden, through_context = fixed_linear(hidden_weight.t(), None), fixed_linear(context_weight.t(), None)
-        ends = list(itertools.accumulate(K * B for B in ctx.images))  # of each step's rows among all steps'
-        from_next = cell_grad = h[:0]
-        projection_grad = h.new_empty(ends[-1], sum(sizes))  # of all steps
-        gated_grads, score_grads = ([None] * T for _ in range(2))
-        for t in reversed(range(T)):
-            B = ctx.images[t]
-            rows = slice(ends[t] - K * B, ends[t])
-            recurrent, query, gate = projections[t].split(sizes, dim=1)
-            state_grad = h_grad[rows].clone()
-            state_grad[: len(from_next)] += from_next
-            gates_grad, cell_grad = torch.ops.attncap.lstm_step_backward(
-                recurrent, of_contexts[t], words[rows], cells[t][: K * B], state_grad, _padded(cell_grad, K * B)
-            )
-            query_grad, gate_grad, gated_grad, score_grads[t] = torch.ops.attncap.soft_attention_rows_backward(
-                through_context(gates_grad).add_(context_grad[rows]), weights_grad[rows], features[:B], keys[:B],
-                query, score_weight, gate, context[rows], weights[rows], ctx.activation,
-            )  # fmt: skip
-            torch.cat([gates_grad, query_grad, gate_grad], dim=1, out=projection_grad[rows])
-            from_next = through_hidden(projection_grad[rows])
-            if ctx.needs_input_grad[0]:
-                gated_grads[t] = gated_grad
+        features, keys, words, h, c, hidden_weight, context_weight, score_weight, next_h, *of_steps = ctx.saved_tensors
+        context, weights, _, projections, _ = of_steps
+        projection_grad, gated_grad, score_grad, first_h_grad, c_grad = torch.ops.attncap.attention_lstm_backward(
+            h_grad, context_grad, weights_grad, features, keys, words, c, packed(hidden_weight.t()),
+            packed(context_weight.t()), score_weight, *of_steps, ctx.images, ctx.activation, ctx.needs_input_grad[0],
+        )  # fmt: skip
 
         # What all steps share, after the loop: each in one go.
-        gates_grad = projection_grad[:, : sizes[0]]
-        began = [h] + [next_h[end - K * B : end] for end, B in zip(ends, ctx.images, strict=True)]
-        began = torch.cat([x[: K * B] for x, B in zip(began, ctx.images, strict=False)])  # each step's h, [M,H]
-        B, row = len(features), torch.cat([torch.arange(K * B) for B in ctx.images])
+        B, K, T = len(features), _rows_of_an_image(h, features), len(ctx.images)
+        rows_of_steps = K * torch.tensor(ctx.images)
+        starts = rows_of_steps.cumsum(0) - rows_of_steps
+        step = torch.arange(T).repeat_interleave(rows_of_steps)
+        row = torch.arange(len(step)) - starts[step]
+        came_from = torch.where(step == 0, row, len(h) + starts[step - 1] + row)  # in h, or the last step's next_h
         image = row // max(K, 1)
+        place = image * T * K + step * K + row % max(K, 1)  # by image; one with fewer steps than others has gaps
+        row_starts = image.bincount(minlength=B).cumsum(0)
+        came_from, place, by_image = torch.stack([came_from, place, place.argsort()]).to(h.device)
+        row_starts = F.pad(row_starts, (1, 0)).to(h.device)
+
+        gates_size, query_size, _ = _sizes(h, keys, features)
+        gates_grad = projection_grad[:, :gates_size]
         features_grad = None
-        if ctx.needs_input_grad[0]:  # an image with fewer steps than others has rows of zeros
-            step = torch.arange(T).repeat_interleave(K * torch.tensor(ctx.images))
-            place = (image * T * K + step * K + row % max(K, 1)).to(h.device)
-            by_place = [x.new_zeros(B * T * K, x.shape[1]) for x in (weights, context)]
-            by_place[0][place], by_place[1][place] = weights, torch.cat(gated_grads).to(context.dtype)
-            of_images = [x.view(B, T * K, x.shape[1]) for x in by_place]
-            features_grad = of_images[0].mT @ of_images[1]
-        by_image = image.argsort(stable=True)
-        row_starts = torch.searchsorted(image[by_image], torch.arange(B + 1)).to(h.device)
-        by_image = by_image.to(h.device)
-        query = torch.cat([x[:, sizes[0] : sizes[0] + sizes[1]] for x in projections])
+        if ctx.needs_input_grad[0]:
+            of_images = [x.new_zeros(B * T * K, x.shape[1]) for x in (weights, context)]
+            of_images[0][place], of_images[1][place] = weights, gated_grad.to(context.dtype)
+            weights_of_images, grad_of_images = (x.view(B, T * K, x.shape[1]) for x in of_images)
+            features_grad = weights_of_images.mT @ grad_of_images
         keys_grad, score_weight_grad = torch.ops.attncap.soft_attention_keys_backward(
             keys,
-            query[by_image],
+            projections[:, gates_size : gates_size + query_size][by_image],
             score_weight,
-            torch.cat(score_grads)[by_image],
+            score_grad[by_image],
             row_starts,
             ctx.activation,
         )
@@ -196,9 +161,9 @@ class _AttentionLstm(torch.autograd.Function):
             features_grad,
             keys_grad,
             gates_grad,  # of words
-            _padded(from_next, len(h)),
-            _padded(cell_grad, len(h)),
-            projection_grad.t() @ began,  # hidden_weight
+            first_h_grad,
+            c_grad,
+            projection_grad.t() @ torch.cat([h, next_h])[came_from],  # hidden_weight
             projection_grad.sum(dim=0),  # hidden_bias
             gates_grad.t() @ context,  # context_weight
             score_weight_grad,
@@ -216,9 +181,28 @@ def _sizes(h: Tensor, keys: Tensor, features: Tensor) -> list[int]:
     return [4 * h.shape[1], keys.shape[2], features.shape[2]]
 
 
-def _padded(x: Tensor, rows: int) -> Tensor:
-    """With rows of zeros behind."""
-    return F.pad(x, (0, 0, 0, rows - len(x)))
+def _fake(features, keys, words, h, c, hidden_weight, hidden_bias, context_weight, score_weight, images, activation):
+    (_, P, D), H, M = features.shape, h.shape[1], len(words)
+    return tuple(words.new_empty(M, columns) for columns in (H, D, P, H, len(hidden_weight), 4 * H))
+
+
+def _fake_backward(
+    h_grad, context_grad, weights_grad, features, keys, words, c, hidden_weight, context_weight, score_weight, context,
+    weights, cells, projections, of_contexts, images, activation, features_need_grad,
+):  # fmt: skip
+    dtype = _sum_dtype(features)
+    return (
+        projections.new_empty(projections.shape),
+        context.new_empty(len(words) if features_need_grad else 0, context.shape[1], dtype=dtype),
+        weights.new_empty(weights.shape, dtype=dtype),
+        c.new_empty(c.shape),
+        c.new_empty(c.shape),
+    )
+
+
+if library.is_loaded("cpu"):
+    torch.library.register_fake("attncap::attention_lstm", _fake)
+    torch.library.register_fake("attncap::attention_lstm_backward", _fake_backward)
 
 
 def _check(

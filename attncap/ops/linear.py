@@ -9,15 +9,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def fixed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """`F.linear` with these, without gradients. On the CPU, float32 weights are laid out once for oneDNN, as torch's
-    own compiler does it with frozen weights."""
+def packed(weight: Tensor) -> Tensor:
+    """Weights [O,I] as oneDNN lays them out, for float32 on the CPU (torch's own compiler does so with frozen weights);
+    any others as they are."""
     packs = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if torch.backends.mkldnn.is_available() else None
     if packs is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return weight
+    return packs(weight.detach())
+
+
+def fixed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """`F.linear` with these, laid out once; without gradients."""
+    laid_out = packed(weight)
+    if not laid_out.is_mkldnn:
         return functools.partial(F.linear, weight=weight, bias=bias)
-    packed = packs(weight.detach())
     bias = bias if bias is None else bias.contiguous()  # oneDNN is not told its strides
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, "none", [], "")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -88,10 +88,5 @@ def _fake(recurrent, context_part, word_table, c, parents, tokens):
     return c.new_empty(N, H), c.new_empty(N, H), c.new_empty(N, word_table.shape[1] - 4 * H)
 
 
-def _fake_backward(recurrent, context_part, words, c, h_grad, c_grad):
-    return c.new_empty(recurrent.shape), c.new_empty(c.shape)
-
-
 if library.is_loaded("cpu"):
     torch.library.register_fake("attncap::lstm_step", _fake)
-    torch.library.register_fake("attncap::lstm_step_backward", _fake_backward)

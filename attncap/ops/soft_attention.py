@@ -157,25 +157,13 @@ def _fake_backward(
         features.new_empty(keys.shape),
         features.new_empty(query.shape),
         features.new_empty(score_weight.shape),
-        features.new_empty(gate.shape if gate is not None else (0,)),
+        features.new_empty(gate.shape if gate is not None else (0, features.shape[2])),
     )
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
     """What the kernels keep sums in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _fake_rows_backward(
-    context_grad, weights_grad, features, keys, query, score_weight, gate, context, weights, activation
-):
-    dtype = _sum_dtype(features)
-    return (
-        features.new_empty(query.shape),
-        features.new_empty(gate.shape),
-        features.new_empty(context.shape, dtype=dtype),
-        features.new_empty(weights.shape, dtype=dtype),
-    )
 
 
 def _fake_keys_backward(keys, query, score_weight, score_grad, row_starts, activation):
@@ -209,6 +197,5 @@ def _backward(ctx, context_grad: Tensor, weights_grad: Tensor):
 if library.is_loaded("cpu"):
     torch.library.register_fake("attncap::soft_attention", _fake)
     torch.library.register_fake("attncap::soft_attention_backward", _fake_backward)
-    torch.library.register_fake("attncap::soft_attention_rows_backward", _fake_rows_backward)
     torch.library.register_fake("attncap::soft_attention_keys_backward", _fake_keys_backward)
     torch.library.register_autograd("attncap::soft_attention", _backward, setup_context=_setup_context)

@@ -26,10 +26,10 @@ __global__ void __launch_bounds__(kLstmThreads) lstm_step_kernel(LstmStep<T> par
   const int64_t H = params.H, E = params.E, at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t n = at / (H + E), j = at % (H + E);
   if (n >= params.N) return;
-  const int64_t r = params.parents[n];
+  const int64_t r = params.parents ? params.parents[n] : n;
   const T* recurrent = params.recurrent + r * params.recurrent_stride;
   const T* context_part = params.context_part + r * params.context_stride;
-  const T* of_word = params.word_table + params.tokens[n] * (4 * H + E);
+  const T* of_word = params.word_table + (params.tokens ? params.tokens[n] : n) * (4 * H + E);
   const auto sum = [&](int64_t i) { return static_cast<Number>(context_part[i]) + static_cast<Number>(of_word[i]); };
   if (j >= H) {
     params.output[n * E + j - H] = static_cast<T>(sum(3 * H + j));  // 4H + (j - H)
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kLstmThreads) lstm_step_backward_kernel(LstmSt
   const Number i = lstm_sigmoid(gate(0)), f = lstm_sigmoid(gate(1)), g = std::tanh(gate(2)), o = lstm_sigmoid(gate(3));
   const Number c = params.c[at], activated = std::tanh(f * c + i * g), h_grad = params.next_h_grad[at];
   const Number c_grad = static_cast<Number>(params.next_c_grad[at]) + h_grad * o * (1 - activated * activated);
-  T* gates_grad = params.gates_grad + 4 * n * H + j;
+  T* gates_grad = params.gates_grad + n * params.gates_grad_stride + j;
   gates_grad[0] = static_cast<T>(c_grad * g * i * (1 - i));
   gates_grad[H] = static_cast<T>(c_grad * c * f * (1 - f));
   gates_grad[2 * H] = static_cast<T>(c_grad * i * (1 - g * g));

@@ -30,19 +30,19 @@ struct LstmStep {
   const T* context_part;                     // [R, 4H + E]
   const T* word_table;                       // [V, 4H + E]
   const T* c;                                // [R, H]
-  const int64_t* parents;                    // [N], in [0, R)
-  const int64_t* tokens;                     // [N], in [0, V)
+  const int64_t* parents;                    // [N], in [0, R); null: row n goes on from row n
+  const int64_t* tokens;                     // [N], in [0, V); null: with word n
   T* next_h;                                 // [N, H]
   T* next_c;                                 // [N, H]
   T* output;                                 // [N, E]
 };
 
 // Backward, as training wants it: row n goes on from row n, with words of its own, and E = 0. The gates are computed
-// again.
+// again. c_grad may be next_c_grad.
 template <typename T>
 struct LstmStepBackward {
   int64_t N, H;
-  int64_t recurrent_stride, context_stride;
+  int64_t recurrent_stride, context_stride, gates_grad_stride;
   const T* recurrent;     // [N, 4H]
   const T* context_part;  // [N, 4H]
   const T* words;         // [N, 4H], the rows' own words of word_table

@@ -10,10 +10,10 @@ namespace {
 template <typename T>
 void step_row(const LstmStep<T>& params, int64_t n) {
   using Number = accumulate_t<T>;
-  const int64_t H = params.H, E = params.E, r = params.parents[n];
+  const int64_t H = params.H, E = params.E, r = params.parents ? params.parents[n] : n;
   const T* recurrent = params.recurrent + r * params.recurrent_stride;
   const T* context_part = params.context_part + r * params.context_stride;
-  const T* of_word = params.word_table + params.tokens[n] * (4 * H + E);
+  const T* of_word = params.word_table + (params.tokens ? params.tokens[n] : n) * (4 * H + E);
   for_each_vector<Number>(H, [&](int64_t j, auto... rest) {
     const auto gate = [&](int64_t at) {
       return load(recurrent + at, rest...) + load(context_part + at, rest...) + load(of_word + at, rest...);
@@ -47,7 +47,7 @@ void step_row_backward(const LstmStepBackward<T>& params, int64_t n) {
     const Vector<Number> h_grad = load(params.next_h_grad + n * H + j, rest...);
     const Vector<Number> c_grad =
         load(params.next_c_grad + n * H + j, rest...) + h_grad * o * (Number(1) - activated * activated);
-    T* gates_grad = params.gates_grad + n * 4 * H + j;
+    T* gates_grad = params.gates_grad + n * params.gates_grad_stride + j;
     store(gates_grad, c_grad * g * i * (Number(1) - i), rest...);
     store(gates_grad + H, c_grad * c * f * (Number(1) - f), rest...);
     store(gates_grad + 2 * H, c_grad * i * (Number(1) - g * g), rest...);

@@ -1,31 +1,24 @@
 // Checks, allocates, calls the kernel of this library's device.
-#include "../common/torch.h"
+#include "lstm_step_torch.h"
+
 #include "lstm_step.h"
 
 namespace attncap {
-namespace {
 
-std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor recurrent, Tensor context_part, Tensor word_table, Tensor c,
-                                             Tensor parents, Tensor tokens) {
-  check(recurrent.dim() == 2 && context_part.dim() == 2 && word_table.dim() == 2 && c.dim() == 2 && parents.dim() == 1,
-        "lstm_step takes recurrent [R, 4H], context_part [R, 4H + E], word_table [V, 4H + E], c [R, H], parents [N] "
-        "and tokens [N]");
-  const int64_t R = c.size(0), H = c.size(1), N = parents.size(0), E = word_table.size(1) - 4 * H;
-  check(H > 0 && E >= 0, "lstm_step needs at least one hidden unit, and a word_table of at least 4H columns");
+void lstm_step(Tensor recurrent, Tensor context_part, Tensor word_table, Tensor c, std::optional<Tensor> parents,
+               std::optional<Tensor> tokens, const Tensor& next_h, const Tensor& next_c, std::optional<Tensor> output) {
+  const int64_t R = c.size(0), H = c.size(1), N = next_h.size(0), E = word_table.size(1) - 4 * H;
   check_tensor("lstm_step: recurrent", recurrent, c, {R, 4 * H});
   check_tensor("lstm_step: context_part", context_part, c, {R, 4 * H + E});
   check_tensor("lstm_step: word_table", word_table, c, {word_table.size(0), 4 * H + E});
-  check_tensor("lstm_step: parents", parents, c, {N}, ScalarType::Long);
-  check_tensor("lstm_step: tokens", tokens, c, {N}, ScalarType::Long);
+  if (parents) check_tensor("lstm_step: parents", *parents, c, {N}, ScalarType::Long);
+  if (tokens) check_tensor("lstm_step: tokens", *tokens, c, {N}, ScalarType::Long);
   recurrent = contiguous_rows(recurrent);
   context_part = contiguous_rows(context_part);
-  word_table = torch::stable::contiguous(word_table);
-  c = torch::stable::contiguous(c);
-  parents = torch::stable::contiguous(parents);
-  tokens = torch::stable::contiguous(tokens);
-  const Tensor next_h = torch::stable::new_empty(c, {N, H});
-  const Tensor next_c = torch::stable::new_empty(c, {N, H});
-  const Tensor output = torch::stable::new_empty(c, {N, E});
+  word_table = as_contiguous(word_table);
+  c = as_contiguous(c);
+  parents = contiguous(parents);
+  tokens = contiguous(tokens);
 
   dispatch_dtype(c, [&](auto type) {
     using T = decltype(type);
@@ -39,11 +32,11 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor recurrent, Tensor context_pa
         .context_part = data<T>(context_part),
         .word_table = data<T>(word_table),
         .c = data<T>(c),
-        .parents = data<int64_t>(parents),
-        .tokens = data<int64_t>(tokens),
+        .parents = parents ? data<int64_t>(*parents) : nullptr,
+        .tokens = tokens ? data<int64_t>(*tokens) : nullptr,
         .next_h = mutable_data<T>(next_h),
         .next_c = mutable_data<T>(next_c),
-        .output = mutable_data<T>(output),
+        .output = output ? mutable_data<T>(*output) : nullptr,
     };
 #ifdef USE_CUDA
     launch_on_device(c, [&](cudaStream_t stream) { return lstm_step_cuda(params, stream); });
@@ -51,26 +44,22 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor recurrent, Tensor context_pa
     ATTNCAP_CALL_BEST_ISA(lstm_step_cpu, params, threads);
 #endif
   });
-  return {next_h, next_c, output};
 }
 
-std::tuple<Tensor, Tensor> lstm_step_backward(Tensor recurrent, Tensor context_part, Tensor words, Tensor c,
-                                              Tensor h_grad, Tensor c_grad) {
-  check(c.dim() == 2 && c.size(1) > 0, "lstm_step_backward takes c [N, H] of at least one hidden unit");
+void lstm_step_backward(Tensor recurrent, Tensor context_part, Tensor words, Tensor c, Tensor next_h_grad,
+                        Tensor next_c_grad, const Tensor& gates_grad, const Tensor& c_grad) {
   const int64_t N = c.size(0), H = c.size(1);
   check_tensor("lstm_step_backward: recurrent", recurrent, c, {N, 4 * H});
   check_tensor("lstm_step_backward: context_part", context_part, c, {N, 4 * H});
   check_tensor("lstm_step_backward: words", words, c, {N, 4 * H});
-  check_tensor("lstm_step_backward: h_grad", h_grad, c, {N, H});
-  check_tensor("lstm_step_backward: c_grad", c_grad, c, {N, H});
+  check_tensor("lstm_step_backward: h_grad", next_h_grad, c, {N, H});
+  check_tensor("lstm_step_backward: c_grad", next_c_grad, c, {N, H});
   recurrent = contiguous_rows(recurrent);
   context_part = contiguous_rows(context_part);
-  words = torch::stable::contiguous(words);
-  c = torch::stable::contiguous(c);
-  h_grad = torch::stable::contiguous(h_grad);
-  c_grad = torch::stable::contiguous(c_grad);
-  const Tensor gates_grad = torch::stable::new_empty(c, {N, 4 * H});
-  const Tensor before_grad = torch::stable::new_empty(c, {N, H});
+  words = as_contiguous(words);
+  c = as_contiguous(c);
+  next_h_grad = as_contiguous(next_h_grad);
+  next_c_grad = as_contiguous(next_c_grad);
 
   dispatch_dtype(c, [&](auto type) {
     using T = decltype(type);
@@ -79,14 +68,15 @@ std::tuple<Tensor, Tensor> lstm_step_backward(Tensor recurrent, Tensor context_p
         .H = H,
         .recurrent_stride = recurrent.stride(0),
         .context_stride = context_part.stride(0),
+        .gates_grad_stride = gates_grad.stride(0),
         .recurrent = data<T>(recurrent),
         .context_part = data<T>(context_part),
         .words = data<T>(words),
         .c = data<T>(c),
-        .next_h_grad = data<T>(h_grad),
-        .next_c_grad = data<T>(c_grad),
+        .next_h_grad = data<T>(next_h_grad),
+        .next_c_grad = data<T>(next_c_grad),
         .gates_grad = mutable_data<T>(gates_grad),
-        .c_grad = mutable_data<T>(before_grad),
+        .c_grad = mutable_data<T>(c_grad),
     };
 #ifdef USE_CUDA
     launch_on_device(c, [&](cudaStream_t stream) { return lstm_step_backward_cuda(params, stream); });
@@ -94,13 +84,25 @@ std::tuple<Tensor, Tensor> lstm_step_backward(Tensor recurrent, Tensor context_p
     ATTNCAP_CALL_BEST_ISA(lstm_step_backward_cpu, params, threads);
 #endif
   });
-  return {gates_grad, before_grad};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> step(Tensor recurrent, Tensor context_part, Tensor word_table, Tensor c,
+                                        Tensor parents, Tensor tokens) {
+  check(recurrent.dim() == 2 && context_part.dim() == 2 && word_table.dim() == 2 && c.dim() == 2 && parents.dim() == 1,
+        "lstm_step takes recurrent [R, 4H], context_part [R, 4H + E], word_table [V, 4H + E], c [R, H], parents [N] "
+        "and tokens [N]");
+  const int64_t H = c.size(1), N = parents.size(0), E = word_table.size(1) - 4 * H;
+  check(H > 0 && E >= 0, "lstm_step needs at least one hidden unit, and a word_table of at least 4H columns");
+  const Tensor next_h = empty(c, N, H), next_c = empty(c, N, H), output = empty(c, N, E);
+  lstm_step(recurrent, context_part, word_table, c, parents, tokens, next_h, next_c, output);
+  return {next_h, next_c, output};
 }
 
 }  // namespace
 }  // namespace attncap
 
 STABLE_TORCH_LIBRARY_IMPL(attncap, ATTNCAP_DISPATCH_KEY, library) {
-  library.impl("lstm_step", TORCH_BOX(&attncap::lstm_step));
-  library.impl("lstm_step_backward", TORCH_BOX(&attncap::lstm_step_backward));
+  library.impl("lstm_step", TORCH_BOX(&attncap::step));
 }

@@ -186,13 +186,13 @@ __global__ void __launch_bounds__(kThreads) soft_attention_sum_parts_kernel(Soft
 template <typename T>
 __global__ void __launch_bounds__(kThreads) soft_attention_gate_grad_kernel(SoftAttentionBackward<T> params) {
   using Number = accumulate_t<T>;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= params.sizes.B * params.sizes.K * params.sizes.D) return;
+  const int64_t D = params.sizes.D, i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= params.sizes.B * params.sizes.K * D) return;
   Number grad = params.context_grad[i];
   if (params.gate) {
-    const Number gate = sigmoid(static_cast<Number>(params.gate[i]));
+    const Number gate = sigmoid(static_cast<Number>(params.gate[i / D * params.gate_stride + i % D]));
     const Number context = params.context[i];  // the gate is in it
-    params.gate_grad[i] = static_cast<T>(grad * context * (1 - gate));
+    params.gate_grad[i / D * params.gate_grad_stride + i % D] = static_cast<T>(grad * context * (1 - gate));
     grad *= gate;
   }
   params.gated_grad[i] = grad;
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int row = 0; row < rows; ++row) {
         if (row >= row_count) break;
         // Loaded anew for every cell: kept, the queries would take the registers of a second block.
-        const T* query_row = params.query + (first_row + row) * A + block.channel;
+        const T* query_row = params.query + (first_row + row) * params.query_stride + block.channel;
         const auto query = load<width>(query_row, block.channel_count, aligned);
         const Number score_grad = params.score_grad[(first_row + row) * P + p];
 #pragma unroll
@@ -302,7 +302,8 @@ __global__ void __launch_bounds__(kThreads)
     const auto key = load<width>(from, block.channel_count, aligned);
     Pack<Number, width> key_grad{};
     for (int64_t n = params.row_starts[b]; n < params.row_starts[b + 1]; ++n) {
-      const auto query = load<width>(params.query + n * A + block.channel, block.channel_count, aligned);
+      const auto query =
+          load<width>(params.query + n * params.query_stride + block.channel, block.channel_count, aligned);
       const Number score_grad = params.score_grad[n * P + p];
 #pragma unroll
       for (int j = 0; j < width; ++j) {

@@ -54,6 +54,7 @@ struct SoftAttentionBackward {
   SoftAttentionSizes sizes;
   Activation activation;
   int64_t features_stride, keys_stride;
+  int64_t query_stride, gate_stride, gate_grad_stride;
   const T* context_grad;               // [N, D]
   const T* weights_grad;               // [N, P]
   const T* features;                   // [B, P, D]
@@ -79,7 +80,7 @@ template <typename T>
 struct SoftAttentionKeysBackward {
   SoftAttentionSizes sizes;
   Activation activation;
-  int64_t keys_stride;
+  int64_t keys_stride, query_stride;
   const T* keys;                       // [B, P, A]
   const T* query;                      // [rows, A]
   const T* score_weight;               // [A]

@@ -159,9 +159,9 @@ void gate_row(const SoftAttentionBackward<T>& params, int64_t n) {
     const int64_t at = n * D + d;
     Vector<Number> grad = load(params.context_grad + at, rest...);
     if (params.gate) {
-      const Vector<Number> gate = sigmoid<Number>(load(params.gate + at, rest...));
+      const Vector<Number> gate = sigmoid<Number>(load(params.gate + n * params.gate_stride + d, rest...));
       const Vector<Number> context = load(params.context + at, rest...);  // the gate is in it
-      store(params.gate_grad + at, grad * context * (Number(1) - gate), rest...);
+      store(params.gate_grad + n * params.gate_grad_stride + d, grad * context * (Number(1) - gate), rest...);
       grad *= gate;
     }
     store(params.gated_grad + at, grad, rest...);
@@ -248,7 +248,7 @@ void through_keys(const Params<T>& params, int64_t b, int64_t first_row, int64_t
         __builtin_prefetch(keys + (p + i + kTile) * A + a);
       }
       for (int64_t n = first_row; n < end_row; ++n) {
-        const Vector<Number> query = load(params.query + n * A + a, rest...);
+        const Vector<Number> query = load(params.query + n * params.query_stride + a, rest...);
         Vector<Number> query_grad{}, score_weight_part{};
 #pragma GCC unroll 4
         for (int64_t i = 0; i < count; ++i) {

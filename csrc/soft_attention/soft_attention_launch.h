@@ -18,14 +18,13 @@ struct Aligned {
   bool keys, features;
 
   template <typename Params>
-  Aligned(const Params& params, int64_t query_stride)
-      : keys(keys_aligned(params, query_stride)),
-        features(is_aligned(params.features, params.features_stride, params.sizes.D)) {}
+  explicit Aligned(const Params& params)
+      : keys(keys_aligned(params)), features(is_aligned(params.features, params.features_stride, params.sizes.D)) {}
 
   template <typename Params>
-  static bool keys_aligned(const Params& params, int64_t query_stride) {
+  static bool keys_aligned(const Params& params) {
     const int64_t A = params.sizes.A;
-    return is_aligned(params.keys, params.keys_stride, A) && is_aligned(params.query, query_stride, A) &&
+    return is_aligned(params.keys, params.keys_stride, A) && is_aligned(params.query, params.query_stride, A) &&
            is_aligned(params.score_weight, A, A);
   }
 };
@@ -100,7 +99,7 @@ template <typename T, typename Launch>
 void launch_forward(const SoftAttentionForward<T>& params, int processors, Launch&& launch) {
   const int64_t B = params.sizes.B, K = params.sizes.K, P = params.sizes.P, D = params.sizes.D;
   if (B * K == 0) return;
-  const Aligned aligned(params, params.query_stride);
+  const Aligned aligned(params);
   // A row a warp where the cells alone make too few warps, although every row's warp then reads the keys.
   const bool few = B * ceil_div(P, kCells) < enough_blocks(processors);
   with_rows<10>(few ? 1 : K, [&](auto rows) {
@@ -121,7 +120,7 @@ template <typename T, typename Launch>
 void launch_backward(const SoftAttentionBackward<T>& params, int processors, Launch&& launch) {
   const int64_t B = params.sizes.B, K = params.sizes.K, P = params.sizes.P, D = params.sizes.D, A = params.sizes.A;
   if (B == 0) return;
-  const Aligned aligned(params, params.sizes.A);
+  const Aligned aligned(params);
   if (K > 0) {
     launch(soft_attention_gate_grad_kernel<T>, ceil_div(B * K * D, kThreads), kThreads, 0, params);
     with_rows<5>(K, [&](auto rows) {
@@ -149,7 +148,7 @@ void launch_keys_backward(const SoftAttentionKeysBackward<T>& params, int proces
   if (params.sizes.B == 0) return;
   const ChannelsGrid grid(params.sizes.B, params.sizes.A, kWidth<T>, processors);
   launch(soft_attention_keys_backward_kernel<T>, grid.blocks, kThreads, kThreads * kWidth<T> * sizeof(accumulate_t<T>),
-         params, Aligned::keys_aligned(params, params.sizes.A), grid.columns);
+         params, Aligned::keys_aligned(params), grid.columns);
 }
 
 }  // namespace attncap

@@ -26,8 +26,7 @@ using attncap::compare;  // beside those for whole problems below
 using attncap::widen;
 
 // All arrays of one forward and backward pass. Outputs start as NaN, so that what is never written shows. `gap` numbers
-// lie between the features, and the keys, of one image and the next, and for the forward between rows of query and
-// gate.
+// lie between the features, and the keys, of one image and the next, and between rows of query, gate and gate_grad.
 template <typename T>
 struct Problem {
   using Number = accumulate_t<T>;
@@ -38,7 +37,7 @@ struct Problem {
   bool in_two_goes = false;  // keys_grad and score_weight_grad by themselves, after the rest of the backward
   std::vector<T> features, keys, query, score_weight, gate, context_grad, weights_grad;
   std::unique_ptr<bool[]> mask;
-  std::vector<T> query_apart, gate_apart;  // the forward's, with gaps between rows
+  std::vector<T> query_apart, gate_apart, gate_grad_apart;  // with gaps between rows
   std::vector<T> context, weights, features_grad, keys_grad, gate_grad;
   std::vector<Number> scores, context_parts, query_grad, score_weight_grad, gated_grad, score_grad;
   std::vector<int64_t> row_starts;
@@ -63,6 +62,7 @@ struct Problem {
 
   SoftAttentionForward<T> forward() {
     query_apart = apart(query, sizes.A), gate_apart = apart(gate, sizes.D);
+    gate_grad_apart = apart(gate_grad, sizes.D);
     return {.sizes = sizes,
             .activation = activation,
             .features_stride = sizes.P * sizes.D + gap,
@@ -85,18 +85,21 @@ struct Problem {
             .activation = activation,
             .features_stride = sizes.P * sizes.D + gap,
             .keys_stride = sizes.P * sizes.A + gap,
+            .query_stride = sizes.A + gap,
+            .gate_stride = sizes.D + gap,
+            .gate_grad_stride = sizes.D + gap,
             .context_grad = context_grad.data(),
             .weights_grad = weights_grad.data(),
             .features = features.data(),
             .keys = keys.data(),
-            .query = query.data(),
+            .query = query_apart.data(),
             .score_weight = score_weight.data(),
-            .gate = gated ? gate.data() : nullptr,
+            .gate = gated ? gate_apart.data() : nullptr,
             .context = context.data(),
             .weights = weights.data(),
             .features_grad = features_grad.data(),
             .keys_grad = in_two_goes ? nullptr : keys_grad.data(),
-            .gate_grad = gated ? gate_grad.data() : nullptr,
+            .gate_grad = gated ? gate_grad_apart.data() : nullptr,
             .query_grad = query_grad.data(),
             .score_weight_grad = in_two_goes ? nullptr : score_weight_grad.data(),
             .gated_grad = gated_grad.data(),
@@ -109,13 +112,27 @@ struct Problem {
     return {.sizes = {.B = sizes.B, .K = 0, .P = sizes.P, .D = 0, .A = sizes.A},
             .activation = activation,
             .keys_stride = sizes.P * sizes.A + gap,
+            .query_stride = sizes.A + gap,
             .keys = keys.data(),
-            .query = query.data(),
+            .query = query_apart.data(),
             .score_weight = score_weight.data(),
             .score_grad = score_grad.data(),
             .row_starts = row_starts.data(),
             .keys_grad = keys_grad.data(),
             .score_weight_grad = score_weight_grad.data()};
+  }
+
+  // gate_grad from its rows apart. What lies between them is never written.
+  void gather() {
+    const int64_t D = sizes.D;
+    for (size_t i = 0; i < gate_grad_apart.size(); ++i) {
+      const int64_t n = i / (D + gap), d = i % (D + gap);
+      if (d < D) {
+        gate_grad[n * D + d] = gate_grad_apart[i];
+      } else {
+        expect(std::isnan(double(accumulate_t<T>(gate_grad_apart[i]))), "gate_grad: written between its rows");
+      }
+    }
   }
 
   // The formula, a row at a time.
@@ -175,6 +192,7 @@ struct Problem {
     ATTNCAP_CALL_ISA(isa, soft_attention_forward_cpu, forward(), threads);
     ATTNCAP_CALL_ISA(isa, soft_attention_backward_cpu, backward(), threads);
     if (in_two_goes) ATTNCAP_CALL_ISA(isa, soft_attention_keys_backward_cpu, keys_backward(), threads);
+    gather();
   }
 
   // On a chip with so many processors: that decides the shapes of the blocks.
@@ -189,6 +207,7 @@ struct Problem {
     launch_forward(params, processors, emulate);
     launch_backward(backward(), processors, emulate);
     if (in_two_goes) launch_keys_backward(keys_backward(), processors, emulate);
+    gather();
   }
 };
 

@@ -141,6 +141,20 @@ def test_autocast(device, op):
     assert all(tensor.grad.dtype == torch.float32 for tensor in inputs.values())
 
 
+def test_opcheck(device):
+    """The loop and its backward, which the op calls, for fake tensors."""
+    inputs = [tensor.detach() for tensor in make_inputs(device=device).values()]
+    features, keys, words, _, c, hidden_weight, _, context_weight, score_weight = inputs
+    ops = torch.ops.attncap
+    torch.library.opcheck(ops.attention_lstm, (*inputs, IMAGES, "tanh"))
+    next_h, context, weights, *of_steps = ops.attention_lstm(*inputs, IMAGES, "tanh")
+    weights_of_loop = (hidden_weight.t(), context_weight.t(), score_weight)
+    grads = [torch.ones_like(x) for x in (next_h, context, weights)]
+    for features_need_grad in (False, True):
+        arguments = (*grads, features, keys, words, c, *weights_of_loop, context, weights, *of_steps, IMAGES, "tanh")
+        torch.library.opcheck(ops.attention_lstm_backward, (*arguments, features_need_grad))
+
+
 def test_is_differentiable_once():
     inputs = make_inputs()
     h, _, _ = attention_lstm(**inputs, images=IMAGES)

@@ -199,46 +199,19 @@ def test_opcheck(device, masked, gated):
 
 @on_every_device
 @both_activations
-def test_backward_in_two_goes(device, activation):
-    """What belongs to the rows, then what the rows of an image share; images with different numbers of rows."""
-    ops = torch.ops.attncap
-    features, keys, query, score_weight, gate = (t.detach() for t in make_inputs(3, 4, 5, 6, 7, device=device))
-    context, weights = soft_attention(features, keys, query, score_weight, activation=activation, gate=gate)
-    random = torch.Generator().manual_seed(3)
-    context_grad, weights_grad = (torch.randn(x.shape, generator=random).to(x) for x in (context, weights))
-    inputs = (context_grad, weights_grad, features, keys, query, score_weight, gate, context, weights, activation)
-    _, keys_grad, query_grad, score_weight_grad, gate_grad = ops.soft_attention_backward(*inputs, True)
-    *of_rows, gated_grad, score_grad = ops.soft_attention_rows_backward(*inputs)
-    torch.testing.assert_close(of_rows, [query_grad, gate_grad])
-    torch.testing.assert_close(gated_grad, context_grad * gate.sigmoid())
-    row_starts = torch.tensor([0, 4, 8, 12], device=device)
-    shared = ops.soft_attention_keys_backward(keys, query, score_weight, score_grad, row_starts, activation)
-    torch.testing.assert_close(shared, (keys_grad, score_weight_grad))
-    torch.library.opcheck(ops.soft_attention_rows_backward, inputs)
-    arguments = (keys, query, score_weight, score_grad, row_starts, activation)
-    torch.library.opcheck(ops.soft_attention_keys_backward, arguments)
-
-    # The middle image has no rows now, the last one eight: those of the middle one are as if they were its own.
+def test_keys_backward(device, activation):
+    """What the rows of an image share, of images with different numbers of rows; the middle one has none."""
+    _, keys, query, score_weight, _ = make_inputs(3, 4, 5, 6, 7, device=device)
+    score_grad = torch.randn(12, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(device)
+    image = torch.tensor([0] * 4 + [2] * 8, device=device)
+    scores = getattr(torch, activation)(keys[image] + query.unsqueeze(1)) @ score_weight
+    expected = torch.autograd.grad(scores, [keys, score_weight], score_grad)
     row_starts = torch.tensor([0, 4, 4, 12], device=device)
-    keys_of_rows = keys[[0, 2, 2]]
-    _, first, _, expected, _ = ops.soft_attention_backward(
-        context_grad,
-        weights_grad,
-        features,
-        keys_of_rows,
-        query,
-        score_weight,
-        gate,
-        context,
-        weights,
-        activation,
-        False,
-    )
-    context = (context_grad, weights_grad, features, keys_of_rows, query, score_weight, gate, context, weights)
-    score_grad = ops.soft_attention_rows_backward(*context, activation)[3]
-    found = ops.soft_attention_keys_backward(keys, query, score_weight, score_grad, row_starts, activation)
-    torch.testing.assert_close(found[0], torch.stack([first[0], torch.zeros_like(first[0]), first[1] + first[2]]))
-    torch.testing.assert_close(found[1], expected)
+    op = torch.ops.attncap.soft_attention_keys_backward
+    wide = torch.cat([torch.full_like(query, math.nan), query], dim=1).detach()  # rows that lie apart
+    arguments = (keys.detach(), wide[:, 7:], score_weight.detach(), score_grad, row_starts, activation)
+    torch.testing.assert_close(op(*arguments), expected)
+    torch.library.opcheck(op, arguments)
 
 
 @on_every_device
