@@ -112,18 +112,45 @@ class Product {
   std::optional<Tensor> transposed_;
 };
 
+struct Sizes {
+  int64_t B, K, P, D, A, H, M;
+};
+
+// The matrices of all steps are sliced by these sizes, so they are checked here; their slices are once more, each by
+// who takes it.
+Sizes check_inputs(const Tensor& features, const Tensor& keys, const Tensor& words, const Tensor& h, const Tensor& c,
+                   const std::vector<int64_t>& images) {
+  check(features.dim() == 3 && keys.dim() == 3 && words.dim() == 2 && h.dim() == 2,
+        "attention_lstm takes features [B, P, D], keys [B, P, A], words [M, 4H] and h [N, H]");
+  const int64_t B = features.size(0), P = features.size(1), D = features.size(2), A = keys.size(2);
+  const int64_t N = h.size(0), H = h.size(1), K = B == 0 ? 0 : N / B;
+  check(N == B * K, "attention_lstm's h needs the same number of rows for every image");
+  int64_t last = B, M = 0;
+  for (const int64_t count : images) {
+    check(0 <= count && count <= last, "attention_lstm's images never rise, from all of them to 0");
+    last = count;
+    M += K * count;
+  }
+  check_tensor("attention_lstm: keys", keys, features, {B, P, A});
+  check_tensor("attention_lstm: words", words, features, {M, 4 * H});
+  check_tensor("attention_lstm: h", h, features, {N, H});
+  check_tensor("attention_lstm: c", c, features, {N, H});
+  return {B, K, P, D, A, H, M};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor features, Tensor keys, Tensor words, Tensor h,
                                                                    Tensor c, Tensor hidden_weight, Tensor hidden_bias,
                                                                    Tensor context_weight, Tensor score_weight,
                                                                    std::vector<int64_t> images,
                                                                    std::string activation) {
-  const int64_t B = features.size(0), P = features.size(1), D = features.size(2), A = keys.size(2), H = h.size(1);
-  const int64_t K = B == 0 ? 0 : h.size(0) / B, M = words.size(0);
+  const auto [B, K, P, D, A, H, M] = check_inputs(features, keys, words, h, c, images);
   const Activation parsed = parse_activation(activation);
   features = contiguous_images(features);
   keys = contiguous_images(keys);
   words = as_contiguous(words);
   hidden_bias = as_contiguous(hidden_bias);  // oneDNN is not told its strides
+  check_tensor("attention_lstm: hidden_weight", hidden_weight, features, {4 * H + A + D, H});
+  check_tensor("attention_lstm: context_weight", context_weight, features, {4 * H, D});
   const Product hidden_part(hidden_weight), context_part(context_weight);
   const Tensor next_h = empty(h, M, H), context = empty(h, M, D), weights = empty(h, M, P), cells = empty(h, M, H);
   const Tensor projections = empty(h, M, 4 * H + A + D), of_contexts = empty(h, M, 4 * H);
@@ -156,8 +183,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor h_grad, Tenso
                                                             Tensor cells, Tensor projections, Tensor of_contexts,
                                                             std::vector<int64_t> images, std::string activation,
                                                             bool features_need_grad) {
-  const int64_t B = features.size(0), A = keys.size(2), H = c.size(1), N = c.size(0), D = features.size(2);
-  const int64_t K = B == 0 ? 0 : N / B, M = words.size(0);
+  const auto [B, K, P, D, A, H, M] = check_inputs(features, keys, words, c, c, images);
+  const int64_t N = B * K;
+  check_tensor("attention_lstm_backward: hidden_weight", hidden_weight, features, {H, 4 * H + A + D});
+  check_tensor("attention_lstm_backward: context_weight", context_weight, features, {D, 4 * H});
+  check_tensor("attention_lstm_backward: h_grad", h_grad, features, {M, H});
+  check_tensor("attention_lstm_backward: context_grad", context_grad, features, {M, D});
+  check_tensor("attention_lstm_backward: weights_grad", weights_grad, features, {M, P});
+  check_tensor("attention_lstm_backward: context", context, features, {M, D});
+  check_tensor("attention_lstm_backward: weights", weights, features, {M, P});
+  check_tensor("attention_lstm_backward: cells", cells, features, {M, H});
+  check_tensor("attention_lstm_backward: projections", projections, features, {M, 4 * H + A + D});
+  check_tensor("attention_lstm_backward: of_contexts", of_contexts, features, {M, 4 * H});
   const Activation parsed = parse_activation(activation);
   const ScalarType accumulate = accumulate_dtype(features);
   features = contiguous_images(features);
@@ -167,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor h_grad, Tenso
   const Product through_hidden(hidden_weight), through_context(context_weight);
   const Tensor projection_grad = empty(h_grad, M, 4 * H + A + D);
   const Tensor gated_grad = empty(features, features_need_grad ? M : N, D, accumulate);
-  const Tensor score_grad = empty(features, M, features.size(1), accumulate);
+  const Tensor score_grad = empty(features, M, P, accumulate);
   const Tensor query_grad = empty(features, N, A, accumulate);
   const Tensor first_h_grad = zeros(h_grad, N, H), c_grad = zeros(h_grad, N, H);
   h_grad = copy_of(h_grad);  // to which each step adds what the step before it is due

@@ -183,3 +183,39 @@ def test_is_differentiable_once():
 def test_wrong_calls(op, change, message):
     with pytest.raises(ValueError, match=message):
         op(**{**make_inputs(), "images": IMAGES, **change})
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("features", lambda x: x[:, :, 1:]),
+        ("keys", lambda x: x[1:]),
+        ("words", lambda x: x[1:]),
+        ("h", lambda x: x[1:]),
+        ("c", lambda x: x.float()),
+        ("hidden_weight", lambda x: x[1:]),
+        ("hidden_bias", lambda x: x[1:]),
+        ("context_weight", lambda x: x[:, 1:]),
+        ("score_weight", lambda x: x[1:]),
+        ("images", lambda images: (*images, 1)),
+        ("images", lambda images: (3, 4, 1, 1)),
+        ("images", lambda images: (5, 3, 1, 0)),
+        ("images", lambda images: (4, 4, 2, -1)),
+    ],
+)
+def test_the_loop_checks_for_itself(name, change):
+    inputs = {name: tensor.detach() for name, tensor in make_inputs().items()} | {"images": IMAGES}
+    with pytest.raises(RuntimeError):
+        torch.ops.attncap.attention_lstm(**inputs | {name: change(inputs[name])}, activation="tanh")
+
+
+@pytest.mark.parametrize("place", range(15))
+def test_its_backward_checks_for_itself(place):
+    inputs = [tensor.detach() for tensor in make_inputs().values()]
+    features, keys, words, _, c, hidden_weight, _, context_weight, score_weight = inputs
+    next_h, context, weights, *of_steps = torch.ops.attncap.attention_lstm(*inputs, IMAGES, "tanh")
+    weights_of_loop = (hidden_weight.t(), context_weight.t(), score_weight)
+    arguments = [next_h, context, weights, features, keys, words, c, *weights_of_loop, context, weights, *of_steps]
+    arguments[place] = arguments[place][1:]
+    with pytest.raises(RuntimeError):
+        torch.ops.attncap.attention_lstm_backward(*arguments, IMAGES, "tanh", True)
