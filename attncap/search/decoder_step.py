@@ -12,7 +12,6 @@ import weakref
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attncap.models.decoder import Decoder, Memory
@@ -28,9 +27,15 @@ class Look(NamedTuple):
 
 
 class DecoderStep:
-    """A decoder's weights, laid out for `look` and `write`. `of` notices when the decoder's own have changed."""
+    """A decoder's weights, laid out for `look` and `write`. `of` notices when the decoder's own have changed.
 
-    def __init__(self, decoder: Decoder):  # which is not kept, so that it can go
+    Args:
+        decoder: it is not kept, so that it can go.
+        table: compute what words have to do with the LSTM once for all V of them. Without, it is computed for the words
+            that are written, which costs less where these are fewer than V in all.
+    """
+
+    def __init__(self, decoder: Decoder, table: bool = True):
         lstm, query, gate = decoder.lstm, decoder.query, decoder.gate
         E = decoder.embedding.embedding_dim
         self.ops = decoder.ops
@@ -46,16 +51,15 @@ class DecoderStep:
             torch.cat([lstm.weight_hh, query.weight, gate.weight]),
             torch.cat([torch.zeros_like(lstm.bias_hh), query.bias, gate.bias]),
         )
-        words = decoder.embedding.weight
         context_weights = [lstm.weight_ih[:, E:]]
-        word_table = [F.linear(words, lstm.weight_ih[:, :E], lstm.bias_ih + lstm.bias_hh)]
         self.hidden_output = None
         if decoder.deep:
             context_weights.append(decoder.context_output.weight)
-            word_table.append(words + decoder.hidden_output.bias)
-            self.hidden_output = fixed_linear(decoder.hidden_output.weight, None)
+            self.hidden_output = fixed_linear(decoder.hidden_output.weight, decoder.hidden_output.bias)
         self.context_part = fixed_linear(torch.cat(context_weights), None)
-        self.word_table = torch.cat(word_table, dim=1)  # [V,4H+E]
+        self.embedding = decoder.embedding.weight.detach()
+        self.word_input = fixed_linear(lstm.weight_ih[:, :E], lstm.bias_ih + lstm.bias_hh)
+        self.word_table = self.word_part(self.embedding) if table else None
         self.word_output = fixed_linear(decoder.word_output.weight, decoder.word_output.bias)
         self.graphs = {}  # beam_search's, which hold these weights' addresses
 
@@ -93,10 +97,20 @@ class DecoderStep:
         )
         return Look(recurrent, self.context_part(context), weights)
 
+    def word_part(self, embedded: Tensor) -> Tensor:
+        """embedded [M,E] -> [M,4H+E], the words' part of the LSTM and, for the deep output layer, of the output; [M,4H]
+        for the plain one."""
+        part = self.word_input(embedded)
+        return part if self.hidden_output is None else torch.cat([part, embedded], dim=1)
+
     def write(self, look: Look, c: Tensor, parents: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows that go on from rows parents [N] of `look` and c [R,H] with the words tokens [N] -> h, c [N,H] and
         logits [N,V]."""
-        h, c, output = self.ops.lstm_step(look.recurrent, look.context_part, self.word_table, c, parents, tokens)
+        table, words = self.word_table, tokens
+        if table is None:
+            table = self.word_part(self.embedding[tokens])
+            words = torch.arange(len(tokens), device=tokens.device)
+        h, c, output = self.ops.lstm_step(look.recurrent, look.context_part, table, c, parents, words)
         if self.hidden_output is None:
             output = h
         else:

@@ -38,7 +38,7 @@ def mix_tokens(
     chosen = (coins < probability) & (tokens > Vocabulary.END)
     mixed = tokens.clone()
     with torch.autocast(features.device.type, enabled=False):
-        step = DecoderStep(decoder)  # not `of`: the next step of the optimizer makes it old
+        step = DecoderStep(decoder, table=False)  # not `of`: the next step of the optimizer makes it old
         memory, h, c = step.start(features.to(step.score_weight.dtype))
         rows = torch.arange(len(tokens), device=tokens.device)
         parents = rows // (len(tokens) // len(features))  # an image's captions go on from one beginning

@@ -43,7 +43,7 @@ def sample_captions(
     tokens[:, 0] = Vocabulary.START
     has_ended = torch.zeros_like(rows, dtype=torch.bool)
     with torch.autocast(features.device.type, enabled=False):
-        step = DecoderStep(decoder)  # not `of`: the next step of the optimizer makes it old
+        step = DecoderStep(decoder, table=False)  # not `of`: the next step of the optimizer makes it old
         memory, h, c = step.start(features.to(step.score_weight.dtype))
         parents = rows // samples  # an image's captions go on from one beginning
         for t in range(1, 1 + max_length):

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from pycocoevalcap.cider.cider import Cider
+from torch.utils.flop_counter import FlopCounterMode
 
 from attncap.config import ModelConfig
 from attncap.data.tokenizer import tokenize
@@ -66,6 +67,14 @@ def test_captions_are_drawn_as_often_as_teacher_forcing_says(implementation):
             total += p
             assert abs(counts[tuple(caption)] - K * p) <= 5 * (K * p * (1 - p)) ** 0.5 + 1e-3, caption
         assert total == pytest.approx(1)
+
+
+def test_sampling_multiplies_the_words_that_it_writes_not_all():
+    decoder, V, (E, H) = make_decoder(1000), 1000, (4, 6)
+    with FlopCounterMode(display=False) as counter:
+        sample_captions(decoder, make_features(1), 2, 3, torch.Generator().manual_seed(0))
+    logits = 2 * 3 * 2 * V * E  # of 2 rows in 3 steps
+    assert logits < counter.get_total_flops() < logits + 2 * V * E * 4 * H
 
 
 def test_samples_end_and_are_padded():
