@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from attncap.ops import library
 from attncap.ops.linear import packed
-from attncap.ops.soft_attention import ACTIVATIONS, DTYPES, _autocast, _sum_dtype, soft_attention_reference
+from attncap.ops.soft_attention import ACTIVATIONS, soft_attention_reference
 
 
 def attention_lstm(
@@ -64,7 +64,7 @@ def attention_lstm(
         ValueError: shapes, dtypes, devices, the activation or the images do not fit.
         attncap.errors.UserError: there is no kernel for the device; says how to get it.
     """
-    tensors = _autocast(features, keys, words, h, c, hidden_weight, hidden_bias, context_weight, score_weight)
+    tensors = library.autocast(features, keys, words, h, c, hidden_weight, hidden_bias, context_weight, score_weight)
     _check(*tensors, images, activation)
     library.require(features.device)
     return _AttentionLstm.apply(*tensors, tuple(images), activation)
@@ -85,7 +85,7 @@ def attention_lstm_reference(
     activation: str = "tanh",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attention_lstm` in plain PyTorch: same arguments, results and errors, on any device."""
-    tensors = _autocast(features, keys, words, h, c, hidden_weight, hidden_bias, context_weight, score_weight)
+    tensors = library.autocast(features, keys, words, h, c, hidden_weight, hidden_bias, context_weight, score_weight)
     _check(*tensors, images, activation)
     features, keys, words, h, c, hidden_weight, hidden_bias, context_weight, score_weight = tensors
     K = _rows_of_an_image(h, features)
@@ -190,7 +190,7 @@ def _fake_backward(
     h_grad, context_grad, weights_grad, features, keys, words, c, hidden_weight, context_weight, score_weight, context,
     weights, cells, projections, of_contexts, images, activation, features_need_grad,
 ):  # fmt: skip
-    dtype = _sum_dtype(features)
+    dtype = library.sum_dtype(features)
     return (
         projections.new_empty(projections.shape),
         context.new_empty(len(words) if features_need_grad else 0, context.shape[1], dtype=dtype),
@@ -236,7 +236,7 @@ def _check(
         raise ValueError(f"h has {N} rows, which is no multiple of the {B} images")
     if not images or list(images) != sorted(images, reverse=True) or not 0 <= images[-1] <= images[0] <= B:
         raise ValueError(f"images are at least one number from {B} to 0 that never rise, not {list(images)}")
-    if features.dtype not in DTYPES:
+    if features.dtype not in library.DTYPES:
         raise ValueError(
             f"features has dtype {features.dtype}; attention_lstm takes float32, bfloat16, float16 and float64"
         )

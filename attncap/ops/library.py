@@ -15,6 +15,8 @@ from attncap.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent.parent / "lib"
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of the ops
+
 # Why the kernels of a device cannot be used; None where they can.
 _missing: dict[str, str | None] = {}
 
@@ -78,6 +80,20 @@ def check_tensors(
             raise ValueError(f"{name} has dtype {tensor.dtype}, but {dtype} is needed")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, but the other tensors are on {device}")
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Cast to autocast's dtype where it is on (float64 stays, as it does for torch's own ops)."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """What the kernels keep sums in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def status() -> dict[str, Any]:

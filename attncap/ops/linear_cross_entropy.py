@@ -10,7 +10,6 @@ from torch.autograd.function import once_differentiable
 
 from attncap.ops import library
 from attncap.ops.linear import fixed_linear
-from attncap.ops.soft_attention import DTYPES, _autocast, _sum_dtype
 
 CHUNK = 2**22  # logits that are held at a time, at most; at least one word's
 
@@ -47,7 +46,7 @@ def linear_cross_entropy(
 
     Raises ValueError where shapes, dtypes or devices do not fit.
     """
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = library.autocast(x, weight, bias)
     _check(x, weight, bias, targets, word_weights)
     return _LinearCrossEntropy.apply(x, weight, bias, targets, word_weights, label_smoothing)
 
@@ -62,10 +61,10 @@ def linear_cross_entropy_reference(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """`linear_cross_entropy` in plain PyTorch: same arguments, results and errors."""
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = library.autocast(x, weight, bias)
     _check(x, weight, bias, targets, word_weights)
     logits = F.linear(x, weight, bias)
-    logits = logits.to(_sum_dtype(x))
+    logits = logits.to(library.sum_dtype(x))
     if word_weights is None:
         return F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum")
     losses = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
@@ -75,7 +74,7 @@ def linear_cross_entropy_reference(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, targets, word_weights, label_smoothing):
-        (M, _), V, dtype = x.shape, len(weight), _sum_dtype(x)
+        (M, _), V, dtype = x.shape, len(weight), library.sum_dtype(x)
         wanted = any(ctx.needs_input_grad[:3])
         loss = x.new_zeros((), dtype=dtype)
         last_layer = fixed_linear(weight, bias)
@@ -120,7 +119,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, word_weight
             "linear_cross_entropy takes x [M, O] and weight [V, O] of at least one word, not "
             f"{list(x.shape)} and {list(weight.shape)}"
         )
-    if x.dtype not in DTYPES:
+    if x.dtype not in library.DTYPES:
         raise ValueError(f"x has dtype {x.dtype}; linear_cross_entropy takes float32, bfloat16, float16 and float64")
     M, V = len(x), len(weight)
     library.check_tensors(

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from attncap.ops import library
-from attncap.ops.soft_attention import DTYPES
 
 
 def lstm_step(
@@ -68,7 +67,7 @@ def _check(
     (R, H), (V, width), N = c.shape, word_table.shape, len(parents)
     if width < 4 * H:
         raise ValueError(f"word_table has {width} columns, fewer than 4H = {4 * H}")
-    if c.dtype not in DTYPES:
+    if c.dtype not in library.DTYPES:
         raise ValueError(f"c has dtype {c.dtype}; lstm_step takes float32, bfloat16, float16 and float64")
     library.check_tensors(
         {

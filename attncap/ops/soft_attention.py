@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 from attncap.ops import library
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def soft_attention(
@@ -53,7 +52,7 @@ def soft_attention(
             float64).
         attncap.errors.UserError: there is no kernel for the device; says how to get it.
     """
-    features, keys, query, score_weight, gate = _autocast(features, keys, query, score_weight, gate)
+    features, keys, query, score_weight, gate = library.autocast(features, keys, query, score_weight, gate)
     _check(features, keys, query, score_weight, activation, mask, gate)
     library.require(features.device)
     most_cells = 40 * 1024 // (8 if features.dtype == torch.float64 else 4)  # kMaxCellsCuda, soft_attention.h
@@ -75,7 +74,7 @@ def soft_attention_reference(
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`soft_attention` in plain PyTorch: same arguments, results and errors, on any device."""
-    features, keys, query, score_weight, gate = _autocast(features, keys, query, score_weight, gate)
+    features, keys, query, score_weight, gate = library.autocast(features, keys, query, score_weight, gate)
     _check(features, keys, query, score_weight, activation, mask, gate)
     B, P, A = keys.shape
     N = query.shape[0]
@@ -93,15 +92,6 @@ def soft_attention_reference(
     if gate is not None:
         context = torch.sigmoid(gate) * context
     return context, weights.reshape(N, P)
-
-
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Cast to autocast's dtype where it is on (float64 stays, as it does for torch's own ops)."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
 def _check(
@@ -126,7 +116,7 @@ def _check(
         raise ValueError(f"soft_attention needs P, D and A of at least 1, not {P}, {D} and {A}")
     if N != 0 and (B == 0 or N % B != 0):
         raise ValueError(f"query has {N} rows, which is no multiple of the {B} images")
-    if features.dtype not in DTYPES:
+    if features.dtype not in library.DTYPES:
         raise ValueError(
             f"features has dtype {features.dtype}; soft_attention takes float32, bfloat16, float16 and float64"
         )
@@ -159,11 +149,6 @@ def _fake_backward(
         features.new_empty(score_weight.shape),
         features.new_empty(gate.shape if gate is not None else (0, features.shape[2])),
     )
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    """What the kernels keep sums in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _fake_keys_backward(keys, query, score_weight, score_grad, row_starts, activation):
