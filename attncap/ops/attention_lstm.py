@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from attncap.ops import library
 from attncap.ops.linear import packed
-from attncap.ops.soft_attention import ACTIVATIONS, soft_attention_reference
+from attncap.ops.soft_attention import ACTIVATIONS, check_cells, soft_attention_reference
 
 
 def attention_lstm(
@@ -61,11 +61,13 @@ def attention_lstm(
         h [M, H], context [M, D] and attention weights [M, P] of every row of every step, differentiable once.
 
     Raises:
-        ValueError: shapes, dtypes, devices, the activation or the images do not fit.
+        ValueError: shapes, dtypes, devices, the activation or the images do not fit; on CUDA also more than 10,240
+            cells (5,120 in float64).
         attncap.errors.UserError: there is no kernel for the device; says how to get it.
     """
     tensors = library.autocast(features, keys, words, h, c, hidden_weight, hidden_bias, context_weight, score_weight)
     _check(*tensors, images, activation)
+    check_cells(tensors[0])
     library.require(features.device)
     return _AttentionLstm.apply(*tensors, tuple(images), activation)
 

@@ -54,12 +54,8 @@ def soft_attention(
     """
     features, keys, query, score_weight, gate = library.autocast(features, keys, query, score_weight, gate)
     _check(features, keys, query, score_weight, activation, mask, gate)
+    check_cells(features)
     library.require(features.device)
-    most_cells = 40 * 1024 // (8 if features.dtype == torch.float64 else 4)  # kMaxCellsCuda, soft_attention.h
-    if features.is_cuda and features.shape[1] > most_cells:
-        raise ValueError(
-            f"features has {features.shape[1]} cells; on CUDA {most_cells} of {features.dtype} is the most"
-        )
     return torch.ops.attncap.soft_attention(features, keys, query, score_weight, mask, gate, activation)
 
 
@@ -92,6 +88,13 @@ def soft_attention_reference(
     if gate is not None:
         context = torch.sigmoid(gate) * context
     return context, weights.reshape(N, P)
+
+
+def check_cells(features: Tensor) -> None:
+    """Raises ValueError for features [B, P, D] of more cells than the kernels on their device take."""
+    most = 40 * 1024 // library.sum_dtype(features).itemsize  # kMaxCellsCuda, soft_attention.h
+    if features.is_cuda and features.shape[1] > most:
+        raise ValueError(f"features has {features.shape[1]} cells; on CUDA {most} of {features.dtype} is the most")
 
 
 def _check(

@@ -3,6 +3,7 @@ with the paper's equations.)"""
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attncap.ops import attention_lstm, attention_lstm_reference
 
@@ -219,3 +220,11 @@ def test_its_backward_checks_for_itself(place):
     arguments[place] = arguments[place][1:]
     with pytest.raises(RuntimeError):
         torch.ops.attncap.attention_lstm_backward(*arguments, IMAGES, "tanh", True)
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.double, 5120), (torch.float32, 10240), (torch.bfloat16, 10240)])
+def test_too_many_cells_for_cuda(dtype, most):
+    with FakeTensorMode():  # tensors without values: no GPU is needed
+        inputs = make_inputs((1, 1, most + 1, 2, 1, 1), (1,), device="cuda", dtype=dtype)
+        with pytest.raises(ValueError, match=f"features has {most + 1} cells; on CUDA {most} of {dtype} is the most"):
+            attention_lstm(**inputs, images=(1,))

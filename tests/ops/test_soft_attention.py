@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attncap.ops import soft_attention, soft_attention_reference
+from attncap.ops.soft_attention import check_cells
 
 DEVICES = [
     "cpu",
@@ -447,6 +449,16 @@ def test_wrong_calls(op, change, message):
     }
     with pytest.raises(ValueError, match=message):
         op(**arguments)
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.double, 5120), (torch.float32, 10240), (torch.bfloat16, 10240)])
+def test_too_many_cells_for_cuda(dtype, most):
+    with FakeTensorMode():  # tensors without values: no GPU is needed
+        *tensors, gate = make_inputs(1, 1, most + 1, 2, 1, device="cuda", dtype=dtype)
+        with pytest.raises(ValueError, match=f"features has {most + 1} cells; on CUDA {most} of {dtype} is the most"):
+            soft_attention(*tensors, gate=gate)
+        check_cells(tensors[0][:, 1:])  # as many as there may be
+        check_cells(tensors[0].cpu())
 
 
 def test_the_kernel_checks_for_itself():
