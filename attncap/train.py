@@ -43,6 +43,7 @@ def run(config: TrainConfig, device: torch.device) -> int:
     """The command, in each of the processes. Returns the exit status: that of the signal that stopped it, or 0."""
     output = Path(config.output or Path("runs") / Path(config.data).resolve().stem)
     start = config.start_from and Captioner.from_pretrained(config.start_from, config.implementation)
+    asked = config
     if start:
         config = dataclasses.replace(config, model=start.config)
     if distributed.is_main():
@@ -53,6 +54,8 @@ def run(config: TrainConfig, device: torch.device) -> int:
         if not examples:
             raise UserError(f"{config.data}: no images for the {split} split; it takes three or more")
     captions = [caption for example in splits["train"] for caption in example.captions]
+    if start and not config.resume:
+        check_start(asked, start, captions)
     vocabulary = start.vocabulary if start else find_vocabulary(config, captions)
     vocabulary.forbid(config.suppressed.split())  # a word that is none is told now, not after the first epoch
     torch.manual_seed(config.seed)
@@ -92,6 +95,29 @@ def check_output(config: TrainConfig, output: Path) -> None:
     elif any((output / name).exists() for name in (checkpoint.NAME, "model.safetensors")):
         raise CallError(f"{output} holds a run already; go on with --resume, or give another --output")
     remove_temporary(output)
+
+
+def check_start(config: TrainConfig, start: Captioner, captions: Sequence[str]) -> None:
+    """Raises CallError where flags that were given ask for another model than that of --start-from."""
+    flags = [argument.partition("=")[0] for argument in sys.argv[1:] if argument.startswith("--")]
+    given = {flag[2:].replace("-", "_"): flag for flag in flags}
+    asked, has = vars(config.model), vars(start.config)
+    others = [
+        f"{flag} {asked[name]} (it has {has[name]})"
+        for name, flag in given.items()
+        if name in asked and asked[name] != has[name]
+    ]
+    if "encoder_weights" in given and config.encoder_weights != "none":
+        others.append(f"{given['encoder_weights']} {config.encoder_weights} (it has its own)")
+    if words := [name for name in given if name in ("vocabulary", "subwords", "min_count")]:
+        vocabulary, of_start = find_vocabulary(config, captions), start.vocabulary
+        if (vocabulary.words, vocabulary.merges) != (of_start.words, of_start.merges):
+            values = " ".join(f"{given[name]} {getattr(config, name)}" for name in words)
+            others.append(f"{values} (gives {len(vocabulary)} words, and not the {len(of_start)} that it has)")
+    if others:
+        raise CallError(
+            f"--start-from {config.start_from}: the model there is another: {', '.join(others)}; leave these flags out"
+        )
 
 
 def find_vocabulary(config: TrainConfig, captions: Sequence[str]) -> Vocabulary:

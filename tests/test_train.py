@@ -225,3 +225,48 @@ def test_wrong_vocabularies(attncap, flickr8k, trained, tmp_path):
         found, _, err = attncap("train", "--data", flickr8k, *TINY, *arguments, "--output", tmp_path / "run")
         assert found == status and message in err.splitlines()[-1], err
         assert not (tmp_path / "run").exists()
+
+
+def test_flags_that_contradict_the_model_to_start_from(attncap, flickr8k, trained, tmp_path):
+    """Only those that were given do, also where they are the recipe's own; and one error tells all."""
+    start = ["train", "--data", flickr8k, "--device", "cpu", "--start-from", trained, "--output", tmp_path / "run"]
+    contradictions = {
+        "--hidden-size 512": "(it has 32)",  # the recipe's
+        "--encoder=vgg16": "(it has resnet18)",
+        "--encoder_layer layer2": "(it has layer1)",
+        "--dropout 0.25": "(it has 0.0)",
+        "--encoder-weights default": "(it has its own)",
+        "--min-count 3 --subwords 25": "(gives 29 words, and not the 10 that it has)",
+    }
+    flags = " ".join(contradictions).split()
+    status, _, err = attncap(*start, *flags, "--attention-size", 16)
+    told = ", ".join(f"{flag.replace('=', ' ')} {has}" for flag, has in contradictions.items())
+    expected = f"--start-from {trained}: the model there is another: {told}; leave these flags out"
+    assert status == 2 and err.splitlines()[-1] == f"attncap: error: {expected}"
+    (tmp_path / "words.json").write_text(json.dumps({"words": [*Vocabulary.SPECIALS, *"abcdef", "picture"]}))
+    status, _, err = attncap(*start, "--vocabulary", tmp_path / "words.json")
+    assert status == 2 and f"--vocabulary {tmp_path / 'words.json'} (gives 11 words, and not the" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_that_agree_with_the_model_to_start_from(attncap, flickr8k, trained, tmp_path):
+    """And others that the recipe alone has, of 512 units and ResNet-50, are not the user's."""
+    arguments = ["train", "--data", flickr8k, "--start-from", trained, "--epochs", 1, "--fine-tune-from", "none"]
+    agreeing = [
+        "--device",
+        "cpu",
+        "--hidden-size=32",
+        "--encoder",
+        "resnet18",
+        "--min-count",
+        1,
+        "--encoder-weights",
+        "none",
+    ]
+    agreeing += ["--vocabulary", trained / "vocabulary.json"]
+    assert attncap(*arguments, *agreeing, "--output", tmp_path / "run")[0] == 0
+    settings = json.loads((tmp_path / "run/settings.json").read_text())["settings"]["model"]
+    assert settings == json.loads((trained / "config.json").read_text())
+    # A run that began with flags that were not looked at goes on.
+    arguments += [*agreeing, "--output", tmp_path / "run", "--resume", "--epochs", 2, "--attention-size", 48]
+    assert attncap(*arguments)[0] == 0

@@ -25,7 +25,8 @@ class TrainConfig(command.CaptioningConfig):
     """cross-entropy: the next word of a given caption. scst: CIDEr-D of captions that the model samples (self-critical
     training, Rennie et al. 2017); it needs --start-from."""
     start_from: str | None = None
-    """Folder of a trained model whose weights, sizes and vocabulary the run has, whatever flags say of them."""
+    """Folder of a trained model whose weights, sizes and vocabulary the run has; a flag that asks for others is an
+    error."""
     samples: int = 5
     """scst: captions sampled for an image, at least 2; each one's baseline is the mean of the others."""
     epochs: int = 10
