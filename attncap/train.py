@@ -79,7 +79,7 @@ def run(config: TrainConfig, device: torch.device) -> int:
             trainer.fit()
             if distributed.is_main():
                 with trainer.interruption.raised():
-                    test(config, splits, output, device)
+                    test(config, splits, captions, output, device)
     except Stopped as stopped:
         if distributed.is_main():
             print(f"\nattncap: stopped; go on with: {checkpoint.how_to_go_on()}", file=sys.stderr, flush=True)
@@ -138,13 +138,13 @@ def find_vocabulary(config: TrainConfig, captions: Sequence[str]) -> Vocabulary:
     return vocabulary
 
 
-def test(config: TrainConfig, splits: Splits, output: Path, device: torch.device) -> None:
-    """Caption the test images with the best model; write the figures, the captions, and a picture of attention."""
+def test(config: TrainConfig, splits: Splits, training: Sequence[str], output: Path, device: torch.device) -> None:
+    """Caption the test images with the best model; write the figures, the captions, and a picture of attention.
+    `training`: the training captions, of which the model's are told apart."""
     model = Captioner.from_pretrained(output, config.implementation).to(device)
     scores, captions = evaluate([model], splits["test"], config)
     write_atomically(output / "test.json", json.dumps(scores.figures(), indent=2) + "\n")
     write_atomically(output / "results.json", json.dumps(results(captions), indent=1) + "\n")
-    training = [caption for example in splits["train"] for caption in example.captions]
     report = summary(scores, captions, model.vocabulary, training)
     print(f"test split, beam {config.search.beam_size}\n{as_text(report)}")
     names = list(captions)[:4]

@@ -166,9 +166,8 @@ def main(config: Config) -> None:
                 "provider": name,
                 "ms": milliseconds,
                 "captions/s": len(tokens) / milliseconds * 1000,
-                "peak MiB": min(
-                    measure.peak_memory(functions[name], device) for _ in range(3)
-                ),  # of what is kept, it differs
+                # The least of three: what the memory allocator keeps for later differs from call to call.
+                "peak MiB": min(measure.peak_memory(functions[name], device) for _ in range(3)),
                 "native is faster by": milliseconds / times["native"],
             }
             results.append(result)

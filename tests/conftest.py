@@ -72,3 +72,13 @@ def trained(flickr8k, tmp_path_factory):
     command = [sys.executable, "-m", "attncap.train", "--data", flickr8k, "--output", output, *TINY]
     subprocess.run(list(map(str, command)), check=True, timeout=300)
     return output
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Starts training commands, see tests/training/running.py."""
+    from running import Server
+
+    server = Server()
+    yield server
+    server.close()

@@ -251,22 +251,11 @@ def test_flags_that_contradict_the_model_to_start_from(attncap, flickr8k, traine
 
 def test_flags_that_agree_with_the_model_to_start_from(attncap, flickr8k, trained, tmp_path):
     """And others that the recipe alone has, of 512 units and ResNet-50, are not the user's."""
-    arguments = ["train", "--data", flickr8k, "--start-from", trained, "--epochs", 1, "--fine-tune-from", "none"]
-    agreeing = [
-        "--device",
-        "cpu",
-        "--hidden-size=32",
-        "--encoder",
-        "resnet18",
-        "--min-count",
-        1,
-        "--encoder-weights",
-        "none",
-    ]
-    agreeing += ["--vocabulary", trained / "vocabulary.json"]
-    assert attncap(*arguments, *agreeing, "--output", tmp_path / "run")[0] == 0
+    arguments = ["train", "--data", flickr8k, "--start-from", trained, "--output", tmp_path / "run"]
+    arguments += "--device cpu --fine-tune-from none --epochs 1 --encoder resnet18 --hidden-size=32".split()
+    arguments += ["--encoder-weights", "none", "--min-count", 1, "--vocabulary", trained / "vocabulary.json"]
+    assert attncap(*arguments)[0] == 0
     settings = json.loads((tmp_path / "run/settings.json").read_text())["settings"]["model"]
     assert settings == json.loads((trained / "config.json").read_text())
     # A run that began with flags that were not looked at goes on.
-    arguments += [*agreeing, "--output", tmp_path / "run", "--resume", "--epochs", 2, "--attention-size", 48]
-    assert attncap(*arguments)[0] == 0
+    assert attncap(*arguments, "--resume", "--epochs", 2, "--attention-size", 48)[0] == 0

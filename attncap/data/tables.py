@@ -130,9 +130,8 @@ def _csv_rows(path: Path, text: str) -> Rows:
         for row in reader:
             if not row:
                 continue
-            if (
-                "comment_number" in columns and len(row) == last
-            ):  # Flickr30k has one "2199200615.jpg| 4   A dog runs ..."
+            # Flickr30k has one "2199200615.jpg| 4   A dog runs ..."
+            if "comment_number" in columns and len(row) == last:
                 row[-1:] = row[-1].split(maxsplit=1)
             # A caption with a comma should stand in quotes; without them, the pieces are joined.
             if columns[last] == "caption" and len(row) > last:

@@ -100,10 +100,10 @@ class TrainConfig(command.CaptioningConfig):
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
 
     def check(self) -> None:
-        """Raises CallError for a number outside its range, and for settings that do not go together."""
+        """Raises CallError for settings that do not go together, and for numbers outside a range of their own; the
+        ranges of all others `command.check_numbers` knows."""
         if self.recipe not in recipes.NAMES:
             raise CallError(f"--recipe {self.recipe}: no such recipe; choose one of {', '.join(recipes.NAMES)}")
-        command.check_numbers(self)
         if self.warmup >= 1:
             raise CallError(f"--warmup {self.warmup}: a share of the run, must be below 1")
         if not 0 < self.plateau_factor < 1:

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from conftest import TINY, make_flickr8k
-from running import Server, assert_gone, checkpoint, children, metrics, wait_for_checkpoints
+from running import assert_gone, checkpoint, children, metrics, wait_for_checkpoints
 from safetensors.torch import load_file
 
 # No batch norm, which normalises by each process's share, and nothing that is drawn: what is left is rounding. Batches
@@ -23,13 +23,6 @@ SETTINGS = [
 
 
 DOUBLE = "import torch; torch.set_default_dtype(torch.float64)"  # so that rounding can be told from anything else
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

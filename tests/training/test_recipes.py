@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import TINY
 
+from attncap.command import check_numbers
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError
 from attncap.models.decoder import Decoder
@@ -14,12 +15,18 @@ from attncap.training import recipes
 from attncap.training.config import TrainConfig
 
 
+def check(config: TrainConfig) -> None:
+    """As the command does."""
+    check_numbers(config)
+    config.check()
+
+
 def test_every_recipe_is_one():
     assert recipes.NAMES == ("coco", "flickr30k", "flickr8k", "shapes", "tutorial")
     for name in recipes.NAMES:
         recipe = recipes.load(name)
         assert recipe.recipe == name
-        recipe.check()
+        check(recipe)
 
 
 @pytest.mark.parametrize(
@@ -46,16 +53,16 @@ def test_every_recipe_is_one():
 )
 def test_settings_that_cannot_be(settings, flag):
     with pytest.raises(CallError) as raised:
-        TrainConfig(**settings).check()
+        check(TrainConfig(**settings))
     assert flag in str(raised.value)
 
 
 def test_settings_at_their_limits():
-    TrainConfig(warmup=0.0, scheduled_sampling=1.0, clip_norm=0.0, patience=0, schedule="plateau", samples=2).check()
-    TrainConfig(warmup=0.99, plateau_factor=0.01, patience=9, schedule="plateau", plateau_patience=8).check()
-    TrainConfig(patience=1).check()  # no plateau, so no patience with it
-    TrainConfig(cache_features=True, augment=False).check()
-    TrainConfig(objective="scst", start_from="runs/one").check()
+    check(TrainConfig(warmup=0.0, scheduled_sampling=1.0, clip_norm=0.0, patience=0, schedule="plateau", samples=2))
+    check(TrainConfig(warmup=0.99, plateau_factor=0.01, patience=9, schedule="plateau", plateau_patience=8))
+    check(TrainConfig(patience=1))  # no plateau, so no patience with it
+    check(TrainConfig(cache_features=True, augment=False))
+    check(TrainConfig(objective="scst", start_from="runs/one"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from conftest import make_flickr8k
 from PIL import Image
 from running import (
     QUICK,
-    Server,
     assert_gone,
     assert_same_state,
     checkpoint,
@@ -27,13 +26,6 @@ from safetensors.torch import load_file
 from attncap import Captioner
 
 EACH_STEP = "trainer.CHECKPOINT_EVERY = 0"  # a checkpoint after every step
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
