@@ -38,6 +38,14 @@ def test_soft_attention(device, tmp_path):
 
 
 @DEVICES
+def test_lstm_step(device, tmp_path):
+    small = "--rows 3 10 --hidden 8 --embedding 4 --vocabulary 50"
+    record = run("lstm_step", device, f"{small} --calls 2 --rounds 1", tmp_path)
+    assert len(record["results"]) == (2 + 1) * 2 * 3  # forward with and without E, backward; rows; providers
+    assert all(result["ms"] > 0 for result in record["results"])
+
+
+@DEVICES
 def test_beam_search(device, tmp_path):
     small = "--images 2 --beams 1 3 --cells 9 --channels 16 --size 8 --vocabulary 50 --steps 4"
     record = run("beam_search", device, f"{small} --dtypes float32 --rounds 1", tmp_path)

@@ -1,0 +1,143 @@
+"""lstm_step: the native kernels beside plain PyTorch, eager and compiled. Results are checked, then timed.
+
+python benchmarks/lstm_step.py                     # CPU
+python benchmarks/lstm_step.py --device cuda
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import measure
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from attncap.ops import lstm_step, lstm_step_reference
+
+torch._functorch.config.donated_buffer = False  # so that the compiled graph, too, can be gone through more than once
+
+
+@dataclass
+class Config:
+    device: Literal["cpu", "cuda"] = "cpu"
+    rows: tuple[int, ...] = (5, 40, 160)
+    """N = R: beams of all images, 5 an image."""
+    hidden: int = 512
+    """H."""
+    embedding: int = 512
+    """E, of the deep output layer; forward is also timed without it, E = 0, as the plain one needs it."""
+    vocabulary: int = 9490
+    """V."""
+    dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
+    passes: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
+    """forward, as a search calls it; backward alone, as training does, where a row goes on from itself with a word of
+    its own. There plain PyTorch has kept what forward computed, and native computes it again."""
+    calls: int = 50
+    """Calls that are timed together: one takes some microseconds."""
+    rounds: int = 15
+    """Timed groups of calls of each provider."""
+    output: Path = Path(__file__).parent / "results"
+
+
+def forward(config: Config, N: int, E: int, dtype: torch.dtype) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    random = torch.Generator().manual_seed(0)
+    shapes = [(N, 4 * config.hidden), (N, 4 * config.hidden + E), (config.vocabulary, 4 * config.hidden + E)]
+    numbers = [torch.randn(*shape, generator=random) for shape in [*shapes, (N, config.hidden)]]
+    parents = torch.arange(N) // 5 * 5 + torch.randint(5, (N,), generator=random)  # a beam of the same image
+    tokens = torch.randint(config.vocabulary, (N,), generator=random)
+    indices = [parents.clamp(max=N - 1).to(config.device), tokens.to(config.device)]
+    inputs = {kind: [x.to(config.device, dtype).to(kind) for x in numbers] for kind in (dtype, torch.float64)}
+    compiled = torch.compile(lstm_step_reference, dynamic=False, fullgraph=True)
+
+    @torch.inference_mode()
+    def run(function: Callable, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return function(*inputs[dtype], *indices)
+
+    return {
+        "truth": lambda: run(lstm_step_reference, torch.float64),
+        "eager": lambda: run(lstm_step_reference, dtype),
+        "compiled": lambda: run(compiled, dtype),
+        "native": lambda: run(lstm_step, dtype),
+    }
+
+
+def backward(config: Config, N: int, E: int, dtype: torch.dtype) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """Gradients of the gates and of c, from those of h' and c'. There is no output layer in it: E is 0."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(N, 4 * config.hidden)] * 3 + [(N, config.hidden)] * 3
+    tensors = [torch.randn(*shape, generator=random).to(config.device, dtype) for shape in shapes]
+    row = torch.arange(N, device=config.device)
+
+    def gradients(function: Callable, tensors: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        recurrent, context_part, words, c, h_grad, c_grad = tensors
+        recurrent, c = recurrent.clone().requires_grad_(), c.clone().requires_grad_()
+        h, next_c, _ = function(recurrent, context_part, words, c, row, row)
+        return lambda: torch.autograd.grad([h, next_c], [recurrent, c], [h_grad, c_grad], retain_graph=True)
+
+    return {
+        "truth": gradients(lstm_step_reference, [x.double() for x in tensors]),
+        "eager": gradients(lstm_step_reference, tensors),
+        "compiled": gradients(torch.compile(lstm_step_reference, dynamic=False, fullgraph=True), tensors),
+        "native": lambda: torch.ops.attncap.lstm_step_backward(*tensors),
+    }
+
+
+def check(functions: dict[str, Callable[[], tuple[Tensor, ...]]], dtype: torch.dtype) -> None:
+    """Each provider against the plain path in float64, which is then taken out."""
+    allowed = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
+    truth = functions.pop("truth")()
+    for name, function in functions.items():
+        for index, (found, true) in enumerate(zip(function(), truth, strict=True)):
+            assert torch.allclose(found.double(), true, rtol=allowed, atol=allowed), f"{name}, result {index}"
+
+
+def repeated(function: Callable, calls: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(calls):
+            function()
+
+    return run
+
+
+def main(config: Config) -> None:
+    device = torch.device(config.device)
+    environment = measure.environment(device)
+    print(", ".join(f"{key} {value}" for key, value in environment.items()))
+    cases = [
+        (passes, N, E, dtype)
+        for passes in config.passes
+        for E in ((config.embedding, 0) if passes == "forward" else (0,))
+        for N in config.rows
+        for dtype in config.dtypes
+    ]
+    results = []
+    for passes, N, E, dtype in tqdm(cases, unit="case", leave=False):
+        torch.compiler.reset()
+        functions = {"forward": forward, "backward": backward}[passes](config, N, E, getattr(torch, dtype))
+        check(functions, getattr(torch, dtype))
+        groups = {name: repeated(function, config.calls) for name, function in functions.items()}
+        times = measure.interleaved(groups, device, config.rounds)
+        tqdm.write(f"{passes}, N {N}, E {E}, {dtype}")
+        for name, milliseconds in times.items():
+            result = {
+                **{"passes": passes, "N": N, "E": E, "dtype": dtype},
+                "provider": name,
+                "ms": milliseconds / config.calls,
+                "native is faster by": milliseconds / times["native"],
+            }
+            results.append(result)
+            faster = f"native is faster by {result['native is faster by']:.2f}"
+            tqdm.write(f"  {name:8} {1000 * result['ms']:8.1f} microseconds  {faster}")
+    path = config.output / f"lstm_step-{config.device}.json"
+    sizes = {"H": config.hidden, "V": config.vocabulary}
+    measure.save(path, {**environment, "sizes": sizes, "results": results})
+    panels = {passes: [result for result in results if result["passes"] == passes] for passes in config.passes}
+    title = f"lstm_step, {environment['device']}, {environment['date']}"
+    measure.draw(panels, lambda r: f"N={r['N']} E={r['E']} {r['dtype']}", title, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
