@@ -43,7 +43,7 @@ def run(config: TrainConfig, device: torch.device) -> int:
     """The command, in each of the processes. Returns the exit status: that of the signal that stopped it, or 0."""
     output = Path(config.output or Path("runs") / Path(config.data).resolve().stem)
     start = config.start_from and Captioner.from_pretrained(config.start_from, config.implementation)
-    asked = config
+    asked = config  # whose model is what the flags and the recipe say
     if start:
         config = dataclasses.replace(config, model=start.config)
     if distributed.is_main():
@@ -140,7 +140,7 @@ def find_vocabulary(config: TrainConfig, captions: Sequence[str]) -> Vocabulary:
 
 def test(config: TrainConfig, splits: Splits, training: Sequence[str], output: Path, device: torch.device) -> None:
     """Caption the test images with the best model; write the figures, the captions, and a picture of attention.
-    `training`: the training captions, of which the model's are told apart."""
+    `training`: the training captions, to tell how many of the model's are new."""
     model = Captioner.from_pretrained(output, config.implementation).to(device)
     scores, captions = evaluate([model], splits["test"], config)
     write_atomically(output / "test.json", json.dumps(scores.figures(), indent=2) + "\n")
