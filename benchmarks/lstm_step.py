@@ -4,6 +4,7 @@ python benchmarks/lstm_step.py                     # CPU
 python benchmarks/lstm_step.py --device cuda
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,6 @@ from tqdm import tqdm
 
 from attncap.ops import lstm_step, lstm_step_reference
 
-torch._functorch.config.donated_buffer = False  # so that the compiled graph, too, can be gone through more than once
-
 
 @dataclass
 class Config:
@@ -28,13 +27,10 @@ class Config:
     hidden: int = 512
     """H."""
     embedding: int = 512
-    """E, of the deep output layer; forward is also timed without it, E = 0, as the plain one needs it."""
+    """E, of the deep output layer; the step is also timed without it, E = 0, as the plain one needs it."""
     vocabulary: int = 9490
     """V."""
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
-    passes: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
-    """forward, as a search calls it; backward alone, as training does, where a row goes on from itself with a word of
-    its own. There plain PyTorch has kept what forward computed, and native computes it again."""
     calls: int = 50
     """Calls that are timed together: one takes some microseconds."""
     rounds: int = 15
@@ -42,7 +38,7 @@ class Config:
     output: Path = Path(__file__).parent / "results"
 
 
-def forward(config: Config, N: int, E: int, dtype: torch.dtype) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+def providers(config: Config, N: int, E: int, dtype: torch.dtype) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     random = torch.Generator().manual_seed(0)
     shapes = [(N, 4 * config.hidden), (N, 4 * config.hidden + E), (config.vocabulary, 4 * config.hidden + E)]
     numbers = [torch.randn(*shape, generator=random) for shape in [*shapes, (N, config.hidden)]]
@@ -61,27 +57,6 @@ def forward(config: Config, N: int, E: int, dtype: torch.dtype) -> dict[str, Cal
         "eager": lambda: run(lstm_step_reference, dtype),
         "compiled": lambda: run(compiled, dtype),
         "native": lambda: run(lstm_step, dtype),
-    }
-
-
-def backward(config: Config, N: int, E: int, dtype: torch.dtype) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """Gradients of the gates and of c, from those of h' and c'. There is no output layer in it: E is 0."""
-    random = torch.Generator().manual_seed(0)
-    shapes = [(N, 4 * config.hidden)] * 3 + [(N, config.hidden)] * 3
-    tensors = [torch.randn(*shape, generator=random).to(config.device, dtype) for shape in shapes]
-    row = torch.arange(N, device=config.device)
-
-    def gradients(function: Callable, tensors: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-        recurrent, context_part, words, c, h_grad, c_grad = tensors
-        recurrent, c = recurrent.clone().requires_grad_(), c.clone().requires_grad_()
-        h, next_c, _ = function(recurrent, context_part, words, c, row, row)
-        return lambda: torch.autograd.grad([h, next_c], [recurrent, c], [h_grad, c_grad], retain_graph=True)
-
-    return {
-        "truth": gradients(lstm_step_reference, [x.double() for x in tensors]),
-        "eager": gradients(lstm_step_reference, tensors),
-        "compiled": gradients(torch.compile(lstm_step_reference, dynamic=False, fullgraph=True), tensors),
-        "native": lambda: torch.ops.attncap.lstm_step_backward(*tensors),
     }
 
 
@@ -106,25 +81,18 @@ def main(config: Config) -> None:
     device = torch.device(config.device)
     environment = measure.environment(device)
     print(", ".join(f"{key} {value}" for key, value in environment.items()))
-    cases = [
-        (passes, N, E, dtype)
-        for passes in config.passes
-        for E in ((config.embedding, 0) if passes == "forward" else (0,))
-        for N in config.rows
-        for dtype in config.dtypes
-    ]
+    cases = list(itertools.product((config.embedding, 0), config.rows, config.dtypes))
     results = []
-    for passes, N, E, dtype in tqdm(cases, unit="case", leave=False):
+    for E, N, dtype in tqdm(cases, unit="case", leave=False):
         torch.compiler.reset()
-        functions = {"forward": forward, "backward": backward}[passes](config, N, E, getattr(torch, dtype))
+        functions = providers(config, N, E, getattr(torch, dtype))
         check(functions, getattr(torch, dtype))
         groups = {name: repeated(function, config.calls) for name, function in functions.items()}
         times = measure.interleaved(groups, device, config.rounds)
-        tqdm.write(f"{passes}, N {N}, E {E}, {dtype}")
+        tqdm.write(f"N {N}, E {E}, {dtype}")
         for name, milliseconds in times.items():
             result = {
-                **{"passes": passes, "N": N, "E": E, "dtype": dtype},
-                "provider": name,
+                **{"N": N, "E": E, "dtype": dtype, "provider": name},
                 "ms": milliseconds / config.calls,
                 "native is faster by": milliseconds / times["native"],
             }
@@ -134,9 +102,13 @@ def main(config: Config) -> None:
     path = config.output / f"lstm_step-{config.device}.json"
     sizes = {"H": config.hidden, "V": config.vocabulary}
     measure.save(path, {**environment, "sizes": sizes, "results": results})
-    panels = {passes: [result for result in results if result["passes"] == passes] for passes in config.passes}
     title = f"lstm_step, {environment['device']}, {environment['date']}"
-    measure.draw(panels, lambda r: f"N={r['N']} E={r['E']} {r['dtype']}", title, path.with_suffix(".png"))
+    measure.draw(
+        {"a step of a search": results},
+        lambda r: f"N={r['N']} E={r['E']} {r['dtype']}",
+        title,
+        path.with_suffix(".png"),
+    )
 
 
 if __name__ == "__main__":
