@@ -92,6 +92,7 @@ def batches(
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=_start_worker,
+        pin_memory=torch.cuda.is_available(),  # from where a GPU fetches them by itself
         generator=torch.Generator(),  # the loader seeds its workers; the process's own random numbers stay as they are
     )
 
@@ -132,12 +133,10 @@ def report(message: str) -> None:
     logging.getLogger("attncap").warning("skipped: %s", message)
 
 
-def caption_rows(
-    captions: Sequence[str], rows: int, vocabulary: Vocabulary, max_length: int, seed: int
-) -> list[list[int]]:
-    """`rows` captions of an image as token ids, drawn without repetition; an image that has fewer has some twice."""
+def draw_rows(captions: Sequence[list[int]], rows: int, seed: int) -> list[list[int]]:
+    """`rows` of an image's captions, drawn without repetition; of one that has fewer some come twice."""
     drawn = [captions[i] for i in np.random.default_rng(seed).permutation(len(captions))]
-    return [vocabulary.encode(drawn[i % len(drawn)], max_length) for i in range(rows)]
+    return [drawn[i % len(drawn)] for i in range(rows)]
 
 
 def pad(rows: list[list[int]]) -> Tensor:

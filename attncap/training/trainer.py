@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import signal
 import time
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from attncap import command
 from attncap.captioner import Caption, Captioner
 from attncap.data.feature_cache import FeatureCache
-from attncap.data.loader import AugmentedPictures, Pictures, batches, caption_rows, draw_batches, pad, report, seed_of
+from attncap.data.loader import AugmentedPictures, Pictures, batches, draw_batches, draw_rows, pad, report, seed_of
 from attncap.errors import UserError
 from attncap.evaluate import evaluate
 from attncap.training import checkpoint, distributed
@@ -52,10 +53,13 @@ class Trainer:
         self.caches: dict[str, FeatureCache] = {}  # features by split
         self.steps = math.ceil(len(splits["train"]) / (config.batch_size * config.accumulate))  # in an epoch
         self.schedule = Schedule(config, self.steps)
-        self.self_critical = None
+        captions = [example.captions for example in splits["train"]]
+        self.self_critical, self.rows_of_tokens = None, []
         if config.objective == "scst":
-            captions = [example.captions for example in splits["train"]]
             self.self_critical = SelfCritical(model.vocabulary, captions, config.samples, config.search.max_length)
+        else:  # once: splitting them anew takes longer than a GPU takes to learn from them
+            encode = functools.partial(model.vocabulary.encode, max_length=config.search.max_length)
+            self.rows_of_tokens = [list(map(encode, of_image)) for of_image in captions]
         self.captions_per_image = config.samples if self.self_critical else config.captions_per_image
         self.generator = torch.Generator()  # for what is sampled on the way to the loss
         self.interruption = Interruption()
@@ -162,11 +166,9 @@ class Trainer:
         batch = Batch(indices)
         if not self.self_critical:
             captions = [
-                caption_rows(
-                    self.splits["train"][index].captions,
+                draw_rows(
+                    self.rows_of_tokens[index],
                     config.captions_per_image,
-                    self.model.vocabulary,
-                    config.search.max_length,
                     seed_of("captions", config.seed, self.epoch, index),
                 )
                 for index in indices
