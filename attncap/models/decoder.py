@@ -81,8 +81,10 @@ class Decoder(nn.Module):
         rows = (order.unsqueeze(1) * K + torch.arange(K)).flatten()  # of tokens, as they are sorted now
         rows_of_steps = torch.cat([rows[: K * b] for b in images])
         steps = torch.arange(len(images)).repeat_interleave(K * torch.tensor(images))
+        [written] = (lengths[rows_of_steps] > steps).nonzero(as_tuple=True)
+        rows_of_steps, steps, written = (x.to(device) for x in (rows_of_steps, steps, written))
         inputs = (tokens[:, :-1] if inputs is None else inputs).to(device)
-        embedded = self.embedding(inputs[rows_of_steps.to(device), steps.to(device)])  # [M,E]
+        embedded = self.embedding(inputs[rows_of_steps, steps])  # [M,E]
 
         lstm = self.lstm
         word_weight, context_weight = lstm.weight_ih.split([embedded.shape[1], features.shape[2]], dim=1)
@@ -101,9 +103,8 @@ class Decoder(nn.Module):
             activation=self.activation,
         )
         if K > 1:  # captions of an image that are shorter than its longest went along
-            [written] = (lengths[rows_of_steps] > steps).nonzero(as_tuple=True)
-            rows_of_steps, steps, written = rows_of_steps[written], steps[written], written.to(device)
-            embedded, h, context, weights = (x[written] for x in (embedded, h, context, weights))
+            of_all = (rows_of_steps, steps, embedded, h, context, weights)
+            rows_of_steps, steps, embedded, h, context, weights = (x[written] for x in of_all)
         if self.deep:  # equation 7
             h = embedded + self.hidden_output(h) + self.context_output(context)
-        return Written(self.dropout(h), weights, rows_of_steps.to(device), steps.to(device) + 1)
+        return Written(self.dropout(h), weights, rows_of_steps, steps + 1)

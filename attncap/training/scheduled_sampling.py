@@ -44,8 +44,8 @@ def mix_tokens(
         parents = rows // (len(tokens) // len(features))  # an image's captions go on from one beginning
         for t in range(1, tokens.shape[1] - 1):  # nothing is fed after the last word
             h, c, logits = step.write(step.look(memory, h), c, parents, mixed[:, t - 1])
-            drawn = chosen[:, t].nonzero().squeeze(1)
-            mixed[drawn, t] = draw_words(logits[drawn], draws[drawn, t], Vocabulary.END + 1)
+            words = draw_words(logits, draws[:, t], Vocabulary.END + 1)
+            mixed[:, t] = torch.where(chosen[:, t], words, tokens[:, t])
             parents = rows
     return mixed
 
