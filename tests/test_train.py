@@ -259,3 +259,13 @@ def test_flags_that_agree_with_the_model_to_start_from(attncap, flickr8k, traine
     assert settings == json.loads((trained / "config.json").read_text())
     # A run that began with flags that were not looked at goes on.
     assert attncap(*arguments, "--resume", "--epochs", 2, "--attention-size", 48)[0] == 0
+
+
+def test_a_model_that_no_epoch_betters_is_kept(attncap, flickr8k, trained, tmp_path):
+    arguments = ["train", "--data", flickr8k, "--start-from", trained, "--output", tmp_path / "run", "--device", "cpu"]
+    assert attncap(*arguments, *"--fine-tune-from none --epochs 1 --learning-rate 10 --batch-size 8".split())[0] == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    before, after = (json.loads(line) for line in lines)
+    assert (before["epoch"], after["epoch"]) == (0, 1) and after["CIDEr"] < before["CIDEr"]
+    start, kept = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "run"))
+    assert all(value.equal(kept[name]) for name, value in start.items())

@@ -26,7 +26,7 @@ class TrainConfig(command.CaptioningConfig):
     training, Rennie et al. 2017); it needs --start-from."""
     start_from: str | None = None
     """Folder of a trained model whose weights, sizes and vocabulary the run has; a flag that asks for others is an
-    error."""
+    error. It is validated first, as epoch 0, and kept where no epoch betters it."""
     samples: int = 5
     """scst: captions sampled for an image, at least 2; each one's baseline is the mean of the others."""
     epochs: int = 10

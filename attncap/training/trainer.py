@@ -97,6 +97,9 @@ class Trainer:
         if distributed.is_main():
             self.watch = Watch(self.output, self.config.best_by, self.epoch, self.steps_done)
         try:
+            if self.config.start_from and self.schedule.best is None:  # there is a model already, to be bettered
+                self.rate({"epoch": 0, **self.validate()})
+                self.save_checkpoint()
             while self.epoch < self.config.epochs and not self.schedule.should_stop:
                 self.train_epoch()
                 self.end_epoch(self.validate())
@@ -281,24 +284,27 @@ class Trainer:
 
     def end_epoch(self, figures: dict[str, float]) -> None:
         """Log, keep the model if it is the best so far, write the checkpoint, and last draw, which is slow."""
-        # Where the first figure cannot tell models apart (CIDEr is 0 for a single image), the next one decides.
-        self.schedule.epoch_ended([figures[name] for name in (self.config.best_by, "BLEU-4", "ROUGE-L")])
         decoder, encoder = self.optimizer.param_groups
         rates = {
             "learning_rate": decoder["lr"],
             **({"encoder_learning_rate": encoder["lr"]} if encoder["params"] else {}),
         }
-        line = {"epoch": self.epoch + 1, **self.means(), **rates, "seconds": round(self.seconds, 1), **figures}
-        if distributed.is_main():
-            tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
-            if self.schedule.epochs_without_gain == 0:
-                self.average.save_pretrained(self.output)
-            self.watch.epoch(line)
+        self.rate({"epoch": self.epoch + 1, **self.means(), **rates, "seconds": round(self.seconds, 1), **figures})
         self.epoch, self.step = self.epoch + 1, 0
         self.start_sums()
         self.save_checkpoint()
         if distributed.is_main() and self.watch.wants_pictures and not self.interruption.number:
             self.watch.pictures(self.captioned())
+
+    def rate(self, line: dict[str, float]) -> None:
+        """Log the figures of an epoch, 0 before any, and keep the model if it is the best so far."""
+        # Where the first figure cannot tell models apart (CIDEr is 0 for a single image), the next one decides.
+        self.schedule.epoch_ended([line[name] for name in (self.config.best_by, "BLEU-4", "ROUGE-L")])
+        if distributed.is_main():
+            tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
+            if self.schedule.epochs_without_gain == 0:
+                self.average.save_pretrained(self.output)
+            self.watch.epoch(line)
 
     def captioned(self) -> list[tuple[Image.Image, Caption]]:
         """Four validation images with the captions that the model gives them now."""

@@ -198,7 +198,8 @@ def test_self_critical_training_from_a_trained_model(server, data, whole, tmp_pa
     status, text = run(server, tmp_path, [*arguments, tmp_path / "two", "--resume"])
     assert status == 0, text
     assert_same_state(checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two"))
-    lines = metrics(tmp_path / "one")
+    start, *lines = metrics(tmp_path / "one")
+    assert start["epoch"] == 0 and start["CIDEr"] == max(line["CIDEr"] for line in metrics(whole))
     assert [line["epoch"] for line in lines] == [1, 2] and all(0 <= line["reward"] <= 10 for line in lines)
     start = load_file(whole / "model.safetensors")
     assert any(not value.equal(start[name]) for name, value in checkpoint(tmp_path / "one")["model"].items())
