@@ -113,7 +113,7 @@ def check_start(config: TrainConfig, start: Captioner, captions: Sequence[str]) 
         vocabulary, of_start = find_vocabulary(config, captions), start.vocabulary
         if (vocabulary.words, vocabulary.merges) != (of_start.words, of_start.merges):
             values = " ".join(f"{given[name]} {getattr(config, name)}" for name in words)
-            others.append(f"{values} (gives {len(vocabulary)} words, and not the {len(of_start)} that it has)")
+            others.append(f"{values} (gives {len(vocabulary)} words, others than the {len(of_start)} that it has)")
     if others:
         raise CallError(
             f"--start-from {config.start_from}: the model there is another: {', '.join(others)}; leave these flags out"

@@ -236,7 +236,7 @@ def test_flags_that_contradict_the_model_to_start_from(attncap, flickr8k, traine
         "--encoder_layer layer2": "(it has layer1)",
         "--dropout 0.25": "(it has 0.0)",
         "--encoder-weights default": "(it has its own)",
-        "--min-count 3 --subwords 25": "(gives 29 words, and not the 10 that it has)",
+        "--min-count 3 --subwords 25": "(gives 29 words, others than the 10 that it has)",
     }
     flags = " ".join(contradictions).split()
     status, _, err = attncap(*start, *flags, "--attention-size", 16)
@@ -245,7 +245,7 @@ def test_flags_that_contradict_the_model_to_start_from(attncap, flickr8k, traine
     assert status == 2 and err.splitlines()[-1] == f"attncap: error: {expected}"
     (tmp_path / "words.json").write_text(json.dumps({"words": [*Vocabulary.SPECIALS, *"abcdef", "picture"]}))
     status, _, err = attncap(*start, "--vocabulary", tmp_path / "words.json")
-    assert status == 2 and f"--vocabulary {tmp_path / 'words.json'} (gives 11 words, and not the" in err
+    assert status == 2 and f"--vocabulary {tmp_path / 'words.json'} (gives 11 words, others than the" in err
     assert not (tmp_path / "run").exists()
 
 

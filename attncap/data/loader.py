@@ -80,10 +80,11 @@ def draw_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[lis
 
 
 def batches(
-    pictures: Dataset, batch_size: int, workers: int, chosen: Sequence[Sequence[int]] | None = None
+    pictures: Dataset, batch_size: int, workers: int, chosen: Sequence[Sequence[int]] | None = None, pin: bool = False
 ) -> DataLoader:
     """Batches (indices, images uint8 [B,3,S,S], errors): the images that could be read, and an error for each of the
-    others; images are None where none is left. `chosen` are the indices of each batch; by default all as they stand."""
+    others; images are None where none is left. `chosen` are the indices of each batch; by default all as they stand.
+    `pin`: images in memory from which a GPU fetches them by itself."""
     if chosen is None:
         chosen = [range(i, min(i + batch_size, len(pictures))) for i in range(0, len(pictures), batch_size)]
     return _Loader(
@@ -92,7 +93,7 @@ def batches(
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=_start_worker,
-        pin_memory=torch.cuda.is_available(),  # from where a GPU fetches them by itself
+        pin_memory=pin,
         generator=torch.Generator(),  # the loader seeds its workers; the process's own random numbers stay as they are
     )
 

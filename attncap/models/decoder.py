@@ -82,7 +82,8 @@ class Decoder(nn.Module):
         rows_of_steps = torch.cat([rows[: K * b] for b in images])
         steps = torch.arange(len(images)).repeat_interleave(K * torch.tensor(images))
         [written] = (lengths[rows_of_steps] > steps).nonzero(as_tuple=True)
-        rows_of_steps, steps, written = (x.to(device) for x in (rows_of_steps, steps, written))
+        rows_of_steps, steps = torch.stack([rows_of_steps, steps]).to(device)
+        written = written.to(device)
         inputs = (tokens[:, :-1] if inputs is None else inputs).to(device)
         embedded = self.embedding(inputs[rows_of_steps, steps])  # [M,E]
 

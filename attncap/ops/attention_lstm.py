@@ -125,12 +125,7 @@ class _AttentionLstm(torch.autograd.Function):
     def backward(ctx, h_grad, context_grad, weights_grad):
         features, keys, words, h, c, hidden_weight, context_weight, score_weight, next_h, *of_steps = ctx.saved_tensors
         context, weights, _, projections, _ = of_steps
-        projection_grad, gated_grad, score_grad, first_h_grad, c_grad = torch.ops.attncap.attention_lstm_backward(
-            h_grad, context_grad, weights_grad, features, keys, words, c, packed(hidden_weight.t()),
-            packed(context_weight.t()), score_weight, *of_steps, ctx.images, ctx.activation, ctx.needs_input_grad[0],
-        )  # fmt: skip
-
-        # What all steps share, after the loop: each in one go.
+        # Where the rows lie. (It goes to the device now: after the loop a GPU would be waited for.)
         B, K, T = len(features), _rows_of_an_image(h, features), len(ctx.images)
         rows_of_steps = K * torch.tensor(ctx.images)
         starts = rows_of_steps.cumsum(0) - rows_of_steps
@@ -143,6 +138,12 @@ class _AttentionLstm(torch.autograd.Function):
         came_from, place, by_image = torch.stack([came_from, place, place.argsort()]).to(h.device)
         row_starts = F.pad(row_starts, (1, 0)).to(h.device)
 
+        projection_grad, gated_grad, score_grad, first_h_grad, c_grad = torch.ops.attncap.attention_lstm_backward(
+            h_grad, context_grad, weights_grad, features, keys, words, c, packed(hidden_weight.t()),
+            packed(context_weight.t()), score_weight, *of_steps, ctx.images, ctx.activation, ctx.needs_input_grad[0],
+        )  # fmt: skip
+
+        # What all steps share, after the loop: each in one go.
         gates_size, query_size, _ = _sizes(h, keys, features)
         gates_grad = projection_grad[:, :gates_size]
         features_grad = None

@@ -131,7 +131,8 @@ class Trainer:
             disable=not distributed.is_main(),
         ) as bar:
             # No name but the loop's own holds the readers, so that they end with the loop, whatever ends it.
-            for read in in_groups(batches(self.pictures(), config.batch_size, self.workers, shares), config.accumulate):
+            readers = batches(self.pictures(), config.batch_size, self.workers, shares, self.device.type == "cuda")
+            for read in in_groups(readers, config.accumulate):
                 seed = seed_of("step", config.seed, self.steps_done, distributed.rank())
                 torch.manual_seed(seed)
                 self.generator.manual_seed(seed)
@@ -166,7 +167,7 @@ class Trainer:
             report(str(error))
         if pictures is None:
             return Batch([])
-        batch = Batch(indices)
+        batch = Batch(indices, pictures.to(self.device, non_blocking=True))
         if not self.self_critical:
             captions = [
                 draw_rows(
@@ -178,9 +179,8 @@ class Trainer:
             ]
             # The decoder wants images with long captions first: while it is cheap to sort them.
             order = sorted(range(len(indices)), key=lambda i: -max(map(len, captions[i])))
-            batch.indices, pictures = [indices[i] for i in order], pictures[order]
+            batch.indices, batch.pictures = [indices[i] for i in order], batch.pictures[order]
             batch.tokens = pad([row for i in order for row in captions[i]])
-        batch.pictures = pictures.to(self.device, non_blocking=True)
         frozen = not any(parameter.requires_grad for parameter in self.model.encoder.parameters())
         if frozen or self.self_critical or config.scheduled_sampling:
             features = self.features(batch.pictures)

@@ -66,7 +66,11 @@ class Product {
   explicit Product(const Tensor& weight) : weight_(weight) {
     int32_t layout;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(weight.get(), &layout));
-    if (layout != aoti_torch_layout__mkldnn()) transposed_ = transposed(weight);
+    if (layout != aoti_torch_layout__mkldnn()) {
+      transposed_ = transposed(weight);
+    } else {
+      check(weight.scalar_type() == ScalarType::Float, "attention_lstm takes oneDNN's layout for float32 alone");
+    }
   }
 
   // result = x weight^T + bias
@@ -84,9 +88,11 @@ class Product {
   // result += x weight^T
   void add(const Tensor& x, const Tensor& result) const {
     if (transposed_) return multiply(result, result, x);
-    const Tensor product = by_onednn(x, std::nullopt);  // float32
+    const Tensor product = by_onednn(x, std::nullopt);
+    const int64_t count = product.numel();
+    const float* from = data<float>(product);
     float* to = mutable_data<float>(result);
-    for (int64_t i = 0; i < product.numel(); ++i) to[i] += data<float>(product)[i];
+    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
   }
 
  private:
@@ -150,6 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor featur
   words = as_contiguous(words);
   hidden_bias = as_contiguous(hidden_bias);  // oneDNN is not told its strides
   check_tensor("attention_lstm: hidden_weight", hidden_weight, features, {4 * H + A + D, H});
+  check_tensor("attention_lstm: hidden_bias", hidden_bias, features, {4 * H + A + D});
   check_tensor("attention_lstm: context_weight", context_weight, features, {4 * H, D});
   const Product hidden_part(hidden_weight), context_part(context_weight);
   const Tensor next_h = empty(h, M, H), context = empty(h, M, D), weights = empty(h, M, P), cells = empty(h, M, H);

@@ -8,8 +8,8 @@
 // B images, K rows an image, N = B*K rows (the rows of an image are neighbours), P cells, D
 // channels, A attention. All arrays are of one type T (float, double, bfloat16, float16); sums are
 // kept in accumulate_t<T>. They are contiguous, but the features and keys of an image may begin any
-// number of elements after those of the image before. A row whose cells are all masked has weights,
-// context and gradients 0. B and K may be 0; P, D, A are at least 1.
+// number of elements after those of the image before, and so may rows of query, gate and gate_grad. A row whose cells
+// are all masked has weights, context and gradients 0. B and K may be 0; P, D, A are at least 1.
 #pragma once
 
 #include <cstdint>
@@ -70,8 +70,8 @@ struct SoftAttentionBackward {
   accumulate_t<T>* query_grad;         // [N, A]
   accumulate_t<T>* score_weight_grad;  // [B, A], each image's part; the caller sums over B, so the
                                        // order is fixed; null when keys_grad is
-  accumulate_t<T>* gated_grad;         // [N, D] scratch: context_grad * sigmoid(gate)
-  accumulate_t<T>* score_grad;         // [N, P] scratch: the gradient of score
+  accumulate_t<T>* gated_grad;         // [N, D], on the way to the others: context_grad * sigmoid(gate)
+  accumulate_t<T>* score_grad;         // [N, P], likewise: the gradient of score
 };
 
 // The rest of a backward that did not want keys_grad, for many of them at once: a caption's steps have the same keys.

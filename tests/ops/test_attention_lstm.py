@@ -198,6 +198,7 @@ def test_wrong_calls(op, change, message):
         ("hidden_bias", lambda x: x[1:]),
         ("context_weight", lambda x: x[:, 1:]),
         ("score_weight", lambda x: x[1:]),
+        ("hidden_bias", lambda x: x[:1]),
         ("images", lambda images: (*images, 1)),
         ("images", lambda images: (3, 4, 1, 1)),
         ("images", lambda images: (5, 3, 1, 0)),
@@ -206,7 +207,8 @@ def test_wrong_calls(op, change, message):
 )
 def test_the_loop_checks_for_itself(name, change):
     inputs = {name: tensor.detach() for name, tensor in make_inputs().items()} | {"images": IMAGES}
-    with pytest.raises(RuntimeError):
+    told = {"images": "images|words", "features": "hidden_weight"}.get(name, name)  # whose sizes follow from others
+    with pytest.raises(RuntimeError, match=f"attention.*{told}"):
         torch.ops.attncap.attention_lstm(**inputs | {name: change(inputs[name])}, activation="tanh")
 
 
@@ -228,3 +230,12 @@ def test_too_many_cells_for_cuda(dtype, most):
         inputs = make_inputs((1, 1, most + 1, 2, 1, 1), (1,), device="cuda", dtype=dtype)
         with pytest.raises(ValueError, match=f"features has {most + 1} cells; on CUDA {most} of {dtype} is the most"):
             attention_lstm(**inputs, images=(1,))
+
+
+def test_weights_laid_out_for_another_dtype():
+    inputs = {name: tensor.detach().bfloat16() for name, tensor in make_inputs().items()}
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN lays out no bfloat16 here")
+    inputs["hidden_weight"] = torch.ops.mkldnn._reorder_linear_weight(inputs["hidden_weight"])
+    with pytest.raises(RuntimeError, match="float32 alone"):
+        torch.ops.attncap.attention_lstm(**inputs, images=IMAGES, activation="tanh")
