@@ -166,8 +166,8 @@ def main(config: Config) -> None:
                 "provider": name,
                 "ms": milliseconds,
                 "captions/s": len(tokens) / milliseconds * 1000,
-                # The least of three: what the memory allocator keeps for later differs from call to call.
-                "peak MiB": min(measure.peak_memory(functions[name], device) for _ in range(3)),
+                # The least of five: what the memory allocator keeps for later differs from call to call.
+                "peak MiB": min(measure.peak_memory(functions[name], device) for _ in range(5)),
                 "native is faster by": milliseconds / times["native"],
             }
             results.append(result)
