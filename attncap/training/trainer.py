@@ -130,9 +130,9 @@ class Trainer:
             leave=False,
             disable=not distributed.is_main(),
         ) as bar:
-            # No name but the loop's own holds the readers, so that they end with the loop, whatever ends it.
-            readers = batches(self.pictures(), config.batch_size, self.workers, shares, self.device.type == "cuda")
-            for read in in_groups(readers, config.accumulate):
+            loader = batches(self.pictures(), config.batch_size, self.workers, shares, pin=self.device.type == "cuda")
+            # No name but the loop's own holds its readers, so that they end with the loop, whatever ends it.
+            for read in in_groups(loader, config.accumulate):
                 seed = seed_of("step", config.seed, self.steps_done, distributed.rank())
                 torch.manual_seed(seed)
                 self.generator.manual_seed(seed)

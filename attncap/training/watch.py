@@ -53,9 +53,8 @@ class Watch:
                 self.board.add_scalar(name, float(value), step)
 
     def epoch(self, line: Mapping[str, float]) -> None:
-        """Write the figures of an epoch, "epoch" among them, which counts from 1, or 0 for the model
-        that a run starts from; they are on the disk when this
-        returns."""
+        """Write the figures of an epoch, "epoch" among them, which counts from 1, or is 0 for the model that a run
+        starts from; they are on the disk when this returns."""
         self.lines.append(dict(line))
         path = self.output / "metrics.jsonl"
         try:

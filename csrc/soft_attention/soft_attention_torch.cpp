@@ -120,7 +120,7 @@ void soft_attention_backward(Tensor context_grad, Tensor weights_grad, Tensor fe
         .gate = gate ? data<T>(*gate) : nullptr,
         .context = data<T>(context),
         .weights = data<T>(weights),
-        .features_grad = grad.features && grad.features->numel() > 0 ? mutable_data<T>(*grad.features) : nullptr,
+        .features_grad = grad.features ? mutable_data<T>(*grad.features) : nullptr,
         .keys_grad = grad.keys ? mutable_data<T>(*grad.keys) : nullptr,
         .gate_grad = gate ? mutable_data<T>(*grad.gate) : nullptr,
         .query_grad = mutable_data<acc_t>(grad.query),
@@ -162,9 +162,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor context_grad,
         "soft_attention_backward takes features [B, P, D], keys [B, P, A] and query [N, A]");
   const int64_t B = features.size(0), P = features.size(1), D = features.size(2), N = query.size(0), A = keys.size(2);
   const ScalarType dtype = features.scalar_type(), accumulate = accumulate_dtype(features);
-  const std::vector<int64_t> of_features = features_need_grad ? std::vector{B, P, D} : std::vector<int64_t>{0};
+  const Tensor features_grad =
+      torch::stable::new_empty(features, features_need_grad ? std::vector<int64_t>{B, P, D} : std::vector<int64_t>{0});
   const SoftAttentionGradients grad{
-      .features = torch::stable::new_empty(features, of_features),
+      .features = features_need_grad ? std::optional(features_grad) : std::nullopt,
       .keys = torch::stable::new_empty(keys, {B, P, A}),
       .score_weight = empty(features, B, A, accumulate),
       .gate = empty(features, gate ? N : 0, D),
@@ -174,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor context_grad,
   };
   soft_attention_backward(context_grad, weights_grad, features, keys, query, score_weight, gate, context, weights,
                           parse_activation(activation), grad);
-  return {*grad.features, *grad.keys, torch::stable::to(grad.query, dtype), sum_over_images(*grad.score_weight, dtype),
+  return {features_grad, *grad.keys, torch::stable::to(grad.query, dtype), sum_over_images(*grad.score_weight, dtype),
           *grad.gate};
 }
 
