@@ -18,6 +18,8 @@ from typing import Literal
 from attncap.errors import UserError
 from attncap.files import write_atomically
 
+MAX_BEAMS = 32  # of the kernels: kMaxBeams, csrc/beam_search_step/beam_search_step.h
+
 
 @dataclass
 class ModelConfig:
