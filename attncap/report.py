@@ -33,7 +33,7 @@ def tables(report: Mapping) -> list[list[tuple[str, ...]]]:
     captions += [(name, f"{v}" if isinstance(v, int) else f"{v:.4f}") for name, v in report["captions"].items()]
     found = [metrics, captions]
     if "difference" in report:
-        rows = [("difference in", "value", "95 % interval", "above 0 in")]
+        rows = [("metric, difference", "value", "95 % interval", "above 0 in")]
         for name, d in report["difference"]["figures"].items():
             rows.append((name, f"{d['value']:+.4f}", _interval(d), f"{d['above']:.1%} of resamples"))
         found.append(rows)
