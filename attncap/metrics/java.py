@@ -103,8 +103,8 @@ def _java_on_path() -> Iterator[None]:
     java = find_java()
     if java is None:
         raise UserError(NO_JAVA)
-    # pycocoevalcap runs the command "java" in the environment of this process and accepts no other, so PATH has to change
-    # for the whole process. It is restored afterwards.
+    # pycocoevalcap runs the command "java" in the environment of this process and accepts no other, so the PATH of the
+    # whole process has to change. It is restored afterwards.
     path = os.environ.get("PATH", os.defpath)
     os.environ["PATH"] = f"{java.parent}{os.pathsep}{path}"
     try:
