@@ -5,7 +5,6 @@ python -m attncap.evaluate --predictions results.json --data flickr8k --compare 
 python -m attncap.evaluate --predictions results.json --references captions.json
 """
 
-import dataclasses
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -93,9 +92,9 @@ def main(config: EvaluateConfig) -> None:
         training = [caption for example in splits["train"] for caption in example.captions]
     if captions:
         check_images(config.predictions, captions, references, config.references or config.data)
-    left_out = java.left_out()  # said before the work, not after it
+    left_out = java.unavailable()  # said before the work, not after it
     for name, reason in left_out.items():
-        log.warning("%s left out: %s", name, reason)
+        log.warning("%s skipped: %s", name, reason)
     with_java = [name for name in java.NAMES if name not in left_out]
 
     if captions:
@@ -111,14 +110,17 @@ def main(config: EvaluateConfig) -> None:
         scores, captions = evaluate(models, examples, config, with_java)
     if empty := [name for name, caption in captions.items() if not tokenize(caption)]:
         log.warning("%d of %d captions have no words, e.g. that of image %s", len(empty), len(captions), empty[0])
-    report = {**summary(scores, captions, vocabulary, training), "left out": {**left_out, **scores.left_out}}
+    report = {**summary(scores, captions, vocabulary, training), "left out": {**left_out, **scores.skipped}}
     if others:
-        with_java = [name for name in with_java if name not in scores.left_out]
+        with_java = [name for name in with_java if name not in scores.skipped]
         others, refs = ({name: both[name] for name in captions} for both in (others, references))
         compared = score(others, refs, with_java)
-        report["left out"] |= {f"difference in {name}": reason for name, reason in compared.left_out.items()}
+        report["left out"] |= {f"difference in {name}": reason for name, reason in compared.skipped.items()}
         differences = bootstrap.compare(scores, compared)
-        figures = {name: dataclasses.asdict(difference) for name, difference in differences.items()}
+        figures = {
+            name: {"value": d.value, "low": d.low, "high": d.high, "above": d.share_above_zero}
+            for name, d in differences.items()
+        }
         report["difference"] = {"from": config.compare, "figures": figures}
     print(as_text(report))
     if config.output is not None:
@@ -136,7 +138,7 @@ def write(
     images: Mapping[str, Callable[[], Image.Image]],
 ) -> None:
     """The files of --output; the captions only where a model has just written them."""
-    write_atomically(path, json.dumps(scores.figures(), indent=2) + "\n")
+    write_atomically(path, json.dumps(scores.corpus(), indent=2) + "\n")
     if captioned:
         write_atomically(path.with_suffix(".results.json"), json.dumps(results(captions), indent=1) + "\n")
     lines = (json.dumps({**line, **row}) for line, row in zip(results(captions), scores.rows(), strict=True))
@@ -178,7 +180,7 @@ def summary(
     model's vocabulary and the training captions."""
     intervals = bootstrap.intervals(scores)
     figures = {}
-    for name, value in scores.figures().items():
+    for name, value in scores.corpus().items():
         low, high = intervals[name]
         figures[name] = {"value": value, "low": low, "high": high}
     words = None  # of a vocabulary of pieces no share is told

@@ -143,7 +143,7 @@ def test(config: TrainConfig, splits: Splits, training: Sequence[str], output: P
     `training`: the training captions, to tell how many of the model's are new."""
     model = Captioner.from_pretrained(output, config.implementation).to(device)
     scores, captions = evaluate([model], splits["test"], config)
-    write_atomically(output / "test.json", json.dumps(scores.figures(), indent=2) + "\n")
+    write_atomically(output / "test.json", json.dumps(scores.corpus(), indent=2) + "\n")
     write_atomically(output / "results.json", json.dumps(results(captions), indent=1) + "\n")
     report = summary(scores, captions, model.vocabulary, training)
     print(f"test split, beam {config.search.beam_size}\n{as_text(report)}")

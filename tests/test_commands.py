@@ -116,8 +116,8 @@ def test_evaluate_a_model(attncap, trained, flickr8k, tmp_path):
     again = ["--predictions", tmp_path / "figures" / "metrics.results.json", "--data", flickr8k]
     status, out, err = attncap("evaluate", *again, "--compare", again[1], "--output", tmp_path / "again.json")
     assert status == 0 and json.loads((tmp_path / "again.json").read_text()) == figures
-    assert "METEOR left out: no Java" in err and "SPICE left out: no Java" in err
-    assert re.search(r"CIDEr +\+0.0000  0.0000 to 0.0000  0.0% of draws", out)
+    assert "METEOR skipped: no Java" in err and "SPICE skipped: no Java" in err
+    assert re.search(r"CIDEr +\+0.0000  0.0000 to 0.0000  0.0% of resamples", out)
     assert not (tmp_path / "again.results.json").exists()
 
 

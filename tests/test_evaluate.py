@@ -53,7 +53,7 @@ def test_meteor_has_an_interval_and_a_difference_and_may_fail(attncap, tmp_path,
         except StopIteration:
             raise UserError("its Java program failed: out of memory") from None
 
-    monkeypatch.setattr(java, "left_out", lambda: {"SPICE": "no Stanford models"})
+    monkeypatch.setattr(java, "unavailable", lambda: {"SPICE": "no Stanford models"})
     monkeypatch.setattr(java, "meteor_statistics", meteor_statistics)
     arguments = ["--predictions", tmp_path / "ours.json", "--references", tmp_path / "references.json"]
     arguments += ["--compare", tmp_path / "theirs.json", "--output", tmp_path / "o.json"]
@@ -67,16 +67,16 @@ def test_meteor_has_an_interval_and_a_difference_and_may_fail(attncap, tmp_path,
 
     counts = iter([np.array([exact, half, half])])  # and the other one fails
     status, out, _ = attncap("evaluate", *arguments)
-    assert status == 0 and "difference in METEOR left out: its Java program failed: out of memory." in out
+    assert status == 0 and "difference in METEOR skipped: its Java program failed: out of memory." in out
     report = json.loads((tmp_path / "o.report.json").read_text())
     assert "METEOR" in report["figures"] and "METEOR" not in report["difference"]["figures"]
 
     status, out, err = attncap("evaluate", *arguments)
     report = json.loads((tmp_path / "o.report.json").read_text())
-    assert status == 0 and "METEOR left out: its Java program failed: out of memory" in err
+    assert status == 0 and "METEOR skipped: its Java program failed: out of memory" in err
     assert report["left out"] == {
         "SPICE": "no Stanford models",
         "METEOR": "its Java program failed: out of memory",
     }
     assert "METEOR" not in report["figures"] and "CIDEr" in report["figures"]
-    assert "METEOR left out: its Java program failed: out of memory." in (tmp_path / "o.report.md").read_text()
+    assert "METEOR skipped: its Java program failed: out of memory." in (tmp_path / "o.report.md").read_text()

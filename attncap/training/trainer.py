@@ -276,7 +276,7 @@ class Trainer:
         if distributed.is_main():
             with contextlib.suppress(Stopped), self.interruption.raised():
                 scores, _ = evaluate([self.average], self.splits["val"], self.config, features=self.caches.get("val"))
-                figures = scores.figures()
+                figures = scores.corpus()
         figures = distributed.from_main(figures)
         if figures is None:
             raise Stopped(self.interruption.number or signal.SIGTERM)

@@ -81,8 +81,8 @@ def test_curves(tmp_path, drawn):
     assert Image.open(tmp_path / "curves.png").size[0] >= 600
     loss, scores, rate = drawn[-1].axes
     for panel, title, unit, curves in (
-        (loss, "Loss in training", "loss", {"words (nats a word)": [4, 2, 4 / 3, 1], "attention penalty": [0.5] * 4}),
-        (scores, "Free captions of the validation images", "score", {"CIDEr": ciders, "BLEU-4": [0.1] * 4}),
+        (loss, "Training loss", "loss", {"words (nats per word)": [4, 2, 4 / 3, 1], "attention penalty": [0.5] * 4}),
+        (scores, "Validation metrics", "score", {"CIDEr": ciders, "BLEU-4": [0.1] * 4}),
         (
             rate,
             "Learning rate",
