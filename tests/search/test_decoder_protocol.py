@@ -94,15 +94,15 @@ def test_images_that_finish_leave_the_search():
 def test_graphs(monkeypatch):
     """The stand-in for CUDA graphs runs on it, and keeps what its steps do not change once."""
     monkeypatch.setattr(graphs, "CudaGraph", StandIn)
-    decoder, features = Bigrams(end_bias=-3), make_features(40)
-    config = SearchConfig(beam_size=3, max_length=48, no_repeat_ngram=3)
+    decoder, features = Bigrams(end_bias=-2), make_features(64)
+    config = SearchConfig(beam_size=3, max_length=64, no_repeat_ngram=3)
     expected = beam_search(decoder, features, config, ())
     with torch.inference_mode():
         searches = GraphCache().of(decoder, config, (), features)
         for _ in range(2):
             found = _trace_back(*searches.run(features), config, len(features))
             assert [h.tokens for [h] in found] == [h.tokens for [h] in expected]
-    assert len(searches.kept) > 1  # images that were finished left
+    assert list(searches.kept) == [64, 32, 8]  # finished images left
     for (size, _), beams in searches.beams.items():
         assert beams.states[0].bias is searches.kept[size][0]
 
