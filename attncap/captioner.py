@@ -1,7 +1,6 @@
 """The captioner: encoder, decoder and vocabulary as one model that is saved, loaded and asked for captions."""
 
 import json
-import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -75,7 +74,7 @@ class Captioner(nn.Module):
 
         Args:
             images: paths, Pillow images, a uint8 tensor [B,3,S,S] of images already at the model's size, or a float
-                tensor [B,P,D] of their features, with or without copies of cells (see `Encoder`); no ensemble then.
+                tensor [B,P,D] of their features; no ensemble then.
             search: settings of the search; the default ones if None.
             batch_size: images that go through the model together.
             suppressed: words that no caption has; of a vocabulary of subwords, pieces.
@@ -97,9 +96,9 @@ class Captioner(nn.Module):
         size = self.config.image_size
         encoded = isinstance(images, Tensor) and images.is_floating_point() and images.dim() == 3
         if encoded:
-            side, channels = math.isqrt(images.shape[1]), self.decoder.key.in_features
-            if side**2 != images.shape[1] or self.grid[0] % side or images.shape[2] != channels or ensemble:
-                expected = f"[B, {self.grid[0] ** 2}, {channels}], without an ensemble"
+            cells, channels = self.grid[0] * self.grid[1], self.decoder.key.in_features
+            if images.shape[1:] != (cells, channels) or ensemble:
+                expected = f"[B, {cells}, {channels}], without an ensemble"
                 raise CallError(f"caption() takes features {expected}, not {list(images.shape)}")
         elif isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.shape[1:] != (3, size, size)):
             found = f"{images.dtype} {list(images.shape)}"
@@ -126,8 +125,7 @@ class Captioner(nn.Module):
                 if encoded:
                     features = [batch.to(self.decoder.score_weight)]  # its device and dtype
                 else:
-                    # An ensemble's models may come to the same grid by other ways, so all of them give all its cells.
-                    features = [model.encoder(batch.to(model.device), repeat=bool(ensemble)) for model in models]
+                    features = [model.encoder(batch.to(model.device)) for model in models]
                 seeds = None
                 if search.method == "sample":  # an image's own, wherever it comes
                     seeds = [zlib.crc32(image.numpy()) for image in batch.cpu().contiguous()]
@@ -142,10 +140,7 @@ class Captioner(nn.Module):
 
     def _caption(self, hypothesis) -> Caption:
         words = [self.vocabulary.words[token] for token in hypothesis.tokens]
-        side = int(hypothesis.attention.shape[1] ** 0.5)
-        copies = self.grid[0] // side  # of a cell, on each side
-        attention = hypothesis.attention.view(len(words), side, side) / copies**2
-        attention = attention.repeat_interleave(copies, dim=1).repeat_interleave(copies, dim=2)
+        attention = hypothesis.attention.view(len(words), *self.grid)
         return Caption(self.vocabulary.text(words), hypothesis.score, words, attention)
 
     @property

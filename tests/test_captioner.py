@@ -61,25 +61,6 @@ def test_wrong_images(model, tmp_path):
     model.eval()
 
 
-def test_repeated_cells_are_attended_to_once():
-    """A 4x4 grid of a backbone that gives 2x2 cells: the same captions and attention as over all 16."""
-    torch.manual_seed(0)
-    config = ModelConfig(encoder="resnet18", image_size=64, grid=4, attention_size=8, embedding_size=8, hidden_size=16)
-    model = Captioner(config, Vocabulary([*Vocabulary.SPECIALS, *"abcdefgh"])).eval()
-    with torch.no_grad():
-        for parameter in model.decoder.parameters():
-            parameter.mul_(4)
-    images = torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8)
-    features = model.encoder(images)
-    assert features.shape[1] == 16 and model.encoder(images, repeat=False).shape[1] == 4
-    captions = model.caption(images, max_length=6)
-    found = beam_search(model.decoder, features, SearchConfig(max_length=6))
-    for caption, [hypothesis] in zip(captions, found, strict=True):
-        assert caption.words == [model.vocabulary.words[token] for token in hypothesis.tokens]
-        torch.testing.assert_close(caption.attention, hypothesis.attention.view(-1, 4, 4))
-    assert max(len(caption.words) for caption in captions) > 1
-
-
 def test_settings_of_the_search(model, flickr8k):
     paths = sorted((flickr8k / "Images").iterdir())[:3]  # red, green, blue
     best = model.caption(paths, n_best=4, length_penalty="average")
@@ -116,7 +97,7 @@ def test_ensemble(model, trained, flickr8k):
     with torch.no_grad():
         other.decoder.word_output.bias[other.vocabulary.words.index("red")] += 100
     assert all("red" in c.words for c in model.caption(paths, ensemble=[other]))
-    paths_of_cells = ("layer4", "layer3")  # 2x2 cells repeated, and 4x4 of their own
+    paths_of_cells = ("layer4", "layer3")  # 2x2 cells, each of them four times, and 4x4 cells
     torch.manual_seed(0)
     config = ModelConfig(encoder="resnet18", image_size=64, grid=4, attention_size=8, embedding_size=8, hidden_size=16)
     same_grid = [
