@@ -266,12 +266,12 @@ def test_wrong_calls_of_train(attncap, flickr8k, tmp_path):
         ([*photographs, "--encoder", "resnet19"], 2, "no such backbone"),
         ([*photographs, "--encoder-weights", tmp_path / "no.pth"], 2, "no such file"),
         ([*photographs, "--encoder-weights", tmp_path / "weights.pth"], 1, "cannot read the weights"),
-        ([*photographs, "--encoder-layer", "layer9"], 2, "no layer 'layer9'"),
-        ([*photographs, "--fine-tune-from", "layer9"], 2, "--fine-tune-from layer9"),
+        ([*photographs, "--encoder-layer", "layer9"], 2, 'encoder_layer="layer9": resnet18 has no such layer'),
+        ([*photographs, "--fine-tune-from", "layer9"], 2, 'fine_tune_from="layer9": no such layer'),
         ([*photographs, "--device", "tpu9"], 2, "--device tpu9"),
         ([*photographs, "--resume"], 2, "--resume"),
         ([*photographs, "--dropout", "1.5"], 2, "--dropout 1.5"),
-        ([*photographs, "--encoder-layer", "flatten"], 2, "layer flatten gives no feature grid"),
+        ([*photographs, "--encoder-layer", "flatten"], 2, 'encoder_layer="flatten": resnet18 has no such layer'),
         (["--data", flickr8k, *TINY, "--output", tmp_path / "a file" / "run"], 1, "cannot write"),
     ):
         found, _, err = attncap("train", *arguments)

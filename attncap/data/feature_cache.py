@@ -35,7 +35,7 @@ log = logging.getLogger("attncap")
 
 class FeatureCache(Dataset):
     """Features by index, each as (index, float16 [P,D] or the UserError that says why the image cannot be read): what
-    `Pictures` is for images. P counts the cells without copies, see `Encoder.repeat_cells`.
+    `Pictures` is for images.
 
     `places` are, for each index, a file and the row in it, or the error. Opens the files, so that they may be removed
     while they are in use; a process that gets a copy of this opens them for itself.
@@ -63,7 +63,7 @@ class FeatureCache(Dataset):
         cannot be read is reported, and tried again the next time. Raises UserError when the disk has no room, the
         folder cannot be written, or half precision cannot hold the features.
         """
-        cells, channels = encoder.grid_shape(image_size, repeat=False)
+        cells, channels = encoder.grid_shape(image_size)
         folder = (folder or cache_folder()) / _key(encoder, image_size, cells)
         places = _find(folder)
         images = [_identity(example) for example in examples]
@@ -122,7 +122,7 @@ def _encode(
                     report(str(error))
                     places[images[index]] = error
                 if batch is not None:
-                    features = encoder(batch.to(device), repeat=False).half().cpu()
+                    features = encoder(batch.to(device)).half().cpu()
                     for index, cells in zip(indices, features, strict=True):
                         if not cells.isfinite().all():
                             raise UserError(

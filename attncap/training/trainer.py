@@ -199,7 +199,7 @@ class Trainer:
     def features(self, pictures: Tensor) -> Tensor:
         """images uint8 [B,3,S,S], or their features from a cache -> features [B,P,D], as in evaluation."""
         if pictures.is_floating_point():
-            return self.model.encoder.repeat_cells(pictures.float())
+            return pictures.float()
         encoder = self.model.encoder.eval()
         with self.autocast():
             features = encoder(pictures)

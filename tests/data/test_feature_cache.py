@@ -72,7 +72,7 @@ def features_of(example, encoder) -> torch.Tensor:
     """What the cache should hold, computed by itself."""
     _, image = Pictures([example], SIZE)[0]
     with torch.no_grad():
-        return encoder(image[None], repeat=False)[0]
+        return encoder(image[None])[0]
 
 
 def check(cache, examples, encoder):
@@ -103,22 +103,6 @@ def test_nothing_is_encoded_twice(examples, encoder, build, capsys):
     for other, new in (([*examples[6:], examples[0]], 4), (examples[::-1], 0), (examples[:1] * 3, 0)):
         check(build(other), other, encoder)
         assert build.encoded == new
-
-
-def test_cells_that_repeat_are_kept_once(examples, build):
-    plain, copied = make_encoder(grid=None), make_encoder(grid=16)
-    cache = build(examples, copied)
-    assert cache[0][1].shape == (64, 64)
-    images = torch.stack([image for _, image in Pictures(examples, SIZE)])
-    with torch.no_grad():
-        grid = plain(images).transpose(1, 2).unflatten(2, (8, 8))
-        expected = F.adaptive_avg_pool2d(grid, 16).flatten(2).transpose(1, 2)  # an independent way to the copies
-        assert copied(images).equal(expected)
-    features = torch.stack([features for _, features in (cache[i] for i in range(12))])
-    torch.testing.assert_close(copied.repeat_cells(features).float(), expected, rtol=1e-3, atol=1e-4)
-    assert plain.repeat_cells(features) is features
-    build(examples, plain)
-    assert build.encoded == 0  # the same cells
 
 
 def test_other_encoders_have_their_own(examples, build):
@@ -266,7 +250,7 @@ def test_a_folder_that_cannot_be_made(examples, build, tmp_path):
 def test_half_precision_holds_the_features_or_says_so(examples, build, tmp_path, monkeypatch, value, held):
     """65504 is float16's largest number; what is nearer to it than to the next power of two, 65536, rounds to it."""
 
-    def forward(self, images, repeat=True):
+    def forward(self, images):
         features = torch.zeros(len(images), 64, 64)
         features[-1, 5, 6] = value
         return features
@@ -317,7 +301,7 @@ def test_several_processes_at_once(tmp_path, examples):
         "    cache = feature_cache.FeatureCache.of(examples, encoder, 32, 3, 0, folder / str(round))\n"
         "    for i, example in enumerate(examples):\n"
         "        _, image = feature_cache.Pictures([example], 32)[0]\n"
-        "        expected = encoder(image[None], repeat=False)[0]\n"
+        "        expected = encoder(image[None])[0]\n"
         "        torch.testing.assert_close(cache[i][1].float(), expected, rtol=1e-3, atol=1e-4)\n"
     )
     (tmp_path / "cache").mkdir()
@@ -329,7 +313,7 @@ def test_several_processes_at_once(tmp_path, examples):
 
 
 def test_captions_from_features(examples, build):
-    """The same captions as from the images, in a model whose grid repeats the encoder's cells."""
+    """The same captions as from the images, in a model with a larger grid than the backbone's."""
     torch.manual_seed(1)
     config = ModelConfig("resnet18", "layer1", SIZE, grid=16, attention_size=8, embedding_size=8, hidden_size=16)
     model = Captioner(config, Vocabulary.build((c for e in examples for c in e.captions), 1)).eval()
@@ -339,10 +323,10 @@ def test_captions_from_features(examples, build):
     cache = build(examples, model.encoder)
     assert evaluate([model], examples, settings, features=cache)[1] == captions and len(captions) == 11
     features = cache[0][1][None]
-    [one], [other] = model.caption([examples[0].path]), model.caption(model.encoder.repeat_cells(features))
+    [one], [other] = model.caption([examples[0].path]), model.caption(features)
     assert one.text == other.text and one.score == pytest.approx(other.score, abs=1e-3)
     torch.testing.assert_close(one.attention, other.attention, atol=1e-4, rtol=1e-2)
-    for wrong in (features[:, :-1], features[..., :-1], features[:, :9]):  # 63 and 9 cells, 63 channels
+    for wrong in (features[:, :-1], features[..., :-1], features[:, :9]):  # 255 and 9 cells, 63 channels
         with pytest.raises(UserError, match=r"caption\(\) takes features \[B, 256, 64\]"):
             model.caption(wrong)
     with pytest.raises(UserError, match="without an ensemble"):
@@ -363,10 +347,10 @@ def test_the_size_is_the_one_that_describing_the_data_tells(attncap, examples, m
 
         name, layer, grid = "resnet50", "layer4", None
 
-        def grid_shape(self, image_size, repeat):
+        def grid_shape(self, image_size):
             return CELLS, CHANNELS
 
-        def forward(self, images, repeat):
+        def forward(self, images):
             return torch.zeros(len(images), CELLS, CHANNELS)
 
     cache = FeatureCache.of(examples, ResNet50(1, 1, 1), SIZE, 4, 0, tmp_path)

@@ -53,7 +53,7 @@ def test_captions_are_written_with_the_weights_after_a_step(model, kind):
 
 
 def test_no_such_layer(model):
-    with pytest.raises(CallError, match="--fine-tune-from layer9: no such layer"):
+    with pytest.raises(CallError, match='fine_tune_from="layer9": no such layer'):
         make_optimizer(TrainConfig(fine_tune_from="layer9"), model)
 
 
