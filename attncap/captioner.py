@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from attncap.config import ModelConfig
-from attncap.data.images import load_image, upright_rgb
+from attncap.data.images import open_image
 from attncap.data.loader import to_tensor
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError, UserError
@@ -108,7 +108,7 @@ class Captioner(nn.Module):
         for model in ensemble:
             if (model.vocabulary.words, model.config.image_size, model.grid) != (words, size, self.grid):
                 raise CallError("the models of an ensemble need the same vocabulary, image size and grid")
-        forbidden = self.vocabulary.forbid(suppressed)
+        forbidden = self.vocabulary.suppress(suppressed)
 
         models = (self, *ensemble)
         training = [model.training for model in models]
@@ -119,10 +119,7 @@ class Captioner(nn.Module):
             for start in range(0, len(images), batch_size):
                 batch = images[start : start + batch_size]
                 if not isinstance(batch, Tensor):
-                    pictures = (
-                        upright_rgb(image) if isinstance(image, Image.Image) else load_image(image) for image in batch
-                    )
-                    batch = torch.stack([to_tensor(picture, size) for picture in pictures])
+                    batch = torch.stack([to_tensor(open_image(image), size) for image in batch])
                 if encoded:
                     features = [batch.to(self.decoder.score_weight)]  # its device and dtype
                 else:
