@@ -11,12 +11,13 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from attncap import command, data
+from attncap import command
 from attncap.captioner import Caption, Captioner
-from attncap.data import Example, coco
+from attncap.data import Example, report_skipped
 from attncap.data.feature_cache import FeatureCache
 from attncap.data.images import find_images
-from attncap.data.loader import Pictures, batches, report
+from attncap.data.loader import Pictures, batches
+from attncap.data.readers import coco
 from attncap.errors import CallError, UserError
 from attncap.pictures import save_attention
 
@@ -70,7 +71,7 @@ def find_examples(images: Sequence[str]) -> list[Example]:
             if not Path(given).is_file():
                 raise CallError(f"{given}: no such file")
             found, missing = coco.read_images(Path(given))
-            data.report(given, missing, "images, whose files are missing")
+            report_skipped(missing)
             examples += found
         else:
             examples += [Example(name=str(path), captions=(), path=path) for path in find_images([given])]
@@ -82,16 +83,17 @@ def caption_examples(
     examples: Sequence,
     config: command.CaptioningConfig,
     features: FeatureCache | None = None,
+    seen: set[tuple[str, str]] | None = None,
 ) -> Iterator[tuple[Example, Caption]]:
     """Each example that can be read, with its caption by the model, or the ensemble of models, in order, under a
-    progress bar; the others are reported and left out. `features` spares encoding the examples."""
+    progress bar; the others are reported and left out. `features` spares encoding the examples; `seen` as in
+    `report_skipped`."""
     model, *ensemble = models
     with tqdm(total=len(examples), desc="captioning", unit="image", leave=False) as bar:
         pictures = Pictures(examples, model.config.image_size) if features is None else features
         workers = command.find_workers(config.workers, model.device)
-        for indices, images, errors in batches(pictures, config.batch_size, workers):
-            for error in errors:
-                report(str(error))
+        for indices, images, skipped in batches(pictures, config.batch_size, workers):
+            report_skipped(skipped, seen)
             if images is not None:
                 captions = model.caption(
                     images,
@@ -101,7 +103,7 @@ def caption_examples(
                     ensemble=ensemble,
                 )
                 yield from ((examples[i], caption) for i, caption in zip(indices, captions, strict=True))
-            bar.update(len(indices) + len(errors))
+            bar.update(len(indices) + len(skipped))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from attncap.config import ModelConfig
-from attncap.data.images import load_image as open_image
+from attncap.data.images import open_image
 from attncap.data.loader import to_tensor
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError, UserError

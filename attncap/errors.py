@@ -1,13 +1,13 @@
-"""Errors meant for the person at the keyboard: one clear line, no traceback."""
+"""Errors for the user: one clear line, no traceback."""
 
 
 class UserError(Exception):
-    """The work failed for a reason the user can mend. Commands print it and exit with status 1."""
+    """The work failed for a reason that the user can fix. Commands print it and exit with status 1."""
 
     status = 1
 
 
 class CallError(UserError):
-    """The call itself was wrong (a flag, a name, a path). Commands print it and exit with status 2."""
+    """The call was wrong: a flag, an argument, a name, a path. Commands print it and exit with status 2."""
 
     status = 2

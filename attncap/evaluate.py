@@ -19,8 +19,8 @@ from attncap import command
 from attncap.caption import caption_examples
 from attncap.captioner import Captioner
 from attncap.data import open_dataset
-from attncap.data.coco import read_captions
 from attncap.data.feature_cache import FeatureCache
+from attncap.data.readers.coco import read_captions
 from attncap.data.shapes import Scene, is_true
 from attncap.data.tokenizer import tokenize
 from attncap.data.vocabulary import Vocabulary
@@ -154,14 +154,15 @@ def evaluate(
     config: command.CaptioningConfig,
     with_java: Collection[str] = (),
     features: FeatureCache | None = None,
+    seen: set[tuple[str, str]] | None = None,
 ) -> tuple[Scores, dict[str, str]]:
     """Caption every example freely, each image once, and score the captions against all its references. `features`
-    spares encoding the examples.
+    spares encoding the examples; `seen` as in `report_skipped`.
 
     Returns the scores (see `metrics.score`; on `shapes` also `true`, the share of captions exactly true of their
     scene, and `grounded`, see `grounding`) and the captions by image.
     """
-    written = list(caption_examples(models, examples, config, features))
+    written = list(caption_examples(models, examples, config, features, seen))
     if not written:
         raise UserError("none of the images to be scored could be read")
     captions = {example.name: caption.text for example, caption in written}

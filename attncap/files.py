@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and text and JSON read with errors that name the file."""
+"""Files written atomically, and text and JSON read with errors that name the file."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from attncap.errors import UserError
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its name when the block ends without an error.
+    """Yield a temporary path beside `path`, which replaces `path` when the block ends without an error.
 
-    Missing folders are made. Whatever goes wrong in the block, an older file at `path` stays as it
-    was and the temporary one is removed. What is renamed is on the disk, so that a power failure
-    leaves one whole file or the other. Raises UserError when the system refuses to write.
+    Missing folders are made. If anything goes wrong in the block, an older file at `path` stays unchanged and the
+    temporary file is removed. The content is flushed to disk before the file is renamed, so that a power failure leaves
+    either the old file or the new one. Raises UserError when the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # a folder that refuses files is found before the block's work is done
+        temporary.touch()  # a folder that cannot be written is found before the block does its work
         yield temporary
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
@@ -39,20 +39,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote into the folder has left there."""
+    """Remove the temporary files that a killed process has left in the folder."""
     for path in folder.glob(".*.tmp"):
         if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
             path.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write the bytes, or the text in UTF-8, to `path`. Raises UserError, see `atomic_path`."""
+    """Write bytes, or text in UTF-8. Raises UserError, see `atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file, without a byte order mark. Raises UserError when there is no such text to be read."""
+    """The UTF-8 text of a file, without a byte order mark. Raises UserError when it cannot be read or is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -62,7 +62,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> object:
-    """The value in a JSON file. Raises UserError when it cannot be read or is cut short."""
+    """The value in a JSON file. Raises UserError when it cannot be read or is not JSON."""
     text = read_text(path)
     try:
         return json.loads(text)

@@ -57,7 +57,7 @@ def run(config: TrainConfig, device: torch.device) -> int:
     if start and not config.resume:
         check_start(asked, start, captions)
     vocabulary = start.vocabulary if start else find_vocabulary(config, captions)
-    vocabulary.forbid(config.suppressed.split())  # a word that is none is told now, not after the first epoch
+    vocabulary.suppress(config.suppressed.split())  # a word that is none is told now, not after the first epoch
     torch.manual_seed(config.seed)
     weights = "none" if config.resume else config.encoder_weights  # of a resumed run they come from the checkpoint
     model = (start or Captioner(config.model, vocabulary, weights, config.implementation)).to(device)

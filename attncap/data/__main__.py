@@ -16,9 +16,9 @@ import tyro
 from tqdm import tqdm
 
 from attncap import command
-from attncap.data import Dataset, Splits, first_of, read_dataset
-from attncap.data.feature_cache import size_in_words
-from attncap.data.loader import Pictures, batches, report
+from attncap.data import Dataset, Splits, first_of, read_dataset, report_skipped
+from attncap.data.feature_size import size_in_words
+from attncap.data.loader import Pictures, batches
 from attncap.data.tokenizer import tokenize
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError
@@ -53,10 +53,11 @@ def main(config: DataConfig) -> None:
     if config.convert is not None and config.path == "shapes":
         raise CallError(f"--convert {config.convert}: shapes draws its images and has no files to name")
     dataset = read_dataset(config.path, config.seed)
+    report_skipped(dataset.skipped)
     if config.convert is not None:
         convert(dataset.splits, Path(config.convert))
     print(describe(dataset))
-    print(f"missing images  {named(dataset.missing)}")
+    print(f"missing images  {named([item.name for item in dataset.missing])}")
     if config.decode:
         print(f"broken images   {named(broken_images(dataset.splits, config.workers))}")
 
@@ -100,11 +101,10 @@ def broken_images(splits: Splits, workers: int) -> list[str]:
     examples = [example for part in splits.values() for example in part]
     read: set[int] = set()
     with tqdm(total=len(examples), desc="reading images", unit="image", leave=False) as bar:
-        for indices, _, errors in batches(Pictures(examples, size=1), 32, workers):
-            for error in errors:
-                report(str(error))
+        for indices, _, skipped in batches(Pictures(examples, size=1), 32, workers):
+            report_skipped(skipped)
             read.update(indices)
-            bar.update(len(indices) + len(errors))
+            bar.update(len(indices) + len(skipped))
     return [example.name for i, example in enumerate(examples) if i not in read]
 
 

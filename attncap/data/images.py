@@ -1,13 +1,15 @@
-"""Image files, read by Pillow alone: torchvision's own decoder can crash the process on a bad PNG."""
+"""Images from files and from memory, read by Pillow alone: torchvision's own decoder can crash the process on a bad
+PNG."""
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -19,42 +21,88 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm".split())
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """Read an image file as RGB, 8 bits a channel, turned upright as its EXIF orientation tells.
+class ImageError(UserError):
+    """An image cannot be read. `name` says which one, `reason` why."""
 
-    Of an animation the first frame. Raises UserError, one line with the file and the reason, when
-    the file is missing, empty, cut short, no image, or larger than Pillow's MAX_IMAGE_PIXELS.
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def open_image(source: str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray) -> Image.Image:
+    """A new image in RGB, 8 bits per channel, turned upright as its EXIF orientation says.
+
+    `source` is the path of an image file, its bytes, a binary file object, a Pillow image, or an array, uint8 [H,W,3]
+    (RGB), [H,W,4] (RGBA) or [H,W] (grey). Of an animation the first frame is taken.
+
+    Raises ImageError, one line with the file and the reason, when the file is missing, empty, cut short, not an image,
+    or larger than Pillow's MAX_IMAGE_PIXELS; CallError for anything else that is given as an image.
+
+    Threads may call this at once: it changes nothing global. So Pillow's warnings about odd metadata are not silenced.
     """
+    if isinstance(source, np.ndarray):
+        return to_rgb(_from_array(source))
+    name = _name(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                return upright_rgb(image)
+        if isinstance(source, Image.Image):
+            return _upright_rgb(source)
+        file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
+        with Image.open(file, formats=FORMATS) as image:
+            # Pillow itself warns above its limit, and refuses only what is twice as large.
+            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
+            return _upright_rgb(image)
     except UnidentifiedImageError as error:
-        empty = os.path.getsize(path) == 0
-        reason = "the file is empty" if empty else f"not an image ({', '.join(FORMATS)})"
-        raise UserError(f"{path}: {reason}") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        limit = f"{Image.MAX_IMAGE_PIXELS:,}"
-        raise UserError(f"{path}: more than {limit} pixels; make the image smaller") from error
+        empty = isinstance(source, str | os.PathLike) and os.path.getsize(source) == 0
+        raise ImageError(name, "the file is empty" if empty else f"not an image ({', '.join(FORMATS)})") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # the latter if warnings are errors
+        raise ImageError(name, f"more than {Image.MAX_IMAGE_PIXELS:,} pixels; make the image smaller") from error
     except Exception as error:  # on a broken file Pillow's readers raise nearly anything
         message = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"{path}: cannot be read: {' '.join(message.split())}") from error
+        raise ImageError(name, f"cannot be read: {' '.join(message.split())}") from error
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """An image as it should be seen: turned as its EXIF orientation tells, in RGB."""
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
     return to_rgb(ImageOps.exif_transpose(image))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn an image of any of Pillow's modes into RGB.
+def _from_array(array: np.ndarray) -> Image.Image:
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if not is_image or array.dtype != np.uint8 or array.size == 0:
+        found = f"{str(array.dtype)[:60]} {list(array.shape)}"
+        raise CallError(f"image of {found}: an array must be uint8 [H, W, 3] (RGB), [H, W, 4] (RGBA) or [H, W] (grey)")
+    return Image.fromarray(array)
 
-    16-bit values are divided by 257 (65535 becomes 255), where Pillow would clip them. 32-bit
-    integers and floats have no agreed white, so their own range becomes 0 to 255. What is
-    transparent becomes white: drawings with a transparent ground are made for white pages, and the
-    colour hidden under it is arbitrary, mostly black.
+
+def _name(source: object) -> str:
+    """What error messages call the image. Raises CallError for what cannot be an image."""
+    if isinstance(source, str | os.PathLike):
+        return str(source)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"image of {len(source):,} bytes"
+    if isinstance(source, Image.Image):
+        return getattr(source, "filename", "") or f"image of {source.width} x {source.height} pixels"
+    if hasattr(source, "read"):
+        name = getattr(source, "name", None)
+        name = name if isinstance(name, str) else f"image in a {type(source).__name__}"
+        if isinstance(source, io.TextIOBase):
+            raise CallError(f"{name}: an image file must be opened in binary mode")
+        return name
+    expected = "a path, bytes, a binary file object, a Pillow image or a NumPy array"
+    raise CallError(f"image of type {type(source).__name__}: must be {expected}")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any of Pillow's modes in RGB.
+
+    16-bit values are divided by 257 (65535 becomes 255), where Pillow would clip them. 32-bit integers and floats have
+    no agreed white, so their own range becomes 0 to 255. Transparent pixels become white: drawings with a transparent
+    background are made for white pages, and the colour under it is arbitrary, mostly black.
     """
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.float32)
@@ -71,10 +119,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Files as they are given; for a folder, the images in it and its subfolders, sorted.
+    """The given files, and for each folder the images in it and its subfolders, sorted.
 
-    In folders, images are known by their suffix, in upper or lower case. Raises CallError for a
-    path that does not exist and UserError for a folder that may not be read.
+    In folders, images are recognised by their suffix, in upper or lower case. Raises CallError for a path that does not
+    exist and UserError for a folder that cannot be read.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -92,43 +140,43 @@ def _refuse(error: OSError) -> None:
     raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
-def find_image_folder(names: Iterable[str], tops: Iterable[Path]) -> Path:
-    """The folder that holds most of the files `names` (which may name subfolders), in the first of `tops` where there
-    are any.
+def find_image_folder(names: Iterable[str], roots: Iterable[Path]) -> Path:
+    """The folder that has most of the files `names` (which may name subfolders), from the first of `roots` with any.
 
-    In a top are looked at: it, the folders in it that are named after images (Images, Flicker8k_Dataset,
-    flickr30k-images, ...), and such folders in those. With no file anywhere it is the first folder looked at.
+    Looked at in each root: the root itself, the folders in it that are named after images (Images, Flicker8k_Dataset,
+    flickr30k-images, ...), and such folders in those. Where there is no file anywhere, the first root's best guess.
     """
-    tails: dict[str, set[str]] = {}
+    files_in: dict[str, set[str]] = {}
     for name in names:
         head, tail = os.path.split(name)
-        tails.setdefault(head, set()).add(tail)
+        files_in.setdefault(head, set()).add(tail)
 
     def count(folder: Path) -> int:
-        return sum(len(files & file_names(folder / head)) for head, files in tails.items())
+        return sum(len(files & file_names(folder / head)) for head, files in files_in.items())
 
-    bests = []
-    for top in tops:
-        inside = _image_folders(top)
+    best_of_roots = []
+    for root in roots:
+        inside = _image_folders(root)
         nested = [inner for folder in inside for inner in _image_folders(folder)]
-        bests.append(max([*inside, *nested, top], key=count))
-        if count(bests[-1]):
-            return bests[-1]
-    return bests[0]
+        best = max([*inside, *nested, root], key=count)
+        if count(best):
+            return best
+        best_of_roots.append(best)
+    return best_of_roots[0]
 
 
-def tops_of(path: Path, source: Path) -> list[Path]:
-    """Where to look for the images of a file in the data set `path`: beside it, then in the data set's folder (never
-    outside of it), which for a path that is the file itself may be the folder above."""
+def image_roots(path: Path, source: Path) -> list[Path]:
+    """Where to look for the images of the file `source` of the data set at `path`: beside the file, then in the data
+    set's folder, never outside of it. Where `path` is the file itself, that folder may be one level up."""
     return [source.parent, path if path.is_dir() else source.parent.parent]
 
 
-def _image_folders(top: Path) -> list[Path]:
-    return [folder for folder in subfolders(top) if re.search("image|dataset", folder.name, re.IGNORECASE)]
+def _image_folders(root: Path) -> list[Path]:
+    return [folder for folder in subfolders(root) if re.search("image|dataset", folder.name, re.IGNORECASE)]
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Sorted; none in a folder that may not be read."""
+    """The folders in a folder, sorted; [] where it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return sorted(folder / entry.name for entry in entries if _is_folder(entry))
@@ -139,16 +187,16 @@ def subfolders(folder: Path) -> list[Path]:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a symbolic link to itself
         return False
 
 
 def file_names(folder: Path) -> set[str]:
-    """All that stands in a folder, {} when there can be no such folder. Raises OSError when it cannot be read."""
+    """The names in a folder; none where there is no such folder. Raises OSError when it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries}
-    except ValueError:  # no name of a file has a NUL in it
+    except ValueError:  # a path with a NUL character
         return set()
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):

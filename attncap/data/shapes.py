@@ -1,13 +1,15 @@
-"""`shapes`: a captioning data set that draws itself from a seed.
+"""`shapes`: a synthetic captioning data set, generated from a seed.
 
-A scene holds one to three objects, each a shape, a colour and a size, in a row or in a column on a noisy background.
-Equal objects stand together and form a group; a caption names every group, its count, and how the groups lie:
+A scene has one to three objects, each with a shape, a colour and a size, in a row or in a column on a noisy background.
+Equal objects are next to each other and form a group; a caption names every group, its count, and the groups' order:
 
     two small red circles are to the left of a large blue square
 
-Nothing but the picture tells which objects there are, so a model that ignores it fails. The scene is kept beside its
-picture, so a caption can be checked against what was drawn (`is_true`) and attention against the objects' boxes.
+Only the image shows which objects there are, so a model that ignores it fails. The scene is known exactly, so a caption
+can be checked against it (`is_true`), and attention against the objects' boxes.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from attncap.data.tokenizer import tokenize
 
-CANVAS = 128  # pixels, both sides of a picture
+CANVAS = 128  # pixels, width and height of an image
 SIZES = {"small": (9, 11), "large": (15, 18)}  # range of the radius, in pixels
 COLORS = {
     "red": (205, 40, 40),
@@ -31,12 +33,12 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle", "cross")
 SPLITS = {"train": 10_000, "val": 250, "test": 500}  # scenes
 COUNTS = {1: "a", 2: "two", 3: "three"}
-NEAR, FAR, MARGIN = 2, 6, 3  # pixels between the objects of a group, at least between groups, and from the edge
+NEAR, FAR, MARGIN = 2, 6, 3  # pixels: between objects of a group; at least between groups; at least to the edge
 
 
 @dataclass(frozen=True)
 class Object:
-    """One drawn thing. `center` and `radius` are in pixels; every shape fills its `box`."""
+    """An object in an image. `center` and `radius` are in pixels; every shape fills its `box`."""
 
     size: str
     color: str
@@ -57,17 +59,25 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture to be drawn and its five captions: an example of the data set."""
+    """An image, as the objects that it shows, and its five captions: a `CaptionedImage`."""
 
     name: str
     objects: tuple[Object, ...]
     captions: tuple[str, ...]
     noise_seed: tuple[int, ...]
 
+    @property
+    def scene(self) -> Scene:
+        return self
+
+    def identity(self) -> str:
+        return repr(self)
+
     def image(self) -> Image.Image:
-        """Draw the scene: RGB, CANVAS x CANVAS, always the same for the same scene."""
+        """The drawn scene: RGB, CANVAS x CANVAS, the same at every call."""
         rng = np.random.default_rng(self.noise_seed)
-        picture = _background(rng).resize((2 * CANVAS, 2 * CANVAS), Image.Resampling.NEAREST)  # twice, for smooth edges
+        # Drawn at twice the size, for smooth edges.
+        picture = _background(rng).resize((2 * CANVAS, 2 * CANVAS), Image.Resampling.NEAREST)
         draw = ImageDraw.Draw(picture)
         for thing in self.objects:
             tint = np.clip(COLORS[thing.color] + rng.normal(0, 8, 3), 0, 255).astype(int)
@@ -78,7 +88,7 @@ class Scene:
 
     @cached_property
     def true_captions(self) -> frozenset[tuple[str, ...]]:
-        """The tokens of every caption of the data set's grammar that is exactly true of this scene."""
+        """The tokens of every caption in the data set's grammar that describes this scene exactly."""
         groups = {}
         for thing in self.objects:
             groups.setdefault(thing.kind, []).append(thing)
@@ -92,14 +102,14 @@ class Scene:
 
 
 def is_true(caption: str, scene: Scene) -> bool:
-    """Whether a caption names every object of the scene by size, colour and shape, counts them rightly, and tells how
-    they lie as their boxes show. A sentence outside the data set's grammar counts as false."""
+    """Whether a caption names every object of the scene by size, colour and shape, with the right counts and a relation
+    that agrees with their boxes. A sentence outside the data set's grammar counts as false."""
     return tuple(tokenize(caption)) in scene.true_captions
 
 
 def open_shapes(seed: int, splits: dict[str, int] = SPLITS) -> dict[str, list[Scene]]:
-    """The data set: a list of scenes for each split. Every scene has a random stream of its own, made from the seed,
-    the split and its index: no split repeats a scene of another, and a scene does not depend on how many there are."""
+    """The data set: a list of scenes for each split. Every scene has its own random stream, made from the seed, the
+    split and its index: splits share no scene, and a scene does not depend on the number of scenes."""
     return {
         split: [_scene(f"shapes/{split}/{index:05d}", (seed, number, index)) for index in range(size)]
         for number, (split, size) in enumerate(splits.items())
@@ -121,16 +131,16 @@ def _scene(name: str, stream: tuple[int, ...]) -> Scene:
 
 
 def _place(rng: np.random.Generator, groups: list[tuple[tuple[str, str, str], int]], axis: int) -> list[Object]:
-    """Put the groups one after the other along the axis, the objects of a group close together. Across the axis they
-    stray so little that their boxes overlap: no relation holds but the one along the axis."""
+    """Place the groups one after the other along the axis, the objects of a group close together. Across the axis they
+    deviate so little that their boxes overlap: the only relation is the one along the axis."""
     radii = np.array([rng.uniform(*SIZES[size]) for (size, _, _), _ in groups])
     counts = np.array([count for _, count in groups])
     lengths = 2 * radii * counts + NEAR * (counts - 1)
     free = CANVAS - 2 * MARGIN - lengths.sum() - FAR * (len(groups) - 1)
     starts = MARGIN + np.sort(rng.uniform(0, free, len(groups))) + np.cumsum(lengths + FAR) - lengths - FAR
-    stray = 0.9 * radii.min()
-    reach = MARGIN + radii.max() + stray
-    across = rng.uniform(reach, CANVAS - reach) + rng.uniform(-stray, stray, len(groups))
+    deviation = 0.9 * radii.min()
+    reach = MARGIN + radii.max() + deviation
+    across = rng.uniform(reach, CANVAS - reach) + rng.uniform(-deviation, deviation, len(groups))
     objects = []
     for (kind, count), radius, start, c in zip(groups, radii.tolist(), starts.tolist(), across.tolist(), strict=True):
         for i in range(count):
@@ -140,7 +150,7 @@ def _place(rng: np.random.Generator, groups: list[tuple[tuple[str, str, str], in
 
 
 def _precedes(before: list[Object], after: list[Object], axis: int) -> bool:
-    """Whether every box of `before` ends, along the axis, where or before every box of `after` begins."""
+    """Whether, along the axis, every box of `before` ends before any box of `after` begins."""
     return max(thing.box[axis + 2] for thing in before) <= min(thing.box[axis] for thing in after)
 
 
@@ -150,7 +160,7 @@ def _phrase(kind: tuple[str, str, str], count: int) -> str:
 
 
 def _wordings(groups: list[str], axis: int) -> list[str]:
-    """Six ways to tell of groups that lie in this order along the axis (0: left to right, 1: top to bottom)."""
+    """Six captions for groups in this order along the axis (0: left to right, 1: top to bottom)."""
     left, right = ("left", "right") if axis == 0 else ("top", "bottom")
     before, after = ("to the left of", "to the right of") if axis == 0 else ("above", "below")
     on = "on" if axis == 0 else "at"
@@ -190,7 +200,7 @@ def _wordings(groups: list[str], axis: int) -> list[str]:
 
 
 def _background(rng: np.random.Generator) -> Image.Image:
-    """A dull two-tone ground: plain, fading, striped, chequered or cloudy."""
+    """A dull two-tone background: plain, gradient, striped, chequered or cloudy."""
     grey = rng.uniform(70, 200)
     tones = np.clip(grey + rng.uniform(-18, 18, (2, 3)) + [[12], [-12]], 0, 255)
     ramp = np.linspace(0, 1, CANVAS)

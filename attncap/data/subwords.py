@@ -1,7 +1,7 @@
-"""Pieces of words, for languages that have too many words: byte-pair encoding (Sennrich et al. 2016, "Neural Machine
-Translation of Rare Words with Subword Units", section 3.2) by the `tokenizers` library.
+"""Pieces of words, for languages with too many words for a vocabulary: byte-pair encoding (Sennrich et al. 2016,
+"Neural Machine Translation of Rare Words with Subword Units", section 3.2) by the `tokenizers` library.
 
-A piece that begins a word begins with ▁, as SentencePiece writes it: "hunderennen" may be ▁hunde + rennen.
+The first piece of a word starts with ▁, as in SentencePiece: "hunderennen" may be ▁hunde + rennen.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ MARK = "▁"
 
 
 def learn(counts: Mapping[str, int], pieces: int, min_count: int) -> tuple[list[str], list[str]]:
-    """At most so many pieces, and the pairs whose merging gave them, "▁hun de", in their order.
+    """At most `pieces` pieces, and the merges that made them, "▁hun de", in their order.
 
-    The pieces are the characters (of more than `pieces` the most frequent) and the merged pairs, which stand at least
-    `min_count` times in `counts`, words with how often each is seen. Raises CallError without `tokenizers`.
+    `counts` has the number of times that each word was seen. The pieces are the characters (the most frequent ones,
+    where there are too many) and the merges of pairs seen at least `min_count` times. Raises CallError without
+    `tokenizers`.
     """
     library = _library()
     letters = Counter()
@@ -31,7 +32,7 @@ def learn(counts: Mapping[str, int], pieces: int, min_count: int) -> tuple[list[
     trainer = library.trainers.BpeTrainer(
         vocab_size=pieces,
         min_frequency=min_count,
-        initial_alphabet=alphabet,  # the library's own choice would be left to chance where letters are as frequent
+        initial_alphabet=alphabet,  # the library's own choice among equally frequent ones is random
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
@@ -41,8 +42,8 @@ def learn(counts: Mapping[str, int], pieces: int, min_count: int) -> tuple[list[
     return sorted(learned["vocab"], key=learned["vocab"].get), [f"{a} {b}" for a, b in learned["merges"]]
 
 
-class Splitter:
-    """Splits words into pieces by merging the pairs of `merges`, earlier ones first. Raises CallError without
+class BpeEncoder:
+    """Splits words into pieces: starts from characters and applies `merges` in their order. Raises CallError without
     `tokenizers`."""
 
     def __init__(self, pieces: Mapping[str, int], merges: Sequence[str]):
@@ -50,24 +51,24 @@ class Splitter:
         self._model = _tokenizer(_library().models.BPE(dict(pieces), pairs, unk_token="<unk>", fuse_unk=True))
 
     def split(self, words: Iterable[str]) -> list[str]:
-        """The pieces; characters that are none of them become `<unk>`, neighbours one together."""
+        """The pieces of the words. Unknown characters become `<unk>`, one for each run of them."""
         return self._model.encode(" ".join(_utf8(MARK + word) for word in words)).tokens
 
 
 def spell(pieces: Sequence[str]) -> list[str]:
-    """The words that pieces spell."""
+    """The words that the pieces spell."""
     return "".join(pieces).replace(MARK, " ").split()
 
 
 def first_pieces(pieces: Sequence[str]) -> list[int]:
-    """Of each word that pieces spell, the place of the first piece with a letter of it."""
-    places, within = [], False
-    for place, piece in enumerate(pieces):
-        within = within and not piece.startswith(MARK)
-        if not within and piece.strip(MARK):
-            places.append(place)
-            within = True
-    return places
+    """For each word that the pieces spell, the position of the first piece with a letter of it."""
+    positions, in_word = [], False
+    for position, piece in enumerate(pieces):
+        in_word = in_word and not piece.startswith(MARK)
+        if not in_word and piece.strip(MARK):
+            positions.append(position)
+            in_word = True
+    return positions
 
 
 def _tokenizer(model):
@@ -78,15 +79,16 @@ def _tokenizer(model):
 
 
 def _utf8(text: str) -> str:
-    """Half a character, which JSON can spell and the library refuses, becomes a question mark."""
+    """Lone surrogates, which JSON can contain and the library refuses, become question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _library():
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and worker processes do not go together
+    # Otherwise the library warns when a process that has used its threads forks, as data loaders do.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         import tokenizers
     except ImportError as error:
-        mend = "pip install 'attncap[subwords]'"
-        raise CallError(f"a vocabulary of subwords needs the tokenizers library; {mend}") from error
+        message = "a vocabulary of subwords needs the tokenizers library; pip install 'attncap[subwords]'"
+        raise CallError(message) from error
     return tokenizers

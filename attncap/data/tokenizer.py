@@ -1,9 +1,9 @@
-"""Words of a caption, split as the official caption metrics split them, without Java.
+"""Captions split into words as the official caption metrics split them, without Java.
 
-coco-caption (Chen et al. 2015, "Microsoft COCO Captions", section 4) runs Stanford's PTB tokenizer
-with `-preserveLines -lowerCase` and then drops a list of punctuation tokens. The rules below are
-that tokenizer's behaviour on caption-like text, found by feeding it lines and reading the answers.
-Every alternative is tried in the order written at each position, so an earlier one wins.
+coco-caption (Chen et al. 2015, "Microsoft COCO Captions", section 4) runs Stanford's PTB tokenizer with
+`-preserveLines -lowerCase` and then removes a list of punctuation tokens. The rules below reproduce that tokenizer on
+text like captions; they were found by comparing outputs. At each position the alternatives are tried in the order
+written.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import html
 import re
 import unicodedata
 
-# Tokens with a dot that belongs to them. The dot of any other word is a full stop.
+# Abbreviations: their dot is part of the token. After any other word, a dot is a full stop.
 _ABBREVIATIONS = r"""
         adm al ala alex apr ariz assn assoc atty attys aug ave bancorp bhd bldg blvd brig bros
     calif capt     cf cie cmdr co col colo comdr corp cos cpl ct dak dec dept det dr drs elec esq
@@ -25,25 +25,25 @@ _ABBREVIATIONS = r"""
 _CAPITAL_ABBREVIATIONS = "Ark Conn Del Ill La Mass Miss Ore Pa Tex Va Wash".split()
 _NUMBER_ABBREVIATIONS = "art ca fig figs no nos op pp prop".split()  # as in "no. 5"
 
-# A letter may carry marks of its own: an accent typed apart (NFD), the vowel signs of Indian scripts.
+# Combining marks may follow a letter: accents in NFD, vowel signs of Indic scripts.
 _MARKS = "".join(chr(c) for c in range(0x300, 0xE00) if unicodedata.category(chr(c))[0] == "M")
 _LETTER = rf"(?:[^\W\d_][{_MARKS}]*)"
 _ALNUM = rf"(?:[^\W_][{_MARKS}]*)"
 
 _TOKEN = re.compile(
     rf"""
-    \s*(                    # taken along: at a space alone each alternative would be tried in vain
-      (?!(?i:cannot|gonna|wanna|gotta|lemme|gimme)\b)[A-Za-z]+(?!\S)   # nearly all: first for speed
+    \s*(                    # spaces are consumed here: otherwise every alternative would be tried at each of them
+      (?!(?i:cannot|gonna|wanna|gotta|lemme|gimme)\b)[A-Za-z]+(?!\S)   # most words: first, for speed
     | https?://[^\s"<>|()]*[^\s"<>|().,:;!?'-] | www\.[^\s"<>|()]*[^\s"<>|().,:;!?'-]
-    | {_ALNUM}[\w.+-]{{0,64}}@{_ALNUM}[\w-]*(?:\.[\w-]+)*     # electronic mail
+    | {_ALNUM}[\w.+-]{{0,64}}@{_ALNUM}[\w-]*(?:\.[\w-]+)*     # e-mail
     | (?i:c\+\+|[cf]\#)
-    | \#{_LETTER}+ | @[A-Za-z_]\w*                          # hash tags, user names
+    | \#{_LETTER}+ | @[A-Za-z_]\w*                          # hashtags, user names
     | \(\d{{3}}\)(?:\d{{3}}-\d{{4}}|(?=\ \d{{3}}-\d{{4}}))    # telephone numbers
     | \(?[-^=~<>']_[-^=~<>']\)? | [<>]?[:;=][-o*']?[()DPdpO\\{{@|\[\]](?!{_ALNUM})   # ^_^ and :-)
     | [A-Z]*\$                                             # US$
     | </?[A-Za-z][^\s<>]*>                                  # mark-up
     | (?i:can(?=not\b)|gon(?=na\b)|wan(?=na\b)|got(?=ta\b)|lem(?=me\b)|gim(?=me\b))
-    | (?<=[cC][aA][nN])(?i:not)\b                           # the second halves of the line above
+    | (?<=[cC][aA][nN])(?i:not)\b                           # the second halves of these
     | (?i:{_LETTER}+?(?<!n)(?=n['`]t)|n['`]t{_ALNUM}*)       # do|n't
     | (?i:'t(?=is\b|was\b))                                 # 't|is
     | (?i:'(?:s|m|d|re|ve|ll)(?!{_ALNUM}))                  # clitics
@@ -55,10 +55,10 @@ _TOKEN = re.compile(
     | (?:[A-Za-z]\.)+[A-Za-z]?(?!\.?{_ALNUM})
     | (?:(?i:{"|".join(_ABBREVIATIONS)})|{"|".join(_CAPITAL_ABBREVIATIONS)})\.(?!{_ALNUM})
     | (?i:{"|".join(_NUMBER_ABBREVIATIONS)})\.(?=\s*\d)
-    | {_LETTER}+(?:[.!?]{_LETTER}+)+(?:-{_ALNUM}+)*         # a forgotten space: dog.The
+    | {_LETTER}+(?:[.!?]{_LETTER}+)+(?:-{_ALNUM}+)*         # a missing space: dog.The
     | \d+(?:[/:.,]\d+)+(?:-{_ALNUM}+)*                      # 10:30, 1,000, 1/2-mile
     | (?:(?i:[dol]'(?={_LETTER}))|(?i:{_LETTER}*[aeiouy]'(?=[aeiouy])))?
-      {_ALNUM}+(?:[-_/\u2010\u2011]{_ALNUM}+)*(?:/\d+)?                 # words and what joins them
+      {_ALNUM}+(?:[-_/\u2010\u2011]{_ALNUM}+)*(?:/\d+)?                 # words and compounds
     | -{{2,}}
     | [-+]?\d*(?:[.,:]\d+)+ | [-+]\d+
     | [?!]{{2,}} | _+ | \*+
@@ -75,7 +75,7 @@ _RESPELLED = str.maketrans(
         "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "£": "# ", "€": "$", "¢": " cents ",
     }
 )  # fmt: skip
-# Java's tokenizer skips controls, joiners, private characters, and emoji with all else so high.
+# Java's tokenizer skips control characters, joiners, private-use characters, and all above U+FFFF, such as emoji.
 _SKIPPED = re.compile(
     "[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202f\u2039\u203a\u203c\u203d\u2045-\u206f\u20d0-\u20ff\ue000-\uf8ff\ufe00-\ufe6f"
     "\ufefd-\uff00\ufff0-\uffff\U00010000-\U0010ffff]+"
@@ -86,13 +86,13 @@ _DROPPED = frozenset([*"'\"`.?!,:-;", "--", "---", "----"])
 def tokenize(text: str) -> list[str]:
     """Split a caption into lower-case words: `A dog's ball, isn't it?` -> `a dog 's ball is n't it`.
 
-    The same answer as Stanford's PTBTokenizer with `-preserveLines -lowerCase` followed by
-    coco-caption's list of punctuation: on all 70,070 references of the test and validation images
-    of Flickr8k, Flickr30k and COCO, and on strings of words, symbols and punctuation put together
-    at random; not on strings of random characters. Java joins `1 1/2` and `(555) 555-1234` by a
-    no-break space, which only coco-caption's ROUGE-L takes for no space; here they are two words.
-    The vocabulary and the metrics both use this function, so that a model speaks the words it is
-    scored in. Brackets survive as `-lrb-` and so on: coco-caption's list has them in capitals, and so never meets them.
+    The result equals that of Stanford's PTBTokenizer with `-preserveLines -lowerCase`, followed by coco-caption's list
+    of punctuation, on all 70,070 references of the test and validation images of Flickr8k, Flickr30k and COCO, and on
+    random sequences of words, symbols and punctuation; but not on random characters. Java joins `1 1/2` and
+    `(555) 555-1234` with a no-break space, which every metric of coco-caption but ROUGE-L treats as a space; here they
+    are two words. Brackets become `-lrb-` and so on and are kept, because coco-caption's list has them in capitals.
+
+    The vocabulary and the metrics both use this function, so that a model is scored in the words it has learned.
     """
     tokens = _TOKEN.findall(_SKIPPED.sub(" ", html.unescape(text).translate(_RESPELLED)).strip())
     kept = [_BRACKETS.get(token, token) for token in tokens if token not in _DROPPED]

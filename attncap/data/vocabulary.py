@@ -16,29 +16,29 @@ from attncap.files import write_atomically
 class Vocabulary:
     """Words by id: `words[id]`. Ids 0 to 3 are `<pad>`, `<start>`, `<end>` and `<unk>`.
 
-    In a vocabulary of subwords (see `data/subwords.py`) they are pieces of words.
+    In a vocabulary of subwords (see `data/subwords.py`) the words are pieces of words.
     """
 
     PAD, START, END, UNK = range(4)
     SPECIALS = ("<pad>", "<start>", "<end>", "<unk>")
 
     def __init__(self, words: Iterable[str], merges: Sequence[str] | None = None):
-        """`words`: all of them, the four special ones first. `merges`: of a vocabulary of subwords, the pairs of pieces
-        that were made one, in their order: "▁d og"; None: whole words."""
+        """`words` starts with the four special ones. `merges` are the pairs of pieces to merge, "▁d og", in order; None
+        for a vocabulary of whole words."""
         self.words = list(words)
         self.merges = merges
         self._ids = {word: i for i, word in enumerate(self.words)}
-        self._splitter = None
+        self._bpe: subwords.BpeEncoder | None = None  # made when it is needed: it takes the tokenizers library
 
     @classmethod
     def build(cls, captions: Iterable[str], min_count: int, pieces: int = 0) -> Vocabulary:
-        """The words seen at least `min_count` times, by falling count, equal counts by alphabet.
+        """The words seen at least `min_count` times, by decreasing count, equal counts in alphabetical order.
 
-        With `pieces` above 0, at most so many subwords: the characters, and what came of merging pairs of pieces seen
-        at least `min_count` times. Raises CallError where the `tokenizers` library is missing.
+        With `pieces` above 0, at most `pieces` subwords: the characters, and merges of pairs of pieces seen at least
+        `min_count` times. Raises CallError where the `tokenizers` library is missing.
         """
         counts = Counter(word for caption in captions for word in tokenize(caption))
-        for word in cls.SPECIALS:  # a caption may contain what looks like one: mark-up is a word
+        for word in cls.SPECIALS:  # captions may contain them: mark-up is a word
             counts.pop(word, None)
         if pieces:
             learned, merges = subwords.learn(counts, pieces, min_count)
@@ -50,19 +50,30 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, caption: str, max_length: int) -> list[int]:
-        """Ids of the first `max_length` words or pieces, with `<start>` before and `<end>` after them. Raises CallError
-        for a vocabulary of subwords where the `tokenizers` library is missing."""
-        words = tokenize(caption)
-        if self.merges is not None:
-            self._splitter = self._splitter or subwords.Splitter(self._ids, self.merges)
-            words = self._splitter.split(words)
-        return [self.START, *(self._id(word) for word in words[:max_length]), self.END]
+        """`<start>`, the ids of the first `max_length` words or pieces, `<end>`. Raises CallError for a vocabulary of
+        subwords where the `tokenizers` library is missing."""
+        return [self.START, *self._encode(tokenize(caption))[:max_length], self.END]
 
-    def _id(self, word: str) -> int:
-        return self.UNK if word in self.SPECIALS else self._ids.get(word, self.UNK)
+    def tokens(self, text: str) -> list[int]:
+        """Ids of the words or pieces of a text, without `<start>` and `<end>`. Raises CallError for a word that is not
+        in the vocabulary, and as `encode` does."""
+        tokens = []
+        for word in tokenize(text):
+            ids = self._encode([word])
+            if self.UNK in ids:
+                raise CallError(f"{word!r} is not in the vocabulary")
+            tokens += ids
+        return tokens
+
+    def _encode(self, words: list[str]) -> list[int]:
+        if self.merges is not None:
+            self._bpe = self._bpe or subwords.BpeEncoder(self._ids, self.merges)
+            words = self._bpe.split(words)
+        # A caption's own "<end>" is not the special word.
+        return [self.UNK if word in self.SPECIALS else self._ids.get(word, self.UNK) for word in words]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the words up to `<end>`; special words are left out."""
+        """The text of the words before `<end>`, without special words."""
         words = []
         for i in map(int, ids):
             if i == self.END:
@@ -72,58 +83,62 @@ class Vocabulary:
         return self.text(words)
 
     def text(self, words: Sequence[str]) -> str:
-        """Plain text: the words, or what the pieces spell, separated by spaces."""
+        """The words, or the words that the pieces spell, separated by spaces."""
         return " ".join(words if self.merges is None else subwords.spell(words))
 
-    def forbid(self, words: Iterable[str]) -> list[int]:
-        """Ids of words that no caption shall have. Raises CallError for `<end>`, which captions need, and for what is
-        no word, or piece, of the vocabulary."""
+    def suppress(self, words: Iterable[str]) -> list[int]:
+        """Ids of words, or pieces, that captions must not have. Raises CallError for `<end>`, which captions need, and
+        for words that are not in the vocabulary."""
         ids = []
         for word in words:
-            if word not in self._ids or word == self.words[self.END]:
-                hint = f"; {piece!r} is" if (piece := subwords.MARK + word) in self._ids else ""
-                raise CallError(
-                    f"{word!r} cannot be suppressed: captions need it, or it is no word of the vocabulary{hint}"
-                )
+            if word == self.words[self.END]:
+                raise CallError(f"{word!r} cannot be suppressed: captions need it to end")
+            if word not in self._ids:
+                piece = subwords.MARK + word
+                hint = f"; {piece!r} is" if piece in self._ids else ""
+                raise CallError(f"{word!r} cannot be suppressed: it is not in the vocabulary{hint}")
             ids.append(self._ids[word])
         return ids
 
     def save(self, path: str | Path) -> None:
-        """Write `{"words": [...]}`, a word a line by rising id, and of subwords also "merges". Raises UserError."""
-        content = {"words": self.words} | ({} if self.merges is None else {"merges": list(self.merges)})
+        """Write `{"words": [...]}`, one word per line in the order of ids, and for subwords "merges" too. Raises
+        UserError."""
+        content = {"words": self.words}
+        if self.merges is not None:
+            content["merges"] = list(self.merges)
         text = json.dumps(content, ensure_ascii=False, indent=0) + "\n"
-        write_atomically(path, text.encode("utf-8", "backslashreplace"))  # half a character, as JSON has it
+        write_atomically(path, text.encode("utf-8", "backslashreplace"))  # lone surrogates as JSON escapes
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
         """Read what `save` writes, or the WORDMAP of sgrvinod's tutorial, {"word": id, ..., "<unk>": 9, "<start>": 10,
-        "<end>": 11, "<pad>": 0}: of that the words in the order of their ids, after the four special ones.
+        "<end>": 11, "<pad>": 0}, whose words come in the order of their ids, after the four special ones.
 
         Raises UserError when the file is missing, cut short, or neither of the two.
         """
-        mend = "copy vocabulary.json again from the trained model, or train again"
+        fix = "copy vocabulary.json again from the trained model, or train again"
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}; {mend}") from error
+            raise UserError(f"{path}: cannot be read: {error.strerror}; {fix}") from error
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a whole JSON file ({error}); {mend}") from error
+            raise UserError(f"{path}: not a whole JSON file ({error}); {fix}") from error
         if isinstance(content, dict) and cls.SPECIALS[cls.START] in content:
             return cls(cls._words_of_map(path, content))
         words = content.get("words") if isinstance(content, dict) else None
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise UserError(f'{path}: field "words" should be a list of words; {mend}')
+            raise UserError(f'{path}: field "words" should be a list of words; {fix}')
         if tuple(words[:4]) != cls.SPECIALS:
-            raise UserError(f'{path}: "words" should begin with {", ".join(cls.SPECIALS)}; {mend}')
+            raise UserError(f'{path}: "words" should begin with {", ".join(cls.SPECIALS)}; {fix}')
         if len(set(words)) != len(words):
             [(word, count)] = Counter(words).most_common(1)
-            raise UserError(f'{path}: "words" has {word!r} {count} times; {mend}')
+            raise UserError(f'{path}: "words" has {word!r} {count} times; {fix}')
         merges, known = content.get("merges"), set(words)
         if merges is not None:
-            pairs = merges if isinstance(merges, list) else [None]
-            pairs = [merge.split(" ") if isinstance(merge, str) else () for merge in pairs]
-            if not all(len(pair) == 2 and known.issuperset([*pair, "".join(pair)]) for pair in pairs):
-                raise UserError(f'{path}: field "merges" should be a list of pairs of "words", "▁d og"; {mend}')
+            is_list = isinstance(merges, list) and all(isinstance(merge, str) for merge in merges)
+            pairs = [merge.split(" ") for merge in merges] if is_list else []
+            if not is_list or not all(len(pair) == 2 and known.issuperset([*pair, "".join(pair)]) for pair in pairs):
+                raise UserError(f'{path}: field "merges" should be a list of pairs of "words", "▁d og"; {fix}')
         return cls(words, merges)
 
     @classmethod

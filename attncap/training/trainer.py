@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from attncap import command
 from attncap.captioner import Caption, Captioner
+from attncap.data import Skipped, report_skipped
 from attncap.data.feature_cache import FeatureCache
-from attncap.data.loader import AugmentedPictures, Pictures, batches, draw_batches, draw_rows, pad, report, seed_of
+from attncap.data.loader import AugmentedPictures, Pictures, batches, draw_batches, draw_rows, pad, seed_of
 from attncap.errors import UserError
 from attncap.evaluate import evaluate
 from attncap.training import checkpoint, distributed
@@ -50,6 +51,7 @@ class Trainer:
         self.optimizer = make_optimizer(config, model)
         self.average = copy.deepcopy(model).eval() if config.average_weights else model  # what is validated and kept
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
+        self.skipped_seen: set[tuple[str, str]] = set()  # images that were reported
         self.caches: dict[str, FeatureCache] = {}  # features by split
         self.steps = math.ceil(len(splits["train"]) / (config.batch_size * config.accumulate))  # in an epoch
         self.schedule = Schedule(config, self.steps)
@@ -159,12 +161,11 @@ class Trainer:
             return AugmentedPictures(examples, size, self.config.seed, self.epoch)
         return Pictures(examples, size)
 
-    def prepare(self, indices: Sequence[int], pictures: Tensor | None, errors: Sequence[UserError]) -> Batch:
+    def prepare(self, indices: Sequence[int], pictures: Tensor | None, skipped: Sequence[Skipped]) -> Batch:
         """From what the loader gives to a batch on the device: with captions, and, unless gradients go through the
         encoder, with features instead of images."""
         config = self.config
-        for error in errors:
-            report(str(error))
+        report_skipped(skipped, self.skipped_seen)
         if pictures is None:
             return Batch([])
         batch = Batch(indices, pictures.to(self.device, non_blocking=True))
@@ -275,7 +276,9 @@ class Trainer:
         figures = None
         if distributed.is_main():
             with contextlib.suppress(Stopped), self.interruption.raised():
-                scores, _ = evaluate([self.average], self.splits["val"], self.config, features=self.caches.get("val"))
+                scores, _ = evaluate(
+                    [self.average], self.splits["val"], self.config, (), self.caches.get("val"), self.skipped_seen
+                )
                 figures = scores.corpus()
         figures = distributed.from_main(figures)
         if figures is None:

@@ -5,7 +5,10 @@ import os
 import pytest
 from PIL import Image
 
-from attncap.data import coco, draw_splits, open_dataset, read_dataset
+from attncap.data import Skipped, open_dataset, read_dataset, report_skipped
+from attncap.data.dataset import MAX_WARNINGS
+from attncap.data.readers import coco
+from attncap.data.readers.splits import draw_splits
 from attncap.errors import CallError, UserError
 
 
@@ -27,7 +30,7 @@ def failure(path):
 
 @pytest.fixture
 def flickr8k(tmp_path):
-    """Ten photographs 0.jpg to 9.jpg with two captions each."""
+    """Ten images, 0.jpg to 9.jpg, with two captions each."""
     lines = ["image,caption"]
     for i in range(10):
         photograph(tmp_path / "Images" / f"{i}.jpg")
@@ -38,7 +41,7 @@ def flickr8k(tmp_path):
 
 @pytest.fixture
 def coco_2017(tmp_path):
-    """Six photographs of train, and four of val, with two captions each."""
+    """Six images in train and four in val, with two captions each."""
     for folder, ids in (("train2017", range(6)), ("val2017", range(100, 104))):
         write_coco(tmp_path, folder, ids)
     return tmp_path
@@ -61,16 +64,16 @@ def write_json(root, folder, content):
     return path
 
 
-# What the layouts share
+# Common to all layouts
 
 
-def test_nothing_there(tmp_path):
+def test_no_such_path(tmp_path):
     with pytest.raises(CallError) as caught:
         open_dataset(tmp_path / "x", 0)
     assert str(caught.value) == f'{tmp_path / "x"}: no such file or folder; give "shapes" or the path of a data set'
 
 
-def test_no_data_set_says_what_was_expected_and_found(tmp_path):
+def test_not_a_data_set_says_what_was_expected_and_found(tmp_path):
     expected = (
         "captions.txt or Flickr8k.token.txt beside the images' folder (Flickr8k); "
         "results.csv or results_20130124.token beside the images' folder (Flickr30k); "
@@ -97,12 +100,12 @@ def test_drawn_splits_share_no_image(count, sizes):
     assert sorted(sum(splits.values(), [])) == list(range(count))
 
 
-def test_the_seed_draws_the_split():
+def test_splits_depend_on_the_seed():
     assert draw_splits(range(50), seed=1) == draw_splits(range(50), seed=1)
     assert draw_splits(range(50), seed=1) != draw_splits(range(50), seed=2)
 
 
-def test_folders_are_listed_and_files_not_looked_at(flickr8k, monkeypatch):
+def test_folders_are_listed_instead_of_asking_for_every_file(flickr8k, monkeypatch):
     looked_at = []
     stat = os.stat
     monkeypatch.setattr(os, "stat", lambda path, **rest: looked_at.append(str(path)) or stat(path, **rest))
@@ -110,7 +113,7 @@ def test_folders_are_listed_and_files_not_looked_at(flickr8k, monkeypatch):
     assert looked_at and not any(path.endswith(".jpg") for path in looked_at)
 
 
-def test_shapes_come_from_their_own_file(monkeypatch):
+def test_shapes_are_generated_by_their_own_module(monkeypatch):
     from attncap.data import shapes
 
     monkeypatch.setattr(shapes, "open_shapes", lambda seed: {"train": [seed]})
@@ -129,7 +132,7 @@ def test_flickr8k(flickr8k):
     assert example.image().mode == "RGB"
 
 
-def test_flickr8k_as_other_systems_write_it(flickr8k):
+def test_flickr8k_as_written_on_other_systems(flickr8k):
     (flickr8k / "Images").rename(flickr8k / "images")
     text = "\ufeffImage, Caption\r\n1.jpg,Ein Bär, der läuft\r\n\r\n2.jpg,ok\r\n3.jpg,last"
     (flickr8k / "captions.txt").write_bytes(text.encode())
@@ -150,7 +153,7 @@ def test_flickr8k_lists(flickr8k, caplog, lists):
     for name, content in zip(lists, ("3.jpg\r\n1.jpg\r\n1.jpg\r\n", "2.jpg\n\n", "4.jpg\nx.jpg"), strict=True):
         (flickr8k / name).write_text(content)
     assert names(open_dataset(flickr8k, 0)) == {"train": ["3.jpg", "1.jpg"], "val": ["2.jpg"], "test": ["4.jpg"]}
-    assert caplog.messages == [f"{flickr8k / lists[2]}: left out 1 names without captions: x.jpg"]
+    assert caplog.messages == [f"skipped: x.jpg: listed in {flickr8k / lists[2]}, but without captions"]
 
 
 def test_flickr8k_wrong_lists(flickr8k):
@@ -174,15 +177,15 @@ def test_flickr8k_missing_images_are_reported(flickr8k, caplog):
         (flickr8k / "Images" / f"{i}.jpg").unlink()
     splits = open_dataset(flickr8k, 0)
     assert sorted(sum(names(splits).values(), [])) == ["6.jpg", "7.jpg", "8.jpg", "9.jpg"]
-    first = ", ".join(str(flickr8k / "Images" / f"{i}.jpg") for i in range(3))
-    assert caplog.messages == [f"{flickr8k}: left out 6 images, whose files are missing: {first}, ..."]
+    missing = [flickr8k / "Images" / f"{i}.jpg" for i in range(6)]
+    assert caplog.messages == [f"skipped: {path}: the file does not exist" for path in missing]
 
 
 def test_flickr8k_without_any_image(flickr8k):
     for path in (flickr8k / "Images").iterdir():
         path.unlink()
     assert failure(flickr8k) == (
-        f"{flickr8k / 'captions.txt'}: none of the 10 images it names is there, e.g. "
+        f"{flickr8k / 'captions.txt'}: none of the 10 images it names exist, e.g. "
         f"{flickr8k / 'Images' / '0.jpg'}; put the images in that folder"
     )
     (flickr8k / "Images").rmdir()
@@ -202,7 +205,7 @@ def test_flickr8k_without_any_image(flickr8k):
         (b"image,caption\n,a\n", "line 2 is not image,caption: ',a'"),
         (
             b'image,caption\n1.jpg,"a dog\n2.jpg,a cat\n',
-            "the caption that ends on line 3 runs over several lines; close its quotation mark",
+            "the caption that ends on line 3 spans several lines; close its quotation mark",
         ),
         (b"image,caption\n1.jpg,\xff\n", "not UTF-8 text (byte 20); save it as UTF-8"),
         (b"image,caption\n1.jpg," + b"a" * 200_000, "line 2: field larger than field limit (131072)"),
@@ -216,7 +219,22 @@ def test_flickr8k_wrong_captions_file(flickr8k, content, reason):
 def test_flickr8k_empty_captions_are_reported(flickr8k, caplog):
     (flickr8k / "captions.txt").write_text("image,caption\n1.jpg,a\n1.jpg,\n2.jpg, \n")
     assert sum(names(open_dataset(flickr8k, 0)).values(), []) == ["1.jpg"]
-    assert caplog.messages == [f"{flickr8k / 'captions.txt'}: left out 2 empty captions: line 3, line 4"]
+    lines = [f"line {number} of {flickr8k / 'captions.txt'}" for number in (3, 4)]
+    assert caplog.messages == [f"skipped: {line}: the caption is empty" for line in lines]
+
+
+def test_what_is_skipped_is_reported_once_and_many_share_a_line(caplog):
+    missing = [Skipped(None, f"{i}.jpg", "the file does not exist") for i in range(MAX_WARNINGS + 1)]
+    report_skipped([*missing, Skipped(3, "a\nb.jpg", "the file is empty")])
+    assert caplog.messages == [
+        "skipped: 0.jpg, 1.jpg, 2.jpg and 8 more: the file does not exist",
+        "skipped: a b.jpg: the file is empty",
+    ]
+    caplog.clear()
+    seen = set()
+    for epoch in range(2):
+        report_skipped([item._replace(index=epoch) for item in missing[:2]], seen)
+    assert caplog.messages == [f"skipped: {i}.jpg: the file does not exist" for i in range(2)]
 
 
 # COCO
@@ -250,16 +268,16 @@ def test_coco_missing_images_and_stray_captions_are_reported(coco_2017, caplog):
     path = coco_2017 / "annotations" / "captions_val2017.json"
     content = json.loads(path.read_text())
     content["annotations"].append({"id": 9, "image_id": 7, "caption": "stray"})
-    content["images"].append({"id": 8, "file_name": "8.jpg"})  # nobody described it
+    content["images"].append({"id": 8, "file_name": "8.jpg"})  # has no captions
     path.write_text(json.dumps(content))
     gone = coco_2017 / "val2017" / "000000000100.jpg"
     gone.unlink()
     splits = names(open_dataset(coco_2017, 0))
     assert sorted(splits["val"] + splits["test"]) == ["101", "102", "103"]
     assert caplog.messages == [
-        f'{path}: left out 1 image ids with captions that "images" lacks: 7',
-        f"{path}: left out 1 images without captions: 8",
-        f"{coco_2017}: left out 1 images, whose files are missing: {gone}",
+        f'skipped: image id 7: {path} has captions of it, but no entry in "images"',
+        f"skipped: image id 8: {path} has no captions of it",
+        f"skipped: {gone}: the file does not exist",
     ]
 
 
@@ -278,7 +296,7 @@ def test_coco_without_images(tmp_path):
         photo.unlink()
     first = tmp_path / "val2014" / "000000000000.jpg"
     assert failure(tmp_path) == (
-        f"{path}: none of the 3 images it names is there, e.g. {first}; put the images in that folder"
+        f"{path}: none of the 3 images it names exist, e.g. {first}; put the images in that folder"
     )
     (tmp_path / "val2014").rmdir()
     assert failure(tmp_path) == f"{path}: no folder with its images; put them in {tmp_path / 'val2014'}"
@@ -328,6 +346,6 @@ def test_coco_references_alone(tmp_path, caplog):
     blank = [{**CAPTION, "id": 3, "caption": " \n"}, {**CAPTION, "id": 4, "image_id": 2, "caption": ""}]
     path = write_json(tmp_path, "val2017", {"annotations": [CAPTION, *blank]})
     assert coco.read_captions(path) == {"1": ["a"]}
-    assert caplog.messages == [f"{path}: left out 2 blank captions, of images: 1, 2"]
+    assert caplog.messages == [f"skipped: image id {key}: {path} has a blank caption of it" for key in (1, 2)]
     with pytest.raises(UserError, match="x.json: cannot be read: No such file or directory"):
         coco.read_captions(tmp_path / "x.json")

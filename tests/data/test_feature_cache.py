@@ -16,10 +16,11 @@ from conftest import make_flickr8k
 from attncap import Captioner, UserError
 from attncap.command import CaptioningConfig
 from attncap.config import ModelConfig
-from attncap.data import feature_cache, read_dataset
+from attncap.data import Skipped, feature_cache, read_dataset
 from attncap.data.__main__ import CELLS, CHANNELS
-from attncap.data.feature_cache import FeatureCache, size_in_words
-from attncap.data.loader import Pictures, batches, report
+from attncap.data.feature_cache import FeatureCache
+from attncap.data.feature_size import size_in_words
+from attncap.data.loader import Pictures, batches
 from attncap.data.shapes import open_shapes
 from attncap.data.vocabulary import Vocabulary
 from attncap.evaluate import evaluate
@@ -41,24 +42,30 @@ def encoder():
 
 @pytest.fixture
 def examples(tmp_path):
-    """Twelve photographs of one colour each."""
+    """Twelve images of one colour each."""
     splits = read_dataset(make_flickr8k(tmp_path / "data", 12), 0).splits
     return sorted((example for part in splits.values() for example in part), key=lambda example: example.name)
 
 
 @pytest.fixture
 def build(encoder, tmp_path, monkeypatch):
-    """build(examples, ...) is the cache; build.encoded counts the images that went through an encoder for it."""
+    """build(examples, ...) is the cache; build.encoded counts the images that were encoded for it."""
 
     def build(examples, encoder=encoder, image_size=SIZE, workers=0):
-        forward, build.encoded = Encoder.forward, -1  # the shape of the grid is asked for with one image
+        forward, grid_shape, build.encoded = Encoder.forward, Encoder.grid_shape, 0
 
-        def counted(self, images, *arguments, **options):
+        def counted(self, images, *arguments):
             build.encoded += len(images)
-            return forward(self, images, *arguments, **options)
+            return forward(self, images, *arguments)
+
+        def uncounted(self, image_size):
+            shape = grid_shape(self, image_size)  # it may encode an image of its own
+            build.encoded = 0
+            return shape
 
         with monkeypatch.context() as patch:
             patch.setattr(Encoder, "forward", counted)
+            patch.setattr(Encoder, "grid_shape", uncounted)
             return FeatureCache.of(examples, encoder, image_size, 3, workers, tmp_path / "cache")
 
     return build
@@ -69,7 +76,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def features_of(example, encoder) -> torch.Tensor:
-    """What the cache should hold, computed by itself."""
+    """What the cache should contain, computed directly."""
     _, image = Pictures([example], SIZE)[0]
     with torch.no_grad():
         return encoder(image[None])[0]
@@ -87,11 +94,11 @@ def test_features_are_the_encoders(examples, encoder, build, workers):
     cache = build(examples, workers=workers)
     assert build.encoded == len(cache) == 12 and cache[0][1].shape == (64, 64)
     check(cache, examples, encoder)
-    # In batches, in any order, as the images themselves.
+    # In batches, like the images.
     read = list(batches(cache, 5, workers))
     assert [index for indices, _, _ in read for index in indices] == list(range(12))
-    for indices, features, errors in read:
-        assert not errors and features.shape[1:] == (64, 64)
+    for indices, features, skipped in read:
+        assert not skipped and features.shape[1:] == (64, 64)
         assert all(row.equal(cache[i][1]) for i, row in zip(indices, features, strict=True))
 
 
@@ -128,9 +135,9 @@ def test_other_encoders_have_their_own(examples, build):
 
 
 @pytest.mark.parametrize("same", ["size", "time"])
-def test_a_changed_image_is_encoded_anew(examples, encoder, build, same):
+def test_a_changed_image_is_encoded_again(examples, encoder, build, same):
     path, other = examples[3].path, examples[4].path.read_bytes()
-    path.write_bytes(path.read_bytes().ljust(5000))  # what follows the end of a PNG is not read
+    path.write_bytes(path.read_bytes().ljust(5000))  # bytes after the end of a PNG are ignored
     old, status = build(examples)[3][1].clone(), path.stat()
     path.write_bytes(other.ljust(5000) if same == "size" else other)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + (same == "size")))
@@ -149,17 +156,16 @@ def test_scenes_of_other_seeds_are_other_images(build, encoder):
     assert build.encoded == 0
 
 
-def test_broken_images_are_told_and_tried_again(examples, encoder, build, caplog):
-    report.cache_clear()
+def test_broken_images_are_skipped_and_tried_again(examples, encoder, build):
     content = examples[4].path.read_bytes()
     examples[4].path.write_bytes(b"no image")
     examples[11].path.unlink()
     for _ in range(2):
         cache = build(examples)
-        broken = [i for i in range(12) if isinstance(cache[i][1], UserError)]
-        assert broken == [4, 11] and "not an image" in str(cache[4][1])
-        assert [len(errors) for _, _, errors in batches(cache, 6, 0)] == [1, 1]
-    assert caplog.text.count("skipped: ") == 2 and "004.png" in caplog.text and "011.png" in caplog.text
+        broken = [i for i in range(12) if isinstance(cache[i][1], Skipped)]
+        assert broken == [4, 11] and "not an image" in cache[4][1].reason
+        for (_, _, [skipped]), index in zip(batches(cache, 6, 0), broken, strict=True):
+            assert (skipped.index, skipped.name) == (index, str(examples[index].path))
     examples[4].path.write_bytes(content)
     cache = build(examples[:11])
     assert build.encoded == 1
@@ -170,7 +176,7 @@ def test_only_broken_images(examples, build):
     for example in examples:
         example.path.write_bytes(b"")
     cache = build(examples)
-    assert all(isinstance(cache[i][1], UserError) for i in range(12)) and not files(cache.folder)
+    assert all(isinstance(cache[i][1], Skipped) for i in range(12)) and not files(cache.folder)
 
 
 def test_an_interrupted_build_goes_on(examples, encoder, build, tmp_path, monkeypatch):
@@ -193,7 +199,7 @@ def test_an_interrupted_build_goes_on(examples, encoder, build, tmp_path, monkey
     check(cache, examples, encoder)
 
 
-def test_what_killed_processes_left_is_removed(examples, build):
+def test_temporary_files_of_killed_processes_are_removed(examples, build):
     folder = build(examples).folder
     old, young = folder / ".a.safetensors.1.tmp", folder / ".b.safetensors.2.tmp"
     for path, age in ((old, 7200), (young, 60)):
@@ -218,18 +224,18 @@ def test_damaged_files_are_replaced(examples, encoder, build, caplog):
     assert not path.exists()
 
 
-def test_no_room(examples, build, tmp_path, monkeypatch):
+def test_not_enough_disk_space(examples, build, tmp_path, monkeypatch):
     needed = 12 * 64 * 64 * 2
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
-    with pytest.raises(UserError, match="no room for the features.*12 images x 64 cells.*XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match="not enough space for the features.*12 images x 64 cells.*XDG_CACHE_HOME"):
         build(examples)
     assert build.encoded == 0 and not files(tmp_path / "cache")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed))
     build(examples)
 
 
-def test_a_disk_that_fills_meanwhile(examples, build, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up(examples, build, tmp_path, monkeypatch):
     def full(path, content):
         path.touch()
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -246,20 +252,20 @@ def test_a_folder_that_cannot_be_made(examples, build, tmp_path):
         build(examples)
 
 
-@pytest.mark.parametrize(("value", "held"), [(65504.0, True), (65519.0, True), (65520.0, False), (float("nan"), False)])
-def test_half_precision_holds_the_features_or_says_so(examples, build, tmp_path, monkeypatch, value, held):
-    """65504 is float16's largest number; what is nearer to it than to the next power of two, 65536, rounds to it."""
+@pytest.mark.parametrize(("value", "fits"), [(65504.0, True), (65519.0, True), (65520.0, False), (float("nan"), False)])
+def test_features_fit_half_precision_or_are_refused(examples, build, tmp_path, monkeypatch, value, fits):
+    """65504 is float16's largest number; numbers nearer to it than to the next power of two, 65536, round to it."""
 
-    def forward(self, images):
+    def forward(self, images, *_):
         features = torch.zeros(len(images), 64, 64)
         features[-1, 5, 6] = value
         return features
 
     monkeypatch.setattr(Encoder, "forward", forward)
-    if held:
+    if fits:
         assert build(examples)[2][1].max() == 65504
     else:
-        with pytest.raises(UserError, match=r"002.png: .*half precision cannot hold.*--cache-features"):
+        with pytest.raises(UserError, match=r"002.png: .*do not fit half precision.*--cache-features"):
             build(examples)
         assert not files(tmp_path / "cache")
 
@@ -273,18 +279,18 @@ def test_the_encoder_is_left_as_it_was(examples, build):
     check(cache, examples, encoder.eval())
 
 
-def test_copies_of_the_cache_carry_no_features(examples, build):
+def test_pickled_caches_contain_no_features(examples, build):
     cache = build(examples)
     content = pickle.dumps(cache)
     assert len(content) < cache[0][1].nbytes
     copied = pickle.loads(content)
     assert all(copied[i][1].equal(cache[i][1]) for i in range(12))
-    shutil.rmtree(cache.folder)  # what is open stays
+    shutil.rmtree(cache.folder)  # open files stay readable
     assert copied[5][1].equal(cache[5][1])
 
 
 def test_several_processes_at_once(tmp_path, examples):
-    """Three begin together, two of them with the same images, the third with other splits of them."""
+    """Three start together, two with the same images, the third with a different split of them."""
     script = (
         "import os, sys, time, torch\n"
         "from pathlib import Path\n"
@@ -333,7 +339,7 @@ def test_captions_from_features(examples, build):
         model.caption(features, ensemble=[model])
 
 
-def test_where_it_lies(monkeypatch, tmp_path):
+def test_the_default_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert feature_cache.cache_folder() == tmp_path / "attncap"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -341,9 +347,9 @@ def test_where_it_lies(monkeypatch, tmp_path):
     assert feature_cache.cache_folder() == Path("/home/somebody/.cache/attncap")
 
 
-def test_the_size_is_the_one_that_describing_the_data_tells(attncap, examples, monkeypatch, tmp_path, capsys):
+def test_the_size_is_the_one_that_the_data_command_prints(attncap, examples, monkeypatch, tmp_path, capsys):
     class ResNet50(torch.nn.Conv2d):
-        """The default encoder, but for the work."""
+        """Has the shapes of the default encoder, and does not compute anything."""
 
         name, layer, grid = "resnet50", "layer4", None
 

@@ -1,4 +1,4 @@
-"""Whatever stands in a data set's files, opening it ends with examples or with one clear line."""
+"""Whatever a data set's files contain, opening it gives examples or one clear line."""
 
 import json
 
@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from test_datasets import photograph, write_coco
 from test_layouts import COCO_IMAGES, OWN, RESULTS, TOKENS, karpathy
 
-from attncap.data import coco, read_dataset
+from attncap.data import read_dataset
+from attncap.data.readers import coco
 from attncap.errors import UserError
 
 CAPTIONS = 'image,caption\na.jpg,A dog , running .\nb.JPG,"A ""big"" cat, asleep"\nc.jpg,ein Bär\n'

@@ -1,26 +1,34 @@
 import io
+import json
+import pickle
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from attncap.data.images import find_images, load_image, to_rgb
+from attncap.data.images import ImageError, find_images, open_image, to_rgb
+from attncap.data.readers import coco
 from attncap.errors import CallError, UserError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin"),  # about metadata
+    pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
+]
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
 
 
 def saved(image, path, **options):
     image.save(path, **options)
-    return load_image(path)
+    return open_image(path)
 
 
 def failure(path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the error is the only thing to be heard
-        with pytest.raises(UserError) as caught:
-            load_image(path)
+    with pytest.raises(ImageError) as caught:
+        open_image(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and "\n" not in message
     return message.removeprefix(f"{path}: ")
@@ -28,7 +36,7 @@ def failure(path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path, orientation):
-    # What EXIF 2.3 says about where the stored picture's first row and first column are to be seen.
+    # By EXIF 2.3: where the first row and the first column of the stored image are displayed.
     stored = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
     upright = {
         1: stored,
@@ -89,7 +97,7 @@ def test_integers_and_floats_fill_their_range(tmp_path, dtype):
     assert flat.getpixel((0, 0)) == (0, 0, 0)
 
 
-def test_float_without_a_number():
+def test_floats_that_are_not_finite():
     values = np.array([[np.nan, 0, 2, np.inf]], dtype=np.float32)
     assert np.array(to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0, 255, 0]
 
@@ -111,7 +119,7 @@ def test_first_frame_of_an_animation(tmp_path):
     assert saved(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:]).getpixel((1, 1)) == RED
 
 
-def test_two_photographs_in_one_jpeg(tmp_path):  # as some telephones and 3-D cameras write them
+def test_two_photographs_in_one_jpeg(tmp_path):  # as some phones and 3-D cameras write them
     frames = [Image.new("RGB", (16, 16), color) for color in (RED, BLUE)]
     image = saved(frames[0], tmp_path / "a.jpg", format="MPO", save_all=True, append_images=frames[1:])
     np.testing.assert_allclose(image.getpixel((8, 8)), RED, atol=3)
@@ -121,7 +129,7 @@ def test_a_single_pixel(tmp_path):
     assert saved(Image.new("RGB", (1, 1)), tmp_path / "a.jpg").size == (1, 1)
 
 
-def test_files_that_are_no_images(tmp_path):
+def test_files_that_are_not_images(tmp_path):
     formats = "not an image (JPEG, PNG, GIF, BMP, WEBP, TIFF, PPM)"
     assert failure(tmp_path / "missing.jpg") == "cannot be read: No such file or directory"
     assert failure(tmp_path) == "cannot be read: Is a directory"
@@ -155,7 +163,7 @@ def test_random_damage_is_an_error_or_an_image(tmp_path):
             damaged[rng.integers(0, len(damaged), 5)] = rng.integers(0, 256, 5)
             path.write_bytes(damaged.tobytes())
             try:
-                assert load_image(path).mode == "RGB"
+                assert open_image(path).mode == "RGB"
             except UserError as error:
                 assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
 
@@ -165,6 +173,136 @@ def test_decompression_bomb(tmp_path, monkeypatch, pixels):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     Image.new("L", (pixels, 1)).save(tmp_path / "a.png")
     assert failure(tmp_path / "a.png") == "more than 100 pixels; make the image smaller"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert failure(tmp_path / "a.png") == "more than 100 pixels; make the image smaller"
+
+
+def test_a_limit_that_was_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert saved(Image.new("L", (300, 1)), tmp_path / "a.png").size == (300, 1)
+
+
+# Other sources than files
+
+
+def encoded(image, kind="png", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_sources_give_the_same_image(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    content = encoded(Image.fromarray(array))
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    with path.open("rb") as file:
+        sources = [path, str(path), content, bytearray(content), io.BytesIO(content), file, array, Image.open(path)]
+        sources += [array[::-1, ::-1][::-1, ::-1], Image.fromarray(array)]
+        for source in sources:
+            image = open_image(source)
+            assert image.mode == "RGB" and np.array_equal(image, array)
+        assert not file.closed
+    image = open_image(array)
+    array[:] = 0  # the image is a copy
+    assert np.asarray(image).any()
+
+
+def test_a_stream_that_cannot_seek():
+    class Stream(io.RawIOBase):
+        content = io.BytesIO(encoded(Image.new("RGB", (3, 2), RED)))
+
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            return self.content.readinto(buffer)
+
+    assert open_image(Stream()).getpixel((2, 1)) == RED
+
+
+def test_grey_and_transparent_arrays():
+    assert open_image(np.full((1, 1), 77, np.uint8)).getpixel((0, 0)) == (77, 77, 77)
+    assert open_image(np.array([[[0, 0, 255, 127]]], np.uint8)).getpixel((0, 0)) == (128, 128, 255)
+
+
+def test_a_pillow_image_is_turned_upright_and_left_as_it_was():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.open(io.BytesIO(encoded(Image.new("L", (3, 2)), exif=exif)))
+    assert open_image(image).size == (2, 3) and image.size == (3, 2) and image.mode == "L"
+
+
+@pytest.mark.parametrize(
+    ("array", "found"),
+    [
+        (np.zeros((3, 4, 5), np.uint8), r"uint8 \[3, 4, 5\]"),
+        (np.zeros((2, 3, 4, 3), np.uint8), r"uint8 \[2, 3, 4, 3\]"),
+        (np.zeros((5, 4, 3), np.float32), r"float32 \[5, 4, 3\]"),
+        (np.zeros((0, 4, 3), np.uint8), r"uint8 \[0, 4, 3\]"),
+        (np.array("a dog"), r"<U5 \[\]"),
+        (np.zeros(7, np.uint8), r"uint8 \[7\]"),
+    ],
+)
+def test_arrays_that_are_not_images(array, found):
+    with pytest.raises(CallError, match=rf"^image of {found}: an array must be uint8 \[H, W, 3\] \(RGB\), .*\(grey\)$"):
+        open_image(array)
+
+
+@pytest.mark.parametrize("source", [None, 7, [[1, 2]], {"image": "a.png"}, object()])
+def test_objects_that_are_not_images(source):
+    with pytest.raises(
+        CallError, match=rf"^image of type {type(source).__name__}: must be a path, bytes, a binary file"
+    ):
+        open_image(source)
+
+
+def test_errors_name_the_source(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"a dog")
+    cut = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)))[:999]
+    for source, name, reason in (
+        (b"a dog", "image of 5 bytes", "not an image (JPEG, "),
+        (b"", "image of 0 bytes", "not an image (JPEG, "),
+        (cut, "image of 999 bytes", "cannot be read: "),
+        (io.BytesIO(b"a dog"), "image in a BytesIO", "not an image (JPEG, "),
+        (open(tmp_path / "a.png", "rb"), str(tmp_path / "a.png"), "not an image (JPEG, "),
+        (Image.open(io.BytesIO(cut)), "image of 40 x 40 pixels", "cannot be read: "),
+        (Image.new("RGB", (0, 5)), "image of 0 x 5 pixels", "cannot be read: it has no pixels"),
+        ("\0", "\0", "cannot be read: embedded null byte"),
+    ):
+        with pytest.raises(ImageError) as caught:
+            open_image(source)
+        assert caught.value.name == name and caught.value.reason.startswith(reason)
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    for source in (io.StringIO("a dog"), open(tmp_path / "a.png")):
+        with pytest.raises(CallError, match="an image file must be opened in binary mode"):
+            open_image(source)
+
+
+def test_threads_read_at_once_and_nothing_global_changes(tmp_path, capsys):
+    """Images, broken ones and COCO's files in eight threads, as in one."""
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        annotations = [{"id": j, "image_id": j, "caption": f"caption {i} {j}"} for j in range(200)]
+        (tmp_path / f"{i}.json").write_text(json.dumps({"annotations": annotations}))
+    (tmp_path / "3.png").write_bytes(b"broken")
+
+    def read(i):
+        try:
+            pixels = np.asarray(open_image(tmp_path / f"{i}.png")).tobytes()
+        except ImageError as error:
+            pixels = str(error)
+        return pixels, coco.read_captions(tmp_path / f"{i}.json")
+
+    expected = [read(i) for i in range(16)]
+    before = sys.stdout, sys.stderr, list(warnings.filters), warnings.showwarning
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            assert list(pool.map(read, range(16))) == expected
+    assert (sys.stdout, sys.stderr, list(warnings.filters), warnings.showwarning) == before
+    assert capsys.readouterr() == ("", "")
 
 
 def test_find_images(tmp_path):

@@ -1,7 +1,8 @@
-"""Layouts beside those of test_datasets.py: each as a small sample with what its real files have that is nasty."""
+"""More layouts than in test_datasets.py: small samples with the oddities of the real files."""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from test_datasets import failure, names, photograph, write_coco
@@ -56,7 +57,7 @@ def test_original_flickr8k(tmp_path, text, images):
         assert dataset.layout == "Flickr8k (Flickr8k.token.txt)"
         assert names(dataset.splits) == {"train": ["c.jpg"], "val": ["a.jpg"], "test": ["b.JPG"]}
         assert captions(dataset.splits) == TOKEN_CAPTIONS
-        assert [path.name for path in dataset.missing] == ["2258277193_586949ec62.jpg.1"]
+        assert [Path(item.name).name for item in dataset.missing] == ["2258277193_586949ec62.jpg.1"]
         assert dataset.splits["test"][0].path.samefile(tmp_path / images / "b.JPG")
 
 
@@ -101,9 +102,9 @@ def test_several_data_sets_in_a_folder(tmp_path, caplog):
     write(tmp_path / "dataset_flickr8k.json", karpathy({"filename": "a.jpg", "split": "train"}))
     write_coco(tmp_path, "train2017", range(3))
     assert captions(open_dataset(tmp_path, 0)) == {"a.jpg": ("first",)}
-    others = f"{tmp_path / 'annotations' / 'captions_train2017.json'}, {tmp_path / 'dataset_flickr8k.json'}"
-    message = "data sets beside captions.txt; give the path of one to read it"
-    assert caplog.messages == [f"{tmp_path}: left out 2 {message}: {others}"]
+    others = [tmp_path / "annotations" / "captions_train2017.json", tmp_path / "dataset_flickr8k.json"]
+    reason = "another data set beside captions.txt; give its path to read it"
+    assert caplog.messages == [f"skipped: {path}: {reason}" for path in others]
     assert captions(open_dataset(tmp_path / "dataset_flickr8k.json", 0)) == {"a.jpg": ("A dog .",)}
 
 
@@ -119,7 +120,8 @@ def test_coco_images_without_captions(tmp_path):
     for given in (tmp_path, path):
         dataset = read_dataset(given, 0)
         assert names(dataset.splits) == {"train": [], "val": [], "test": ["0", "2"]}
-        assert dataset.missing == [tmp_path / "test2017" / "000000000001.jpg"]
+        path_of_missing = str(tmp_path / "test2017" / "000000000001.jpg")
+        assert dataset.missing == [(None, path_of_missing, "the file does not exist")]
     assert failure(path) == f"{path}: has no captions; its images can be captioned: python -m attncap.caption {path}"
 
 
@@ -152,7 +154,7 @@ def test_karpathy_coco(tmp_path, text, images):
         assert names(dataset.splits) == {"train": ["2", "3"], "val": ["4"], "test": ["1"]}
         assert set(captions(dataset.splits).values()) == {("A dog .",)}
         assert dataset.splits["val"][0].path.samefile(tmp_path / images / "val2014" / "COCO_val2014_4.JPG")
-        assert [path.name for path in dataset.missing] == ["gone.jpg"]
+        assert [Path(item.name).name for item in dataset.missing] == ["gone.jpg"]
 
 
 @pytest.mark.parametrize(("name", "folder"), [("flickr8k", "Flicker8k_Dataset"), ("flickr30k", "flickr30k-images")])
@@ -180,7 +182,7 @@ def test_karpathy_flickr(tmp_path, name, folder):
         ),
         (
             karpathy(*[{"filename": "1.jpg", "split": "val"}] * 2),
-            "images[1] is '1.jpg', which stands there already; remove one",
+            "images[1] is '1.jpg', which is there already; remove one",
         ),
         (karpathy({"filename": "1.jpg", "split": "val", "sentences": []}), "no captions in it"),
     ],
@@ -191,7 +193,7 @@ def test_karpathy_wrong_files(tmp_path, content, reason):
     assert failure(tmp_path) == f"{path}: {reason}"
 
 
-def test_karpathy_all_three_files_in_one_folder(tmp_path):  # as they are given out
+def test_karpathy_all_three_files_in_one_folder(tmp_path):  # as they are distributed
     for name in ("coco", "flickr30k", "flickr8k"):
         write(tmp_path / f"dataset_{name}.json", karpathy({"filename": "1.jpg", "split": "val"}))
     assert failure(tmp_path) == (
@@ -200,9 +202,9 @@ def test_karpathy_all_three_files_in_one_folder(tmp_path):  # as they are given 
     )
 
 
-# One's own
+# Your own tables
 
-# 1.JPG lies in a subfolder, 2.jpg has its captions apart and one of them in quotation marks, 3.jpg no newline after it.
+# 1.JPG is in a subfolder, 2.jpg has two captions, one of them with quotation marks, and 3.jpg no newline after it.
 OWN = {
     "a.csv": 'image,caption,split\nsub/1.JPG,"A dog, a cat",train\n2.jpg,"Ein ""Bär""",DEV\n2.jpg,犬,val\n3.jpg,a,test',
     "b.CSV": "\ufeffSplit;Image;Caption\r\ntrain;sub/1.JPG;A dog, a cat\r\ndev;2.jpg;'Ein ''Bär'''\r\n"
@@ -219,7 +221,7 @@ OWN = {
 @pytest.mark.parametrize("name", OWN)
 def test_own_table(tmp_path, name, images):
     source = write(tmp_path / name, OWN[name])
-    if images == "photos":  # a folder of any name, if the table tells it
+    if images == "photos":  # a folder with any name, if the table has it
         source.write_text(OWN[name].replace("sub/1", "photos/sub/1").replace("2.jpg", "photos/2.jpg"))
         source.write_text(source.read_text().replace("3.jpg", "photos/3.jpg"))
     photographs(tmp_path / images, "sub/1.JPG", "2.jpg", "3.jpg")
@@ -231,7 +233,7 @@ def test_own_table(tmp_path, name, images):
         assert one.path.samefile(tmp_path / images / "sub" / "1.JPG")
 
 
-def test_own_table_without_splits_has_them_drawn_by_image(tmp_path):
+def test_splits_of_an_own_table_without_any_are_drawn_by_image(tmp_path):
     photographs(tmp_path, *(f"{i}.jpg" for i in range(20)))
     lines = [json.dumps({"image": f"{i % 20}.jpg", "caption": f"{i}", "split": None}) for i in range(100)]
     write(tmp_path / "x.jsonl", "\n".join(lines))
@@ -244,15 +246,15 @@ def test_own_table_without_splits_has_them_drawn_by_image(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.csv", "1.jpg,a,b,val", "line 2 is not image,caption,split: '1.jpg,a,b,val'; a caption with commas wants "
-         "quotation marks"),
+        ("a.csv", "1.jpg,a,b,val", "line 2 is not image,caption,split: '1.jpg,a,b,val'; put a caption with commas "
+         "in quotation marks"),
         ("a.csv", "1.jpg,a,dog", "line 2: split 'dog' should be train, val or test"),
         ("a.csv", "1.jpg,a,val\n1.jpg,b,test", "line 3: '1.jpg' is in split val and in test; keep one"),
         ("a.csv", "1.jpg,a,val\n2.jpg,b,", "'2.jpg' has no split, others have; give every image one, or none"),
         ("a.tsv", "1.jpg\n", "line 2 is not image,caption: '1.jpg'"),
         ("a.jsonl", "", "no captions in it"),
-        ("a.jsonl", '\n{"image": "1.jp', "line 2 is not whole JSON: Unterminated string starting at: line 1 column 11 "
-         "(char 10)"),
+        ("a.jsonl", '\n{"image": "1.jp', "line 2 is not complete JSON: Unterminated string starting at: line 1 column "
+         "11 (char 10)"),
         ("a.jsonl", '["1.jpg"]', 'line 1 is not {"image": "NAME", "caption": "..."}: \'["1.jpg"]\''),
         ("a.jsonl", '{"image": "", "caption": "a"}', 'line 1 is not {"image": "NAME", "caption": "..."}: '
          '\'{"image": "", "caption": "a"}\''),
@@ -272,7 +274,7 @@ def test_several_own_tables(tmp_path):
     assert failure(tmp_path) == f"{tmp_path}: {message}"
 
 
-def test_lists_beside_a_table_of_ones_own_are_not_its_splits(tmp_path):
+def test_lists_beside_an_own_table_are_not_its_splits(tmp_path):
     write(tmp_path / "mine.csv", "image,caption,split\na.jpg,a dog,test\nb.jpg,a cat,train\n")
     for name in ("train", "val", "test"):
         write(tmp_path / f"{name}Images.txt", "a.jpg\n")
@@ -280,7 +282,7 @@ def test_lists_beside_a_table_of_ones_own_are_not_its_splits(tmp_path):
     assert names(open_dataset(tmp_path, 0)) == {"train": ["b.jpg"], "val": [], "test": ["a.jpg"]}
 
 
-def test_what_stands_in_the_folder_itself_goes_first(tmp_path, caplog):
+def test_the_folder_itself_comes_before_its_subfolders(tmp_path, caplog):
     write(tmp_path / "mine.csv", "image,caption\na.jpg,mine\n")
     write(tmp_path / "old" / "captions.txt", "image,caption\na.jpg,old\n")
     write(tmp_path / "dataset_infos.json", '{"default": {}}')
@@ -289,38 +291,38 @@ def test_what_stands_in_the_folder_itself_goes_first(tmp_path, caplog):
     write(tmp_path / "captions.txt", "image,caption\na.jpg,new\n")
     assert captions(open_dataset(tmp_path, 0)) == {"a.jpg": ("new",)}
     assert caplog.messages == [
-        f"{tmp_path}: left out 1 data sets beside captions.txt; give the path of one to read it: {tmp_path}/mine.csv"
+        f"skipped: {tmp_path}/mine.csv: another data set beside captions.txt; give its path to read it"
     ]
 
 
-def test_a_link_that_leads_to_itself_hides_no_folder(tmp_path):
+def test_a_symbolic_link_to_itself_is_ignored(tmp_path):
     write(tmp_path / "captions.txt", "image,caption\na.jpg,a dog\n")
     photographs(tmp_path / "Images", "a.jpg")
     (tmp_path / "loop").symlink_to("loop")
     assert captions(open_dataset(tmp_path, 0)) == {"a.jpg": ("a dog",)}
 
 
-def test_a_path_from_the_folder_of_annotations(tmp_path, monkeypatch):
+def test_a_path_relative_to_the_folder_of_annotations(tmp_path, monkeypatch):
     write_coco(tmp_path, "train2017", range(3))
     monkeypatch.chdir(tmp_path / "annotations")
     assert len(captions(open_dataset("captions_train2017.json", 0))) == 3
 
 
-def test_coco_image_id_that_stands_there_twice(tmp_path):
+def test_coco_image_id_that_appears_twice(tmp_path):
     path = write_coco(tmp_path, "train2017", range(3))
     content = json.loads(path.read_text())
     content["images"].append(dict(content["images"][0], file_name="other.jpg"))
     path.write_text(json.dumps(content))
-    assert "image id 0 stands 2 times in its images; keep one" in failure(tmp_path)
+    assert "image id 0 appears 2 times in its images; keep one" in failure(tmp_path)
 
 
-def test_a_table_with_bars_has_no_numbers_to_mend(tmp_path):
+def test_only_flickr30k_has_comment_numbers_to_fix(tmp_path):
     write(tmp_path / "mine.csv", "image|caption\nmy.jpg dog.jpg\n")
     photographs(tmp_path, "my.jpg")
     assert "line 2 is not image,caption" in failure(tmp_path)
 
 
-# Without the images, to score captions that are written already
+# Without the images, to score captions written earlier
 
 
 @pytest.mark.parametrize(
@@ -331,16 +333,16 @@ def test_a_table_with_bars_has_no_numbers_to_mend(tmp_path):
         ("d.jsonl", OWN["d.jsonl"], {"train": ["sub/1.JPG"], "val": ["2.jpg"], "test": ["3.jpg"]}),
     ],
 )
-@pytest.mark.parametrize("there", [(), ("val2014/COCO_val2014_1.jpg", "2.jpg")])
-def test_told_splits_need_no_images(tmp_path, caplog, name, content, expected, there):
+@pytest.mark.parametrize("existing", [(), ("val2014/COCO_val2014_1.jpg", "2.jpg")])
+def test_given_splits_need_no_images(tmp_path, caplog, name, content, expected, existing):
     path = write(tmp_path / name, content)
-    photographs(tmp_path, *there)
+    photographs(tmp_path, *existing)
     assert names(open_dataset(path, 0, images=False)) == expected and not caplog.messages
 
 
-@pytest.mark.parametrize("there", [(), ("a.jpg",)])
-def test_listed_splits_need_no_images(tmp_path, there):
-    photographs(tmp_path, *there)
+@pytest.mark.parametrize("existing", [(), ("a.jpg",)])
+def test_listed_splits_need_no_images(tmp_path, existing):
+    photographs(tmp_path, *existing)
     write(tmp_path / "Flickr8k.token.txt", TOKENS)
     for name, image in (("train", "c.jpg"), ("dev", "a.jpg"), ("test", "b.JPG")):
         write(tmp_path / f"Flickr_8k.{name}Images.txt", image)
@@ -348,11 +350,11 @@ def test_listed_splits_need_no_images(tmp_path, there):
 
 
 def test_drawn_splits_without_any_image_are_those_of_a_folder_with_all(tmp_path, caplog):
-    """Where some are there the splits are those of training, which leaves the others out."""
+    """Where some of the images exist, the splits are those of training, which leaves the others out."""
     lines = [f"{i}.jpg#0\ta dog" for i in range(20)]
     write(tmp_path / "results_20130124.token", "\n".join(lines))
     alone = names(open_dataset(tmp_path, 1, images=False))
-    assert caplog.messages[0].endswith("images is there; what splits it leaves open are drawn from all of them")
+    assert caplog.messages[0].endswith("none of its images exist; splits are drawn from all of them")
     photographs(tmp_path / "flickr30k-images", *(f"{i}.jpg" for i in range(10)))
     assert names(open_dataset(tmp_path, 1, images=False)) == names(open_dataset(tmp_path, 1)) != alone
     photographs(tmp_path / "flickr30k-images", *(f"{i}.jpg" for i in range(20)))
@@ -370,7 +372,7 @@ def test_coco_without_images(tmp_path, folders):
     assert names(open_dataset(tmp_path, 0, images=False)) == whole
 
 
-def test_karpathy_null_is_as_good_as_none(tmp_path):
+def test_karpathy_null_counts_as_missing(tmp_path):
     images = [
         {"filename": f"{split}.jpg", "split": split, "filepath": None, "cocoid": None} for split in ("test", "val")
     ]

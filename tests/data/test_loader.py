@@ -1,4 +1,4 @@
-"""What is drawn for an image depends on the seed, the epoch and the image, and on nothing else."""
+"""The augmentation of an image depends on the seed, the epoch and the image, and on nothing else."""
 
 import os
 import signal
@@ -16,12 +16,19 @@ from attncap.data.loader import AugmentedPictures, Pictures, batches, draw_batch
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
     data = make_flickr8k(tmp_path_factory.mktemp("loader") / "data", 12)
-    for path in (data / "Images").iterdir():  # every crop of a picture of one colour is alike
+    for path in (data / "Images").iterdir():  # all crops of an image of one colour are alike
         noise = np.random.default_rng(int(path.stem)).integers(0, 256, (40, 50, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path)
     (data / "Images" / "004.png").write_bytes(b"broken")
     splits = read_dataset(data, 0).splits
     return sorted((example for part in splits.values() for example in part), key=lambda example: example.name)
+
+
+def test_broken_images_are_skipped(examples):
+    [(indices, images, [skipped])] = batches(Pictures(examples, 32), 12, 0)
+    assert indices == [*range(4), *range(5, 12)] and images.shape == (11, 3, 32, 32) and images.dtype == torch.uint8
+    assert (skipped.index, skipped.name) == (4, str(examples[4].path)) and skipped.reason.startswith("not an image")
+    assert list(batches(Pictures(examples, 32), 2, 0, [[4]])) == [([], None, [skipped])]
 
 
 def read(pictures, chosen, workers=0) -> dict:
@@ -31,7 +38,7 @@ def read(pictures, chosen, workers=0) -> dict:
     return found
 
 
-def test_augmentation_is_of_the_image_whoever_reads_it_and_when(examples):
+def test_augmentation_does_not_depend_on_who_reads_the_image_or_when(examples):
     pictures = AugmentedPictures(examples, 32, seed=5, epoch=2)
     expected = read(pictures, [range(12)])
     assert len(expected) == 11
@@ -47,28 +54,28 @@ def test_augmentation_is_of_the_image_whoever_reads_it_and_when(examples):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_reading_draws_nothing_from_the_process(examples, workers):
+def test_reading_leaves_the_global_generator_unchanged(examples, workers):
     before = torch.get_rng_state()
     read(AugmentedPictures(examples, 32, 0, 0), [[0, 1], [2]], workers)
     assert torch.get_rng_state().equal(before)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_signal_to_a_worker_that_is_just_born(examples, monkeypatch):
-    """Before it has come so far as to ignore it: launchers send SIGTERM to all processes at once."""
+def test_a_signal_to_a_worker_that_is_starting(examples, monkeypatch):
+    """Launchers send SIGTERM to all processes at once, perhaps before a worker has set itself to ignore it."""
     monkeypatch.setattr(torch, "set_num_threads", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert read(Pictures(examples, 32), [[0, 1], [2]], workers=1).keys() == {0, 1, 2}
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM}
 
 
-def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
+def test_every_epoch_has_every_image_once_in_a_different_order():
     drawn = draw_batches(23, 5, seed=1, epoch=0)
     assert [len(batch) for batch in drawn] == [5, 5, 5, 5, 3]
     assert sorted(index for batch in drawn for index in batch) == list(range(23))
     assert drawn == draw_batches(23, 5, 1, 0)
     others = [draw_batches(23, 5, 1, 1), draw_batches(23, 5, 2, 0), [list(range(i, i + 5)) for i in range(0, 23, 5)]]
     assert all(drawn != other for other in others)
-    halves = draw_batches(23, 10, 1, 0)  # the order does not depend on how it is cut
+    halves = draw_batches(23, 10, 1, 0)  # the order does not depend on the batch size
     assert [index for batch in halves for index in batch] == [index for batch in drawn for index in batch]
 
 
@@ -79,7 +86,7 @@ def test_seeds():
     torch.Generator().manual_seed(max(seeds))
 
 
-def test_captions_are_drawn_without_repetition():
+def test_captions_are_drawn_without_replacement():
     captions = [[1, 4, 2], [1, 5, 2], [1, 6, 6, 2]]
     assert sorted(draw_rows(captions, 3, 0)) == captions and len(set(map(tuple, draw_rows(captions, 2, 1)))) == 2
     assert len({str(draw_rows(captions, 3, seed)) for seed in range(60)}) == 6

@@ -47,7 +47,7 @@ def test_captions_are_true_of_hand_made_scenes():
     assert not is_true("a small red circle is above a large green cross", column)
     assert not is_true("two small red circles are below a large green cross", column)
 
-    # Where two relations hold, either is true.
+    # Where two relations hold, both are true.
     diagonal = scene(("small red circle", (20, 20), 9), ("large blue square", (90, 90), 16))
     assert is_true("a small red circle is above a large blue square", diagonal)
     assert is_true("a small red circle is to the left of a large blue square", diagonal)
@@ -72,13 +72,13 @@ def test_splits_share_no_scene_and_a_seed_fixes_them(splits):
 
 
 def test_a_captioner_that_ignores_the_picture_fails(splits):
-    """No one caption is true of more than 2 % of the scenes."""
+    """No caption is true of more than 2 % of the scenes."""
     true = Counter(tokens for example in splits["test"] for tokens in example.true_captions)
     assert max(true.values()) <= 0.02 * len(splits["test"])
 
 
 def test_objects_are_drawn_where_their_boxes_are(splits):
-    """Inside each box there is the object's colour, and objects neither touch one another nor leave the picture."""
+    """Each box contains the object's colour, and objects neither touch each other nor leave the image."""
     for example in splits["test"][:100]:
         pixels = np.asarray(example.image(), dtype=float)
         assert pixels.shape == (CANVAS, CANVAS, 3)
@@ -93,6 +93,11 @@ def test_objects_are_drawn_where_their_boxes_are(splits):
             for other in example.objects[:i]:
                 apart = max(max(one.box[k] - other.box[k + 2], other.box[k] - one.box[k + 2]) for k in (0, 1))
                 assert apart > 0
+
+
+def test_identity_is_that_of_the_scene():
+    first, again, other = (open_shapes(seed, {"train": 1})["train"][0] for seed in (0, 0, 1))
+    assert first.scene is first and first.identity() == again.identity() != other.identity()
 
 
 def test_shapes_is_opened_by_name():

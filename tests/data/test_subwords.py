@@ -1,4 +1,4 @@
-"""Pieces of words: byte-pair encoding against a plain one, and what the vocabulary makes of it."""
+"""Pieces of words: byte-pair encoding against a plain implementation, and vocabularies of pieces."""
 
 import json
 import subprocess
@@ -30,16 +30,16 @@ def vocabulary():
 
 
 def test_merges_worked_by_hand():
-    # "ab" stands in both words, five times; then ▁ab is the only pair seen twice or more, three times.
+    # "ab" occurs five times, in both words; then the only pair seen often enough is ▁ab, three times.
     pieces, merges = subwords.learn({"ab": 3, "cab": 2, "d": 1}, pieces=20, min_count=3)
     assert merges == ["a b", "▁ ab"] and pieces == ["a", "b", "c", "d", "▁", "ab", "▁ab"]
-    splitter = subwords.Splitter({piece: i for i, piece in enumerate(["<unk>", *pieces])}, merges)
-    assert splitter.split(["ab", "cab", "zydab"]) == ["▁ab", "▁", "c", "ab", "▁", "<unk>", "d", "ab"]
+    encoder = subwords.BpeEncoder({piece: i for i, piece in enumerate(["<unk>", *pieces])}, merges)
+    assert encoder.split(["ab", "cab", "zydab"]) == ["▁ab", "▁", "c", "ab", "▁", "<unk>", "d", "ab"]
     assert subwords.learn({"ab": 3, "cab": 2, "d": 1}, pieces=6, min_count=3)[1] == ["a b"]
 
 
 def test_merges_are_of_the_most_frequent_pair(vocabulary):
-    """Sennrich's algorithm done plainly: no pair is seen more often than the one that is merged."""
+    """Sennrich's algorithm, written plainly: no pair is more frequent than the one that is merged."""
     counts = Counter(word for caption in CAPTIONS for word in tokenize(caption))
     words = {word: ["▁", *word] for word in counts}
     for merge in vocabulary.merges:
@@ -53,8 +53,8 @@ def test_merges_are_of_the_most_frequent_pair(vocabulary):
             for i in range(len(pieces) - 2, -1, -1):
                 if pieces[i : i + 2] == [a, b]:
                     pieces[i : i + 2] = [a + b]
-    splitter = subwords.Splitter({piece: i for i, piece in enumerate(vocabulary.words)}, vocabulary.merges)
-    assert {word: splitter.split([word]) for word in words} == words
+    encoder = subwords.BpeEncoder({piece: i for i, piece in enumerate(vocabulary.words)}, vocabulary.merges)
+    assert {word: encoder.split([word]) for word in words} == words
     assert len(vocabulary.merges) > 10 and len(vocabulary) <= 74
 
 
@@ -88,7 +88,7 @@ def test_unknown_characters_and_special_words(vocabulary):
         assert len(set(built.words)) == len(built.words) <= 4 + pieces
 
 
-def test_pieces_are_cut_at_the_largest_length(vocabulary):
+def test_pieces_are_cut_at_the_maximum_length(vocabulary):
     whole = vocabulary.encode("Die Hunde rennen im Schneesturm", 50)
     assert vocabulary.encode("Die Hunde rennen im Schneesturm", 3) == [*whole[:4], Vocabulary.END]
 
@@ -97,9 +97,9 @@ def test_pieces_are_cut_at_the_largest_length(vocabulary):
     ("pieces", "words", "firsts"),
     [
         (["▁ein", "▁hund", "e", "rennen"], ["ein", "hunderennen"], [0, 1]),
-        (["e", "▁", "▁", "in", "▁s", "o"], ["e", "in", "so"], [0, 3, 4]),  # nothing keeps a model from writing these
+        (["e", "▁", "▁", "in", "▁s", "o"], ["e", "in", "so"], [0, 3, 4]),  # a model may write these
         (["▁"], [], []),
-        (["▁▁", "▁a"], ["a"], [1]),  # a caption may have the mark itself
+        (["▁▁", "▁a"], ["a"], [1]),  # a caption may contain the mark itself
         ([], [], []),
     ],
 )
@@ -115,7 +115,7 @@ def test_saved_in_one_file(vocabulary, tmp_path, monkeypatch):
     assert (loaded.words, loaded.merges) == (vocabulary.words, vocabulary.merges)
     assert loaded.encode(CAPTIONS[0], 50) == vocabulary.encode(CAPTIONS[0], 50)
 
-    # What is written can be read without the library; splitting tells what is missing.
+    # Reading and decoding work without the library; encoding says what is missing.
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     loaded = Vocabulary.load(path)
     assert loaded.decode(vocabulary.encode(CAPTIONS[0], 50)) == "ein hunderennen im schnee"
@@ -134,7 +134,13 @@ def test_wrong_merges(tmp_path, merges):
     assert Vocabulary.load(path).encode("cab", 9) == [1, 3, 7, 6, 2]
 
 
-def test_a_forbidden_word_is_named_as_its_piece(vocabulary):
-    assert vocabulary.forbid(["▁hunde"]) == [vocabulary.words.index("▁hunde")]
+def test_tokens_of_a_prefix(vocabulary):
+    assert vocabulary.tokens("Ein hunderennen") == vocabulary.encode("Ein hunderennen", 50)[1:-1]
+    with pytest.raises(CallError, match="^'zoo' is not in the vocabulary$"):
+        vocabulary.tokens("ein zoo im")
+
+
+def test_the_error_for_a_word_that_is_no_piece_names_the_piece(vocabulary):
+    assert vocabulary.suppress(["▁hunde"]) == [vocabulary.words.index("▁hunde")]
     with pytest.raises(CallError, match="'hunde' cannot be suppressed.*; '▁hunde' is"):
-        vocabulary.forbid(["hunde"])
+        vocabulary.suppress(["hunde"])

@@ -15,7 +15,7 @@ def vocabulary():
     return Vocabulary.build(CAPTIONS, min_count=1)
 
 
-def test_words_by_falling_count_then_alphabet(vocabulary):
+def test_words_by_decreasing_count_then_alphabet(vocabulary):
     assert vocabulary.words == ["<pad>", "<start>", "<end>", "<unk>", "a", "runs", "bird", "cat", "dog", "sings"]
     assert len(vocabulary) == 10
     assert (Vocabulary.PAD, Vocabulary.START, Vocabulary.END, Vocabulary.UNK) == (0, 1, 2, 3)
@@ -81,7 +81,7 @@ def test_missing_file(tmp_path):
         Vocabulary.load(tmp_path / "vocabulary.json")
 
 
-def test_half_a_character_is_saved(tmp_path):
+def test_a_lone_surrogate_is_saved(tmp_path):
     vocabulary = Vocabulary([*Vocabulary.SPECIALS, "a\ud83d"])
     vocabulary.save(tmp_path / "vocabulary.json")
     assert Vocabulary.load(tmp_path / "vocabulary.json").words == vocabulary.words
@@ -90,7 +90,7 @@ def test_half_a_character_is_saved(tmp_path):
 # The tutorial's WORDMAP
 
 
-def test_a_wordmap_gives_its_words_in_their_order(tmp_path):
+def test_words_of_a_wordmap_keep_their_order(tmp_path):
     """As create_input_files writes it: words from 1 in no special order, then <unk>, <start>, <end>; <pad> is 0."""
     path = tmp_path / "WORDMAP_coco_5_cap_per_img_5_min_word_freq.json"
     path.write_text('{"a": 2, "man": 1, "words": 3, "<unk>": 4, "<start>": 5, "<end>": 6, "<pad>": 0}')
@@ -116,11 +116,18 @@ def test_wrong_wordmaps(tmp_path, content, reason):
         Vocabulary.load(path)
 
 
-def test_forbidden_words(vocabulary):
-    assert vocabulary.forbid(["<unk>", "dog"]) == [3, 8]
-    for word in ("zebra", "<end>"):
-        with pytest.raises(CallError, match=f"'{word}' cannot be suppressed"):
-            vocabulary.forbid([word])
+def test_tokens_of_a_prefix(vocabulary):
+    assert vocabulary.tokens("A dog, runs") == [4, 8, 5] and vocabulary.tokens(" ") == []
+    for text, word in (("a zebra", "zebra"), ("a <end>", "<end>"), ("<unk> dog", "<unk>")):
+        with pytest.raises(CallError, match=f"^'{word}' is not in the vocabulary$"):
+            vocabulary.tokens(text)
+
+
+def test_suppressed_words(vocabulary):
+    assert vocabulary.suppress(["<unk>", "dog"]) == [3, 8]
+    for word, reason in (("zebra", "it is not in the vocabulary"), ("<end>", "captions need it to end")):
+        with pytest.raises(CallError, match=f"^'{word}' cannot be suppressed: {reason}$"):
+            vocabulary.suppress([word])
 
 
 FILES = [
@@ -133,7 +140,7 @@ VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.sa
 @settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_file_is_a_vocabulary_or_refused(tmp_path, data):
-    """One value is another, or one byte is cut: what loads can also encode."""
+    """One value is replaced, or the end is cut off: what can be loaded can encode."""
     content = json.loads(json.dumps(data.draw(st.sampled_from(FILES))))
     node = data.draw(st.sampled_from([content, *(value for value in content.values() if isinstance(value, list))]))
     key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))

@@ -1,10 +1,10 @@
-"""Tables of captions, a line a caption: Flickr8k, Flickr30k and one's own.
+"""Tables with one caption per line: Flickr8k, Flickr30k and your own.
 
-CSV, TSV      image,caption[,split]          a header; separated by commas, tabs, semicolons, or | as Flickr30k's
-token         NAME.jpg#0<TAB>caption         as Flickr8k and Flickr30k were first given out
+CSV, TSV      image,caption[,split]          with this header; separated by commas, tabs, semicolons, or | (Flickr30k)
+token         NAME.jpg#0<TAB>caption         as Flickr8k and Flickr30k were first published
 JSON Lines    {"image": "NAME.jpg", "caption": "...", "split": "train"}
 
-Images are named from the table's own folder, or from a folder such as Images/ beside it.
+Image names are relative to the table's folder, or to a folder such as Images/ beside it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from attncap.data import SPLITS, Dataset, Example, Splits, draw_splits, keep_existing, report, told_splits
-from attncap.data.images import find_image_folder, tops_of
+from attncap.data.dataset import Dataset, Example, Skipped, Splits
+from attncap.data.images import find_image_folder, image_roots
+from attncap.data.readers.splits import SPLITS, draw_splits, given_splits, keep_existing
 from attncap.errors import UserError
 from attncap.files import read_text
 
@@ -27,7 +28,7 @@ FLICKR = {
     "results.csv": "Flickr30k, as on Kaggle",
     "results_20130124.token": "Flickr30k",
 }
-# Beside any of these, and no other table, lists of image names for the splits; the original names are accepted too.
+# Lists of the image names in each split, which may lie beside one of these files. Other tables have no such lists.
 LISTS = {
     "train": ("trainImages.txt", "Flickr_8k.trainImages.txt"),
     "val": ("valImages.txt", "devImages.txt", "Flickr_8k.devImages.txt", "Flickr_8k.valImages.txt"),
@@ -39,50 +40,55 @@ EXPECTED = (
     "results.csv or results_20130124.token beside the images' folder (Flickr30k)",
     "one .csv, .tsv or .jsonl file of image, caption and perhaps split (your own)",
 )
-COLUMNS = {"image_name": "image", "comment": "caption"}  # as Flickr30k calls them
+COLUMNS = {"image_name": "image", "comment": "caption"}  # Flickr30k's names -> the names used here
 
 Rows = Iterator[tuple[int, str, str, str | None]]
 """Line, image, caption, split."""
 
 
 def find_flickr(path: Path) -> list[Path]:
-    """The tables with a name of Flickr8k's or Flickr30k's."""
+    """The tables with the file names of Flickr8k and Flickr30k."""
     if path.is_file():
         return [path] if path.name in FLICKR or path.suffix in (".txt", ".token") else []
     return [path / name for name in FLICKR if (path / name).is_file()]
 
 
 def find(path: Path) -> list[Path]:
-    """The table itself, or those in the folder, of any other name."""
+    """The table itself; in a folder, the tables with any other name."""
     files = [path] if path.is_file() else sorted(path.iterdir())
     return [f for f in files if f.suffix.lower() in SUFFIXES and f.name not in FLICKR and f.is_file()]
 
 
 def read(path: Path, files: list[Path], seed: int, images: bool = True) -> Dataset:
-    """The examples by split; `name` is the image's name in the table. `images` as in `read_dataset`. Raises UserError
-    on a wrong layout.
+    """The examples by split; `name` is the image's name in the table. `images` as in `read_dataset`.
 
-    The splits are the lists' or the table's own, or else drawn from the seed.
+    The splits are those of the lists or of the table, or else drawn from the seed. Raises UserError for a broken file.
     """
     source = files[0]
     if len(files) > 1 and source.name not in FLICKR:
         names = ", ".join(file.name for file in files)
         raise UserError(f"{path}: expected one table of captions, found {names}; give the path of one")
-    captions, told = read_table(source)
-    folder = find_image_folder(captions, tops_of(path, source) if source.name in FLICKR else [source.parent])
+    captions, split_of, skipped = read_table(source)
+    roots = image_roots(path, source) if source.name in FLICKR else [source.parent]
+    folder = find_image_folder(captions, roots)
     examples = [Example(name, tuple(texts), folder / name) for name, texts in captions.items()]
     lists = {split: _first_file(source.parent, names) for split, names in LISTS.items()}
-    listed = source.name in FLICKR and any(lists.values())
-    examples, missing = keep_existing(examples, source, images, drawn=not (listed or told))
-    if listed:
-        splits = _listed_splits(source.parent, lists, captions, examples)
+    has_lists = source.name in FLICKR and any(lists.values())
+    examples, missing = keep_existing(examples, source, images, drawn=not has_lists and not split_of)
+    if has_lists:
+        splits, without_captions = _listed_splits(source.parent, lists, captions, examples)
+        skipped += without_captions
+    elif split_of:
+        splits = given_splits(examples, split_of)
     else:
-        splits = told_splits(examples, told) if told else draw_splits(examples, seed)
-    return Dataset(f"{FLICKR.get(source.name, 'a table of captions')} ({source.name})", splits, missing)
+        splits = draw_splits(examples, seed)
+    layout = FLICKR.get(source.name, "a table of captions")
+    return Dataset(f"{layout} ({source.name})", splits, missing, skipped)
 
 
-def read_table(path: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Captions by image, and the split by image, {} where the table tells none; in the file's order.
+def read_table(path: Path) -> tuple[dict[str, list[str]], dict[str, str], list[Skipped]]:
+    """Captions by image, in the file's order; the split by image, {} where the table has none; and the lines without a
+    caption.
 
     Raises UserError naming the line that is wrong.
     """
@@ -95,10 +101,10 @@ def read_table(path: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
         rows = _csv_rows(path, text)
     captions: dict[str, list[str]] = {}
     splits: dict[str, str | None] = {}
-    empty = []
+    skipped = []
     for line, image, caption, split in rows:
         if not caption:
-            empty.append(f"line {line}")
+            skipped.append(Skipped(None, f"line {line} of {path}", "the caption is empty"))
             continue
         if split and split.lower() not in SPLITS:
             raise UserError(f"{path}: line {line}: split {split[:60]!r} should be train, val or test")
@@ -106,19 +112,19 @@ def read_table(path: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
         if splits.setdefault(image, split) != split:
             raise UserError(f"{path}: line {line}: {image[:60]!r} is in split {splits[image]} and in {split}; keep one")
         captions.setdefault(image, []).append(caption)
-    report(path, empty, "empty captions")
     if not captions:
         raise UserError(f"{path}: no captions in it")
     without = [image for image, split in splits.items() if split is None]
-    if 0 < len(without) < len(splits):
+    if without and len(without) < len(splits):
         raise UserError(f"{path}: {without[0][:60]!r} has no split, others have; give every image one, or none")
-    return captions, {} if without else splits
+    given = {image: split for image, split in splits.items() if split is not None}
+    return captions, given, skipped
 
 
 def _csv_rows(path: Path, text: str) -> Rows:
     header = re.match(r"[^\r\n]*", text)[0]
     delimiter = next((mark for mark in "|\t;" if mark in header), ",")
-    # Flickr30k's quotation marks belong to its captions.
+    # In Flickr30k's file quotation marks are part of the captions.
     quoting = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
     try:
@@ -133,18 +139,19 @@ def _csv_rows(path: Path, text: str) -> Rows:
             # Flickr30k has one "2199200615.jpg| 4   A dog runs ..."
             if "comment_number" in columns and len(row) == last:
                 row[-1:] = row[-1].split(maxsplit=1)
-            # A caption with a comma should stand in quotes; without them, the pieces are joined.
+            # A caption with a comma should be in quotes. Where it is not, its pieces are joined.
             if columns[last] == "caption" and len(row) > last:
                 row[last:] = [delimiter.join(row[last:])]
             fields = dict(zip(columns, map(str.strip, row), strict=False))
             if len(row) != len(columns) or not fields["image"]:
+                hint = "; put a caption with commas in quotation marks" if len(row) > len(columns) else ""
                 raise UserError(
-                    f"{path}: line {reader.line_num} is not {','.join(columns)[:60]}: {delimiter.join(row)[:60]!r}"
-                    + "; a caption with commas wants quotation marks" * (len(row) > len(columns))
+                    f"{path}: line {reader.line_num} is not {','.join(columns)[:60]}: "
+                    f"{delimiter.join(row)[:60]!r}{hint}"
                 )
             if "\n" in fields["caption"] or "\r" in fields["caption"]:
                 raise UserError(
-                    f"{path}: the caption that ends on line {reader.line_num} runs over several "
+                    f"{path}: the caption that ends on line {reader.line_num} spans several "
                     "lines; close its quotation mark"
                 )
             yield reader.line_num, fields["image"], fields["caption"], fields.get("split")
@@ -169,16 +176,21 @@ def _json_rows(path: Path, text: str) -> Rows:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is not whole JSON: {error}") from error
-        image, caption, split = map(row.get, ("image", "caption", "split")) if isinstance(row, dict) else (None,) * 3
+            raise UserError(f"{path}: line {number} is not complete JSON: {error}") from error
+        fields = row if isinstance(row, dict) else {}
+        image, caption, split = fields.get("image"), fields.get("caption"), fields.get("split")
         if not (isinstance(image, str) and image and isinstance(caption, str) and isinstance(split, str | None)):
             raise UserError(f'{path}: line {number} is not {{"image": "NAME", "caption": "..."}}: {line[:60]!r}')
         yield number, image, caption.strip(), split
 
 
-def _listed_splits(path: Path, lists: dict, captions: dict, examples: list[Example]) -> Splits:
+def _listed_splits(
+    path: Path, lists: dict[str, Path | None], captions: dict[str, list[str]], examples: list[Example]
+) -> tuple[Splits, list[Skipped]]:
+    """The splits of the lists, and the names in them that have no captions."""
     by_name = {example.name: example for example in examples}
-    splits: dict[str, list[Example]] = {}
+    splits: Splits = {}
+    skipped = []
     owner: dict[str, Path] = {}
     for split, source in lists.items():
         if source is None:
@@ -190,11 +202,12 @@ def _listed_splits(path: Path, lists: dict, captions: dict, examples: list[Examp
         for name in names:
             if owner.setdefault(name, source) != source:
                 raise UserError(f"{source}: {name} is in {owner[name].name} too; remove it from one")
-        report(source, [n for n in names if n not in captions], "names without captions")
+        reason = f"listed in {source}, but without captions"
+        skipped += [Skipped(None, name, reason) for name in names if name not in captions]
         splits[split] = [by_name[name] for name in names if name in by_name]
         if not splits[split]:
             raise UserError(f"{source}: none of its {len(names)} names has captions and an image")
-    return splits
+    return splits, skipped
 
 
 def _first_file(path: Path, names: tuple[str, ...]) -> Path | None:

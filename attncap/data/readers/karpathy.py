@@ -3,7 +3,7 @@
 {"images": [{"filepath": "val2014", "filename": "COCO_val2014_000000391895.jpg", "cocoid": 391895,
              "split": "test", "sentences": [{"raw": "A man with a red helmet ..."}]}]}
 
-Flickr's have no filepath and no cocoid. Images' folders are looked for beside the file, then in the folder above it.
+Flickr's files have no filepath and no cocoid. Folders of images are looked for beside the file, then one level up.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from attncap.data import SPLITS, Dataset, Example, keep_existing, report, told_splits
-from attncap.data.images import find_image_folder, tops_of
+from attncap.data.dataset import Dataset, Example, Skipped
+from attncap.data.images import find_image_folder, image_roots
+from attncap.data.readers.splits import SPLITS, given_splits, keep_existing
 from attncap.errors import UserError
 from attncap.files import read_json
 
 NAMES = ("dataset_coco.json", "dataset_flickr30k.json", "dataset_flickr8k.json")
-OPTIONAL = {"filepath": str, "cocoid": int | str}  # null is as good as none
+OPTIONAL = {"filepath": str, "cocoid": int | str}  # null counts as missing
 EXPECTED = "dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json beside the images' folder (Karpathy)"
 
 
 def find(path: Path) -> list[Path]:
-    """The file itself, known by its first image, or those in the folder, known by their names."""
+    """The file itself, recognised by its first image; in a folder, the files with the names above."""
     if path.is_dir():
         return [path / name for name in NAMES if (path / name).is_file()]
     with path.open("rb") as file:
@@ -30,10 +31,10 @@ def find(path: Path) -> list[Path]:
 
 
 def read(path: Path, files: list[Path], seed: int, images: bool = True) -> Dataset:
-    """The examples by the file's own split, restval in train; `name` is COCO's id, or the file name of a Flickr image.
-    `images` as in `read_dataset`.
+    """The examples by the file's own split, with restval in train; `name` is COCO's id, or the file name of a Flickr
+    image. `images` as in `read_dataset`.
 
-    Raises UserError on a broken file, and when several files are there to choose from.
+    Raises UserError for a broken file, and where there are several files to choose from.
     """
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
@@ -44,8 +45,8 @@ def read(path: Path, files: list[Path], seed: int, images: bool = True) -> Datas
     if not isinstance(entries, list) or not entries:
         raise UserError(f'{source}: field "images" should be a list with entries, as in Karpathy\'s files')
     captions: dict[str, tuple[str, ...]] = {}
-    names: dict[str, str] = {}
-    told: dict[str, str] = {}
+    paths: dict[str, str] = {}
+    splits: dict[str, str] = {}
     for i, image in enumerate(entries):
         _check(source, f"images[{i}]", image, {"filename": str, "split": str, "sentences": list})
         if image["split"] not in SPLITS:
@@ -55,21 +56,22 @@ def read(path: Path, files: list[Path], seed: int, images: bool = True) -> Datas
         given = {key: kind for key, kind in OPTIONAL.items() if image.get(key) is not None}
         _check(source, f"images[{i}]", image, given)
         key = str(image["cocoid"] if "cocoid" in given else image["filename"])
-        if key in told:
-            raise UserError(f"{source}: images[{i}] is {key[:60]!r}, which stands there already; remove one")
-        names[key] = f"{image.get('filepath') or '.'}/{image['filename']}"
+        if key in splits:
+            raise UserError(f"{source}: images[{i}] is {key[:60]!r}, which is there already; remove one")
+        paths[key] = f"{image.get('filepath') or '.'}/{image['filename']}"
         captions[key] = tuple(text for sentence in image["sentences"] if (text := sentence["raw"].strip()))
-        told[key] = SPLITS[image["split"]]
-    report(source, [key for key, texts in captions.items() if not texts], "images without captions")
-    folder = find_image_folder(names.values(), tops_of(path, source))
-    examples = [Example(key, texts, folder / names[key]) for key, texts in captions.items() if texts]
+        splits[key] = SPLITS[image["split"]]
+    reason = f"{source} has no captions of it"
+    skipped = [Skipped(None, f"image {key}", reason) for key, texts in captions.items() if not texts]
+    folder = find_image_folder(paths.values(), image_roots(path, source))
+    examples = [Example(key, texts, folder / paths[key]) for key, texts in captions.items() if texts]
     if not examples:
         raise UserError(f"{source}: no captions in it")
     examples, missing = keep_existing(examples, source, images, drawn=False)
-    return Dataset(f"Karpathy's splits ({source.name})", told_splits(examples, told), missing)
+    return Dataset(f"Karpathy's splits ({source.name})", given_splits(examples, splits), missing, skipped)
 
 
-def _check(source: Path, place: str, entry: object, types: dict) -> None:
+def _check(source: Path, where: str, entry: object, types: dict) -> None:
     for key, kind in types.items():
         if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-            raise UserError(f'{source}: field "{key}" of {place} is missing or of the wrong type')
+            raise UserError(f'{source}: field "{key}" of {where} is missing or of the wrong type')

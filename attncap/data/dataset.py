@@ -1,0 +1,120 @@
+"""What a data set is: images with captions, split into train, val and test, and the items that were left out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from PIL import Image
+
+from attncap.data.images import open_image
+
+if TYPE_CHECKING:
+    from attncap.data.shapes import Scene
+
+MAX_WARNINGS = 10  # for one reason, in one call of `report_skipped`
+
+log = logging.getLogger("attncap")
+
+
+class CaptionedImage(Protocol):
+    """An image of a data set and its captions. Anything with these five members can be trained on and scored."""
+
+    @property
+    def name(self) -> str:
+        """Unique within the data set."""
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """None for an image that is only to be captioned."""
+
+    @property
+    def scene(self) -> Scene | None:
+        """What the image shows, where that is known exactly: for `shapes`. None for photographs."""
+
+    def image(self) -> Image.Image:
+        """RGB and upright. Raises ImageError where the image cannot be read."""
+
+    def identity(self) -> str:
+        """A key for caches: two images with the same key have the same pixels."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image file and its captions."""
+
+    name: str
+    captions: tuple[str, ...]
+    path: Path
+
+    @property
+    def scene(self) -> None:
+        return None
+
+    def image(self) -> Image.Image:
+        return open_image(self.path)
+
+    def identity(self) -> str:
+        """The file's path, size and modification time; the path alone where there is no such file."""
+        path = os.path.abspath(self.path)
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            return json.dumps([path])
+        return json.dumps([path, status.st_size, status.st_mtime_ns])
+
+
+class Skipped(NamedTuple):
+    """An item that was left out."""
+
+    index: int | None  # in the sequence that was being read; None for what never became part of one
+    name: str  # the file, or a short description: "line 3 of captions.txt"
+    reason: str
+
+
+Splits = dict[str, Sequence[CaptionedImage]]
+"""The images under "train", "val" and "test"."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set as it was found."""
+
+    layout: str
+    splits: Splits
+    missing: Sequence[Skipped] = ()  # images whose files do not exist
+    skipped: Sequence[Skipped] = ()  # everything else that was left out: captions, images, other data sets
+
+
+def report_skipped(skipped: Iterable[Skipped], seen: set[tuple[str, str]] | None = None) -> None:
+    """Warn of what was left out, one line per item; more than MAX_WARNINGS items with one reason share a line.
+
+    A loop that meets the same items again and again passes a set of its own as `seen`: items in it are not reported,
+    and those that are reported are added.
+    """
+    names: dict[str, list[str]] = {}
+    for item in skipped:
+        if seen is None or (item.name, item.reason) not in seen:
+            names.setdefault(item.reason, []).append(item.name)
+            if seen is not None:
+                seen.add((item.name, item.reason))
+    for reason, group in names.items():
+        lines = [first_of(group)] if len(group) > MAX_WARNINGS else map(one_line, group)
+        for line in lines:
+            log.warning("skipped: %s: %s", line, reason)
+
+
+def first_of(names: Sequence[object]) -> str:
+    """The first three names and the number of the others, on one line."""
+    first = ", ".join(map(one_line, names[:3]))
+    return first if len(names) <= 3 else f"{first} and {len(names) - 3:,} more"
+
+
+def one_line(name: object) -> str:
+    """Names come from files and may hold anything."""
+    return " ".join(str(name).split())[:300]
