@@ -112,6 +112,19 @@ def test_nothing_is_encoded_twice(examples, encoder, build, capsys):
         assert build.encoded == new
 
 
+@pytest.mark.parametrize("grid", [3, 16])
+def test_all_cells_of_a_pooled_grid_are_stored(examples, build, grid):
+    plain, pooled = make_encoder(grid=None), make_encoder(grid=grid)
+    cache = build(examples, pooled)
+    assert build.encoded == 12 and cache[0][1].shape == (grid**2, 64)
+    images = torch.stack([image for _, image in Pictures(examples, SIZE)])
+    with torch.no_grad():
+        cells = plain(images).transpose(1, 2).unflatten(2, (8, 8))
+    expected = F.adaptive_avg_pool2d(cells, grid).flatten(2).transpose(1, 2)
+    features = torch.stack([features for _, features in (cache[i] for i in range(12))])
+    torch.testing.assert_close(features.float(), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_other_encoders_have_their_own(examples, build):
     folders = {build(examples).folder}
     changed = make_encoder()
@@ -319,7 +332,7 @@ def test_several_processes_at_once(tmp_path, examples):
 
 
 def test_captions_from_features(examples, build):
-    """The same captions as from the images, in a model with a larger grid than the backbone's."""
+    """The same captions as from the images, in a model whose grid is larger than the encoder's."""
     torch.manual_seed(1)
     config = ModelConfig("resnet18", "layer1", SIZE, grid=16, attention_size=8, embedding_size=8, hidden_size=16)
     model = Captioner(config, Vocabulary.build((c for e in examples for c in e.captions), 1)).eval()
