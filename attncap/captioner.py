@@ -21,7 +21,8 @@ from attncap.errors import CallError, UserError
 from attncap.files import write_atomically
 from attncap.models.decoder import Decoder
 from attncap.models.encoder import Encoder
-from attncap.search import SearchConfig, beam_search
+from attncap.search.beam_search import beam_search
+from attncap.search.config import SearchConfig
 
 
 @dataclass

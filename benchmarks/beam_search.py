@@ -24,7 +24,8 @@ from attncap.data.vocabulary import Vocabulary
 from attncap.models import Decoder
 from attncap.ops import beam_search_step, soft_attention_reference
 from attncap.ops.linear import fixed_linear
-from attncap.search import SearchConfig, beam_search
+from attncap.search.beam_search import beam_search
+from attncap.search.config import SearchConfig
 
 NEVER_WRITTEN = [Vocabulary.PAD, Vocabulary.START, Vocabulary.END]
 

@@ -8,7 +8,8 @@ from PIL import Image
 from attncap import CallError, Captioner, UserError
 from attncap.config import ModelConfig
 from attncap.data.vocabulary import Vocabulary
-from attncap.search import SearchConfig, beam_search
+from attncap.search import SearchConfig
+from attncap.search.beam_search import beam_search
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_wrong_settings(model, flickr8k):
         (dict(suppressed=["<end>"]), "'<end>' cannot be suppressed"),
         (dict(beams=4), "unexpected keyword argument 'beams'; the settings of a search are beam_size, method"),
         (dict(batch_size=0), "batch_size 0"),
-        (dict(beam_size=33), "--beam-size 33"),
+        (dict(beam_size=33), "beam_size=33"),
     ):
         with pytest.raises(CallError, match=message):
             model.caption(paths, **settings)

@@ -15,7 +15,7 @@ from attncap.models.decoder import Decoder
 from attncap.search.beams import Beams, Search, Step
 from attncap.search.decoder_step import DecoderStep
 from attncap.search.graphs import SEGMENT, SearchGraphs
-from attncap.search.search_config import SearchConfig
+from attncap.search.config import SearchConfig
 
 
 @dataclass
@@ -66,7 +66,6 @@ def beam_search(
         CallError: settings that do not go together.
         UserError: a decoder's output is not a number.
     """
-    config.check()
     decoders = [decoders] if isinstance(decoders, Decoder) else decoders
     features = [features] if isinstance(features, Tensor) else features
     _check(decoders, features, suppressed)

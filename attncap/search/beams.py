@@ -13,7 +13,7 @@ from attncap.data.vocabulary import Vocabulary
 from attncap.models.decoder import Memory
 from attncap.ops.beam_search_step import BeamSearchStep, subtract_penalties
 from attncap.search.decoder_step import DecoderStep
-from attncap.search.search_config import SearchConfig
+from attncap.search.config import SearchConfig
 
 
 class Beams(NamedTuple):

@@ -13,26 +13,29 @@ TERMS = ("words", "attention")  # of the loss
 
 @dataclass
 class Batch:
-    """A process's share of a batch, on its device. One without a single readable image has nothing but no indices."""
+    """A process's share of a batch, on its device. If none of its images can be read, `indices` is empty and the rest is
+    None."""
 
     indices: list[int]  # of the examples
-    pictures: Tensor | None = None  # images uint8 [B,3,S,S]; where the encoder is frozen its features [B,P,D]
-    tokens: Tensor | None = None  # int64 [N,T], perhaps on the CPU
+    pictures: Tensor | None = None  # images uint8 [B,3,S,S]; if the encoder is frozen, their features [B,P,D]
+    tokens: Tensor | None = None  # int64 [N,T], on the device or the CPU
     row_weights: Tensor | None = None  # [N]
     inputs: Tensor | None = None  # int64 [N,T-1]
     reward: float = 0.0  # summed over rows
 
     @property
     def words(self) -> int:
+        """The number of words to predict."""
         return 0 if self.tokens is None else int((self.tokens[:, 1:] != Vocabulary.PAD).sum())
 
     @property
     def rows(self) -> int:
+        """The number of captions."""
         return 0 if self.tokens is None else len(self.tokens)
 
 
 class Losses(nn.Module):
-    """From a batch to the sums of the terms of its loss, see `caption_losses`: what DistributedDataParallel wraps."""
+    """From a batch to the sums of the terms of its loss, see `caption_losses`. DistributedDataParallel wraps this."""
 
     def __init__(self, model: Captioner, label_smoothing: float):
         super().__init__()

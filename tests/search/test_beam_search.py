@@ -19,7 +19,8 @@ from attncap.config import ModelConfig
 from attncap.errors import CallError, UserError
 from attncap.models import Decoder
 from attncap.ops import IMPLEMENTATIONS
-from attncap.search import Hypothesis, SearchConfig, beam_search
+from attncap.search import SearchConfig
+from attncap.search.beam_search import Hypothesis, beam_search
 from attncap.search.beams import Search
 from attncap.search.decoder_step import DecoderStep
 
@@ -418,29 +419,29 @@ def test_an_image_that_is_no_number_is_named(device, implementation, method, val
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(method="shrnk"), "--method shrnk: choose shrink, fixed or sample"),
-        (dict(length_penalty="avg"), "--length-penalty avg: choose none, average or a number"),
-        (dict(beam_size=0), "--beam-size 0: must be from 1 to 32"),
-        (dict(beam_size=33), "--beam-size 33: must be from 1 to 32"),
-        (dict(max_length=0), "--min-length 0: must be below --max-length 0"),
-        (dict(min_length=-1), "--min-length -1: must be below"),
-        (dict(min_length=7, max_length=7), "--min-length 7: must be below --max-length 7"),
-        (dict(n_best=0), "--n-best 0: must be from 1 to --beam-size 5"),
-        (dict(n_best=6), "--n-best 6: must be from 1 to --beam-size 5"),
-        (dict(groups=0), "--groups 0: must divide --beam-size 5"),
-        (dict(groups=2), "--groups 2: must divide --beam-size 5"),
-        (dict(groups=5, method="sample"), "--groups: samples are not searched in groups"),
-        (dict(length_penalty=-0.1), "--length-penalty -0.1: must be from 0 to 10"),
-        (dict(length_penalty=math.nan), "--length-penalty nan: must be from 0 to 10"),
-        (dict(temperature=0.0), "--temperature 0.0: must be from 0.001 to 1000"),
-        (dict(temperature=math.nan), "--temperature nan: must be from 0.001 to 1000"),
-        (dict(top_p=0.0), "--top-p 0.0: must be above 0 and at most 1"),
-        (dict(top_p=1.1), "--top-p 1.1: must be above 0 and at most 1"),
-        (dict(diversity=-0.5), "--diversity -0.5: must be at least 0"),
-        (dict(diversity=math.nan), "--diversity nan: must be at least 0"),
-        (dict(no_repeat_ngram=-1), "--no-repeat-ngram -1: must be at least 0"),
-        (dict(top_k=-1), "--top-k -1: must be at least 0"),
-        (dict(sample_seed=-1), "--sample-seed -1: must be at least 0"),
+        (dict(method="shrnk"), "method='shrnk': choose shrink, fixed or sample"),
+        (dict(length_penalty="avg"), "length_penalty='avg': choose none, average or a number"),
+        (dict(beam_size=0), "beam_size=0: must be from 1 to 32"),
+        (dict(beam_size=33), "beam_size=33: must be from 1 to 32"),
+        (dict(max_length=0), "min_length=0: must be below max_length=0"),
+        (dict(min_length=-1), "min_length=-1: must be below"),
+        (dict(min_length=7, max_length=7), "min_length=7: must be below max_length=7"),
+        (dict(n_best=0), "n_best=0: must be from 1 to beam_size=5"),
+        (dict(n_best=6), "n_best=6: must be from 1 to beam_size=5"),
+        (dict(groups=0), "groups=0: must divide beam_size=5"),
+        (dict(groups=2), "groups=2: must divide beam_size=5"),
+        (dict(groups=5, method="sample"), "groups=5: method='sample' has no groups"),
+        (dict(length_penalty=-0.1), "length_penalty=-0.1: must be from 0 to 10"),
+        (dict(length_penalty=math.nan), "length_penalty=nan: must be from 0 to 10"),
+        (dict(temperature=0.0), "temperature=0.0: must be from 0.001 to 1000"),
+        (dict(temperature=math.nan), "temperature=nan: must be from 0.001 to 1000"),
+        (dict(top_p=0.0), "top_p=0.0: must be above 0 and at most 1"),
+        (dict(top_p=1.1), "top_p=1.1: must be above 0 and at most 1"),
+        (dict(diversity=-0.5), "diversity=-0.5: must be at least 0"),
+        (dict(diversity=math.nan), "diversity=nan: must be at least 0"),
+        (dict(no_repeat_ngram=-1), "no_repeat_ngram=-1: must be at least 0"),
+        (dict(top_k=-1), "top_k=-1: must be at least 0"),
+        (dict(sample_seed=-1), "sample_seed=-1: must be at least 0"),
     ],
     ids=str,
 )

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attncap.errors import UserError
-from attncap.search import Hypothesis, SearchConfig, graphs
+from attncap.search import SearchConfig, graphs
+from attncap.search.beam_search import Hypothesis
 from attncap.search.beam_search import _trace_back
 from attncap.search.beams import Search
 from attncap.search.decoder_step import DecoderStep
