@@ -30,8 +30,8 @@ class ModelConfig:
     encoder: str = "resnet50"
     """Name of a torchvision classification backbone with a feature grid: resnet18, vgg16, efficientnet_b0, ..."""
     encoder_layer: str | None = None
-    """The backbone's layer (torchvision's name, e.g. layer3) whose output is the feature grid. By default the last one
-    before the pooling."""
+    """The backbone's layer whose output is the feature grid (torchvision's name, e.g. layer3).
+    By default the last one before the pooling."""
     image_size: int = 224
     """Side length, in pixels, that images are resized to."""
     grid: int | None = None

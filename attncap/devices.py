@@ -8,8 +8,8 @@ from attncap.errors import CallError
 
 
 def find_device(name: str = "auto") -> torch.device:
-    """The device with this name; "auto" is CUDA if there is a GPU, otherwise the CPU. Raises CallError for a device that
-    does not exist."""
+    """The device with this name; "auto" is CUDA if there is a GPU, otherwise the CPU. Raises CallError for a device
+    that does not exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -25,7 +25,7 @@ small { color: #777 }
 
 
 def tables(report: Mapping) -> list[list[tuple[str, ...]]]:
-    """A report's tables, each a header and rows. `report` is what `evaluate.summary` gives, perhaps with "left out" and
+    """A report's tables, each a header and rows. `report` is what `evaluation.summary` gives, perhaps with "left out" and
     "difference"."""
     figures = [("figure", "value", "95 % interval")]
     figures += [(name, f"{f['value']:.4f}", _interval(f)) for name, f in report["figures"].items()]

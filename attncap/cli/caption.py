@@ -23,14 +23,14 @@ from attncap.errors import CallError, UserError
 @dataclass(kw_only=True)
 class CaptionConfig(command.CaptioningConfig):
     images: tyro.conf.Positional[tuple[str, ...]]
-    """Image files, folders that are searched for images, and COCO's JSON files, e.g. image_info_test2017.json, whose
-    images are named by their ids."""
+    """Image files, and folders that are searched for images.
+    COCO's JSON files, e.g. image_info_test2017.json, stand for their images, which are then named by their ids."""
     model: tyro.conf.UseAppendAction[tuple[str, ...]]
-    """Folder of a trained model, as `attncap train` writes it. Give several (--model A --model B) for an ensemble: the
-    probabilities of the words are averaged."""
+    """Folder of a trained model, as `attncap train` writes it.
+    Several (--model A --model B) are an ensemble: the probabilities of the words are averaged."""
     format: Literal["text", "jsonl"] = "text"
-    """Print `path: caption`, or one JSON object per line. With --n-best, the captions of an image are printed best
-    first."""
+    """Print `path: caption`, or one JSON object per line.
+    With --n-best, the captions of an image are printed best first."""
     attention_dir: str | None = None
     """Folder for a picture of each caption: its words, each with the places the model attended to."""
 
@@ -83,8 +83,8 @@ def main(config: CaptionConfig) -> None:
 
 
 def find_examples(paths: Sequence[str]) -> list[Example]:
-    """The images that the arguments name. Raises CallError for a path that does not exist, and UserError for a JSON file
-    that is not COCO's."""
+    """The images that the arguments name. Raises CallError for a path that does not exist, and UserError for a JSON
+    file that is not COCO's."""
     examples = []
     for path in paths:
         if path.lower().endswith(".json"):

@@ -24,8 +24,8 @@ class CaptioningConfig:
     batch_size: int = 32
     """Images that go through the model together."""
     workers: int | None = None
-    """Processes that read images; 0 reads them in the main process. By default 0 on a CPU, and on a GPU one per CPU core,
-    at most 8."""
+    """Processes that read images; 0 reads them in the main process.
+    By default 0 if the model runs on a CPU, and on a GPU one per CPU core, at most 8."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto uses a GPU if there is one."""
     # tyro lists aliases before the name, so this shows --backend first.

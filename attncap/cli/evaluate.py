@@ -32,11 +32,11 @@ log = logging.getLogger("attncap")
 @dataclass(kw_only=True)
 class EvaluateConfig(command.CaptioningConfig):
     model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Folder of a trained model; needs --data. Give several (--model A --model B) for an ensemble: the probabilities of
-    the words are averaged."""
+    """Folder of a trained model; needs --data.
+    Several (--model A --model B) are an ensemble: the probabilities of the words are averaged."""
     predictions: str | None = None
-    """File of captions to score instead of a model's, in COCO's results format, [{"image_id": 1, "caption": "..."},
-    ...]; needs --data or --references."""
+    """File of captions to score instead of a model's; needs --data or --references.
+    Its format is that of COCO's results: [{"image_id": 1, "caption": "..."}, ...]."""
     data: str | None = None
     """shapes, or the path of a data set (see `attncap train --help`)."""
     split: str = "test"
@@ -44,14 +44,14 @@ class EvaluateConfig(command.CaptioningConfig):
     references: str | None = None
     """COCO's caption JSON with the references of the same image ids, instead of --data."""
     compare: str | None = None
-    """File of another system's captions of the same images, in COCO's results format: also show the differences."""
+    """File of another system's captions of the same images, in COCO's results format; also show the differences."""
     output: str | None = None
-    """Also write the metrics to this JSON file, NAME.json; a model's captions to NAME.results.json; the metrics of each
-    image to NAME.images.jsonl; the tables to NAME.report.json and NAME.report.md; and the images with their captions,
-    from worst to best, to the page NAME.html."""
+    """Also write the metrics to this JSON file, NAME.json, and other results to files beside it.
+    NAME.results.json: a model's captions. NAME.images.jsonl: the metrics of each image.
+    NAME.report.json and NAME.report.md: the tables. NAME.html: the images with their captions, from worst to best."""
     seed: int | None = None
-    """Random seed of shapes, and of the splits where the data set has none. By default the one the model was trained
-    with."""
+    """Random seed of shapes, and of the splits where the data set has none.
+    By default the one the model was trained with."""
 
 
 def run(prog: str, arguments: Sequence[str]) -> None:

@@ -13,9 +13,9 @@ from attncap.data.vocabulary import Vocabulary
 from attncap.errors import UserError
 from attncap.models.decoder import Decoder
 from attncap.search.beams import Beams, Search, Step
+from attncap.search.config import SearchConfig
 from attncap.search.decoder_step import DecoderStep
 from attncap.search.graphs import SEGMENT, SearchGraphs
-from attncap.search.config import SearchConfig
 
 
 @dataclass

@@ -12,8 +12,8 @@ from torch import Tensor
 from attncap.data.vocabulary import Vocabulary
 from attncap.models.decoder import Memory
 from attncap.ops.beam_search_step import BeamSearchStep, subtract_penalties
-from attncap.search.decoder_step import DecoderStep
 from attncap.search.config import SearchConfig
+from attncap.search.decoder_step import DecoderStep
 
 
 class Beams(NamedTuple):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from attncap.search.beams import Beams, Search, Step
-from attncap.search.decoder_step import DecoderStep
 from attncap.search.config import SearchConfig
+from attncap.search.decoder_step import DecoderStep
 
 SEGMENT = 8  # steps that CUDA takes before it is asked how many images are live
 FEWEST = 8  # images; with fewer a step takes as long, for launches and for reading the weights

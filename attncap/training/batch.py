@@ -13,8 +13,8 @@ TERMS = ("words", "attention")  # of the loss
 
 @dataclass
 class Batch:
-    """A process's share of a batch, on its device. If none of its images can be read, `indices` is empty and the rest is
-    None."""
+    """A process's share of a batch, on its device. If none of its images can be read, `indices` is empty and the rest
+    is None."""
 
     indices: list[int]  # of the examples
     pictures: Tensor | None = None  # images uint8 [B,3,S,S]; if the encoder is frozen, their features [B,P,D]

@@ -15,8 +15,8 @@ FREE = ("data.path", "run.recipe", "run.output", "run.epochs", "run.resume", "ru
 
 
 def save(folder: Path, state: dict) -> None:
-    """Write a state of tensors, numbers, strings, and lists and dicts of them. The previous file stays until the new one
-    is complete and on the disk. Raises UserError."""
+    """Write a state of tensors, numbers, strings, and lists and dicts of them. The previous file stays until the new
+    one is complete and on the disk. Raises UserError."""
     with atomic_path(folder / NAME) as temporary:
         torch.save(state, temporary)
 

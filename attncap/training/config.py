@@ -1,7 +1,8 @@
-"""Settings of a training run, one dataclass for each part of it. `recipes` has a file of settings for each kind of data.
+"""Settings of a training run, one dataclass for each part of it. `recipes` has a file for each kind of data.
 
-The commands' flags are the names of the fields, apart from the few that are named in the annotations, e.g. --optimizer
-for optimizer.name. Every dataclass checks its own values, and TrainConfig checks how they go together.
+The flags of `attncap train` are the names of the fields, apart from the few that are named in the annotations, e.g.
+--optimizer for optimizer.name. The text below a field is its help, in which tyro keeps the line breaks. Every dataclass
+checks its own values, and TrainConfig checks how they go together.
 """
 
 import dataclasses
@@ -24,25 +25,25 @@ class DataConfig:
     """The data: images, captions, and the vocabulary."""
 
     path: Annotated[str, arg(name="data")] = "shapes"
-    """shapes (a synthetic data set), or the path of a data set: Flickr8k, Flickr30k, COCO, Karpathy's splits, or a table
-    of your own (see `attncap data PATH`)."""
+    """shapes, a synthetic data set, or the path of a data set.
+    The layouts are Flickr8k, Flickr30k, COCO, Karpathy's splits, and a table of your own (see `attncap data PATH`)."""
     batch_size: int = 8
     """Images per batch, each with --captions-per-image captions. With torchrun, its processes share them."""
     captions_per_image: int = 5
-    """cross-entropy: captions per image in a batch. An image with more captions gets others the next time."""
+    """cross-entropy: captions per image in a batch. An image with more captions gets others in the next epoch."""
     augment: bool = True
     """Train on random crops of the images, half of them mirrored."""
     cache_features: bool = False
-    """Encode the training and validation images once, and keep their features on disk in half precision. Needs a frozen
-    encoder and --no-augment."""
+    """Encode the training and validation images once, and keep their features on disk in half precision.
+    Needs --fine-tune-from none and --no-augment."""
     min_count: int = 3
     """Words that occur less often than this in the training captions become <unk>."""
     vocabulary: str | None = None
-    """File with the words to use instead of those of the training captions: vocabulary.json of another run, or the
-    WORDMAP of the tutorial a-PyTorch-Tutorial-to-Image-Captioning."""
+    """File with the words to use instead of those of the training captions.
+    The vocabulary.json of another run, or the WORDMAP of the tutorial a-PyTorch-Tutorial-to-Image-Captioning."""
     subwords: int = 0
-    """Number of subwords to learn from the training captions (byte-pair encoding), for a language with very many words.
-    0: use whole words. Needs the tokenizers library."""
+    """Number of subwords to learn from the training captions (byte-pair encoding). 0: use whole words.
+    For languages with very many words. Needs the tokenizers library."""
 
     def __post_init__(self) -> None:
         """Raises CallError for a value that is out of range."""
@@ -57,32 +58,31 @@ class RunConfig:
     """The run: how long, where, and what it writes."""
 
     recipe: str = "flickr8k"
-    """Recipe that all other settings come from unless they are given: shapes, flickr8k, flickr30k, coco or tutorial, a
-    file each in attncap/training/recipes. By default shapes for --data shapes, else flickr8k."""
+    """Recipe with the defaults of all other settings: shapes, flickr8k, flickr30k, coco or tutorial.
+    Each is a file in attncap/training/recipes. By default shapes for --data shapes, else flickr8k."""
     output: str | None = None
     """Folder for the model and the log. By default runs/NAME, named after the data."""
     epochs: int = 10
     """Number of passes over the training images."""
     start_from: str | None = None
-    """Folder of a trained model whose weights, sizes and vocabulary the run starts from; a flag that asks for other ones
-    is an error. The model is validated first, as epoch 0, and kept if no epoch is better."""
+    """Folder of a trained model whose weights, sizes and vocabulary the run starts from.
+    A flag that asks for other ones is an error.
+    The model is validated first, as epoch 0, and kept if no epoch is better."""
     resume: bool = False
     """Continue the run in --output."""
     seed: int = 0
     """Random seed of the weights, the order of the images, and the splits where the data set has none."""
     best_by: Literal["CIDEr", "BLEU-4"] = "CIDEr"
-    """Validation metric, of freely written captions, that decides which epoch's model is kept and what counts as an
-    improvement."""
+    """Validation metric that decides which epoch's model is kept, and what counts as an improvement."""
     average_weights: bool = True
     """Validate and keep a moving average of the weights instead of the weights themselves."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of matrix products and activations (autocast). The weights stay in float32; float16 uses a loss
-    scale."""
+    """Precision of matrix products and activations (autocast). The weights stay in float32."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto uses a GPU if there is one."""
     workers: int | None = None
-    """Processes that read images; 0 reads them in the main process. By default 0 on a CPU, and on a GPU one per CPU core,
-    at most 8."""
+    """Processes that read images; 0 reads them in the main process.
+    By default 0 if the model runs on a CPU, and on a GPU one per CPU core, at most 8."""
     # tyro lists aliases before the name, so this shows --backend first.
     backend: Annotated[Literal["native", "torch"], arg(name="implementation", aliases=("--backend",))] = "native"
     """native: this project's own kernels. torch: plain PyTorch."""
@@ -107,8 +107,8 @@ class EncoderConfig:
     weights: Annotated[str, arg(name="encoder-weights")] = "default"
     """default (torchvision's ImageNet weights), none (random weights), or the file of a state dict."""
     fine_tune_from: str = "none"
-    """Train the encoder from this layer on (torchvision's name, e.g. layer3); all trains every layer, none freezes the
-    encoder."""
+    """First layer of the encoder that is trained (torchvision's name, e.g. layer3).
+    all trains every layer, none freezes the encoder."""
     fine_tune_after: int = 0
     """Number of epochs in which the whole encoder is frozen, before these layers are trained."""
     learning_rate: Annotated[float, arg(name="encoder-learning-rate")] = 1e-4
@@ -126,18 +126,18 @@ class ObjectiveConfig:
     """The objective: what is minimised."""
 
     name: Annotated[Literal["cross-entropy", "scst"], arg(name="objective")] = "cross-entropy"
-    """cross-entropy: of the next word of a given caption. scst: maximise the CIDEr-D of captions that the model samples
-    (self-critical training, Rennie et al. 2017); needs --start-from."""
+    """cross-entropy: predict the next word of a given caption.
+    scst: maximise the CIDEr-D of sampled captions (self-critical training, Rennie et al. 2017). Needs --start-from."""
     samples: int = 5
     """scst: captions sampled per image, at least 2. Each one's baseline is the mean of the others."""
     label_smoothing: float = 0.1
     """cross-entropy: share of a word's target that is spread over the whole vocabulary, below 1."""
     attention_penalty: float = 1.0
-    """cross-entropy: weight of the doubly stochastic penalty, which pushes every cell's attention, summed over a
-    caption, towards 1."""
+    """cross-entropy: weight of the doubly stochastic penalty.
+    It pushes the attention that a cell gets over a whole caption towards 1."""
     scheduled_sampling: float = 0.0
-    """cross-entropy: probability, at the end of the run, that the model is fed a word of its own instead of the given
-    caption's (Bengio et al. 2015). It rises linearly from 0. 0: never."""
+    """cross-entropy: probability that the model is fed its own word instead of the given caption's. 0: never.
+    It rises linearly from 0 to this value at the end of the run (scheduled sampling, Bengio et al. 2015)."""
 
     def __post_init__(self) -> None:
         """Raises CallError for a value that is out of range."""
@@ -179,8 +179,8 @@ class ScheduleConfig:
     """The schedule: learning rates over the run, and early stopping."""
 
     name: Annotated[Literal["cosine", "plateau", "constant"], arg(name="schedule")] = "cosine"
-    """After the warm-up, the learning rates fall to 0 along a cosine, are lowered whenever validation stops improving
-    (plateau), or stay the same (constant)."""
+    """What the learning rates do after the warm-up.
+    cosine: they fall to 0 along a cosine. plateau: they fall when validation stops improving. constant: they stay."""
     warmup: float = 0.1
     """Share of the run in which the learning rates rise to their peak, below 1."""
     plateau_factor: float = 0.8
@@ -201,8 +201,8 @@ class ScheduleConfig:
             raise CallError(f"plateau_factor={self.plateau_factor}: must be above 0 and below 1")
         if self.name == "plateau" and 0 < self.patience <= self.plateau_patience:
             raise CallError(
-                f"patience={self.patience}: the run would end before the learning rates are ever lowered; give more than "
-                f"plateau_patience={self.plateau_patience}, or 0"
+                f"patience={self.patience}: the run would end before the learning rates are ever lowered; "
+                f"must be above plateau_patience={self.plateau_patience}, or 0"
             )
 
 
@@ -232,8 +232,8 @@ class TrainConfig:
             raise CallError("objective 'scst': it starts from a trained model; set start_from to its folder")
 
 
-# Flags that are not the name of their field, and the field. Settings had these names, too, in settings.json files before
-# they were nested.
+# Flags that are not the name of their field, and the field. Older settings.json files, which were not nested, have
+# these names too.
 RENAMED = {
     "data": "data.path",
     "encoder_weights": "encoder.weights",

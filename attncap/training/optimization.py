@@ -11,8 +11,8 @@ from attncap.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 
 
 def make_optimizer(config: TrainConfig, model: Captioner) -> torch.optim.Optimizer:
-    """Adam (Kingma and Ba 2015) or AdamW (Loshchilov and Hutter 2019) with two groups: the decoder's parameters, and the
-    encoder's from the layer `fine_tune_from` on. Each group has its highest learning rate as "peak".
+    """Adam (Kingma and Ba 2015) or AdamW (Loshchilov and Hutter 2019) with two groups: the decoder's parameters, and
+    the encoder's from the layer `fine_tune_from` on. Each group has its highest learning rate as "peak".
 
     Leaves the encoder's layers ready to be trained (`Encoder.fine_tune`). They are in the group however late their
     training begins, so that the state in a checkpoint always fits; the optimizer skips parameters without gradients.

@@ -60,8 +60,8 @@ class RunLogger:
                 self.board.add_scalar(name, float(value), step)
 
     def log_epoch(self, line: Mapping[str, float]) -> None:
-        """Log the values of an epoch. "epoch" is one of them; it counts from 1, and is 0 for the model that a run starts
-        from. They are on the disk when this returns."""
+        """Log the values of an epoch. "epoch" is one of them; it counts from 1, and is 0 for the model that a run
+        starts from. They are on the disk when this returns."""
         self.lines.append(dict(line))
         path = self.output / "metrics.jsonl"
         try:

@@ -76,8 +76,8 @@ class Trainer:
         self.start_sums()
 
     def cache_features(self) -> None:
-        """Find the features of the images in the cache, or compute them with the encoder's present weights (of a resumed
-        run, those of its checkpoint). Raises UserError, see `FeatureCache.of`."""
+        """Find the features of the images in the cache, or compute them with the encoder's present weights (for a
+        resumed run, those of its checkpoint). Raises UserError, see `FeatureCache.of`."""
         encoder, size = self.model.encoder, self.model.config.image_size
         with distributed.main_first():
             for split in ("train", "val"):
@@ -147,7 +147,7 @@ class Trainer:
         ) as bar:
             pin = self.device.type == "cuda"
             loader = batches(self.pictures(), config.data.batch_size, self.workers, shares, pin=pin)
-            # Only the loop refers to the loader's iterator, so the worker processes end with the loop, whatever ends it.
+            # Only the loop refers to the loader's iterator, so the workers end with the loop, whatever ends it.
             for group in in_groups(loader, batches_per_step):
                 step_seed = seed_of("step", seed, self.steps_done, distributed.rank())
                 torch.manual_seed(step_seed)
@@ -271,11 +271,11 @@ class Trainer:
     def sum_terms(
         self, step_batches: Sequence[Batch], terms: Sequence[Sequence[float]], norm: float
     ) -> dict[str, float]:
-        """The terms of the loss for each batch of this process -> their sums over batches and processes, and that of the
-        rewards.
+        """The terms of the loss for each batch of this process -> their sums over batches and processes, and the sum of
+        the rewards.
 
-        Raises UserError in all processes if one of them is not finite, or the norm of the gradients is not: nothing of
-        this step is kept.
+        Raises UserError in all processes if one of the terms, or the norm of the gradients, is not finite. The caller
+        then keeps nothing of this step.
         """
         bad = [batch for batch, values in zip(step_batches, terms, strict=True) if not all(map(math.isfinite, values))]
         if not bad and not math.isfinite(norm) and not self.scaler.is_enabled():  # a scaler checks the gradients itself
@@ -286,9 +286,9 @@ class Trainer:
             examples = self.splits["train"]
             names = distributed.all_gather([examples[index].name for batch in bad for index in batch.indices])
             raise UserError(
-                f"the loss or its gradient is not finite in epoch {self.epoch + 1}, step {self.step + 1}, at the images "
-                f"{', '.join(names)}; the last checkpoint, from before this step, is kept; check these images and their "
-                "captions, or try a new run with a lower learning rate"
+                f"the loss or its gradient is not finite in epoch {self.epoch + 1}, step {self.step + 1}, at the "
+                f"images {', '.join(names)}; the last checkpoint, from before this step, is kept; check these images "
+                "and their captions, or try a new run with a lower learning rate"
             )
         return dict(zip((*TERMS, "reward"), sums, strict=True))
 
@@ -319,7 +319,7 @@ class Trainer:
         return scores.figures()
 
     def end_epoch(self, metrics: dict[str, float]) -> None:
-        """Log the epoch, keep the model if it is the best so far, write the checkpoint, and then draw, which is slow."""
+        """Log the epoch, keep the model if it is the best so far, write the checkpoint, and draw last: it is slow."""
         decoder, encoder = self.optimizer.param_groups
         rates = {"learning_rate": decoder["lr"]}
         if encoder["params"]:

@@ -14,15 +14,14 @@ import torch.nn.functional as F
 from conftest import make_flickr8k
 
 from attncap import Captioner, UserError
-from attncap.command import CaptioningConfig
+from attncap.cli.data import CELLS, CHANNELS
 from attncap.config import ModelConfig
 from attncap.data import feature_cache, read_dataset
-from attncap.data.__main__ import CELLS, CHANNELS
 from attncap.data.feature_cache import FeatureCache, size_in_words
 from attncap.data.loader import Pictures, batches, report
 from attncap.data.shapes import open_shapes
 from attncap.data.vocabulary import Vocabulary
-from attncap.evaluate import evaluate
+from attncap.evaluation import evaluate
 from attncap.models import Encoder
 from attncap.search import SearchConfig
 
@@ -334,10 +333,10 @@ def test_captions_from_features(examples, build):
     config = ModelConfig("resnet18", "layer1", SIZE, grid=16, attention_size=8, embedding_size=8, hidden_size=16)
     model = Captioner(config, Vocabulary.build((c for e in examples for c in e.captions), 1)).eval()
     examples[7].path.write_bytes(b"")
-    settings = CaptioningConfig(search=SearchConfig(max_length=6), workers=0, device="cpu", batch_size=5)
-    captions = evaluate([model], examples, settings)[1]
+    search = SearchConfig(max_length=6)
+    captions = evaluate([model], examples, search, batch_size=5)[1]
     cache = build(examples, model.encoder)
-    assert evaluate([model], examples, settings, features=cache)[1] == captions and len(captions) == 11
+    assert evaluate([model], examples, search, batch_size=5, features=cache)[1] == captions and len(captions) == 11
     features = cache[0][1][None]
     [one], [other] = model.caption([examples[0].path]), model.caption(model.encoder.repeat_cells(features))
     assert one.text == other.text and one.score == pytest.approx(other.score, abs=1e-3)

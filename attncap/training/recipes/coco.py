@@ -9,8 +9,8 @@ Then self-critical training, with its batches and learning rate:
     attncap train --recipe coco --data PATH --output runs/scst --objective scst --start-from runs/coco
         --batch-size 10 --learning-rate 5e-5 --fine-tune-from none
 
-Measured: nothing yet. Guessed: batch size, epochs, and when and how fast the encoder is trained. A GPU older than Ampere
-has no bfloat16: use --precision float16.
+Measured: nothing yet. Guessed: batch size, epochs, and when and how fast the encoder is trained. GPUs older than Ampere
+have no bfloat16: use --precision float16.
 """
 
 from attncap.config import ModelConfig
