@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from attncap.errors import UserError
 from attncap.search import SearchConfig, graphs
-from attncap.search.beam_search import Hypothesis
-from attncap.search.beam_search import _trace_back
+from attncap.search.beam_search import Hypothesis, _trace_back
 from attncap.search.beams import Search
 from attncap.search.decoder_step import DecoderStep
 from attncap.search.graphs import FEWEST, SEGMENT, SearchGraphs, tensors
