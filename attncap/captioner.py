@@ -127,9 +127,13 @@ class _CaptionMethods:
         return [_one_or_all(captions, search) for captions in found]
 
     def caption_batch(self, images: Tensor, search: SearchConfig) -> list[list[Caption]]:
-        """The `n_best` captions of each image, best first: images uint8 [B,3,S,S] at the model's size."""
-        with self._ready() as decoders:
-            return self._caption_batch(decoders, self._pixels(images, True)[0], search, (), True)
+        """The `n_best` captions of each image, best first: images uint8 [B,3,S,S] at the model's size, or features
+        float [B,P,D]."""
+        if images.is_floating_point():
+            captions = self.caption_features(images, search)
+        else:
+            captions = self.caption(images, search, batch_size=max(1, len(images)))
+        return [[found] for found in captions] if search.n_best == 1 else captions
 
     @contextlib.contextmanager
     def _ready(self) -> Iterator[list[tuple[Decoder, GraphCache]]]:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from attncap.errors import UserError
-from attncap.evaluate import summary
+from attncap.evaluation import summary
 from attncap.metrics import score
 from attncap.report import MAX_SHOWN, as_markdown, as_text, write_page
 
