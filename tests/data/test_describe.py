@@ -156,7 +156,7 @@ def test_wrong_calls(describe, dataset, tmp_path):
     for arguments, message in (
         ((nowhere,), f'{nowhere}: no such file or folder; give "shapes" or the path of a data set'),
         ((dataset, "--convert", "x.csv"), "--convert x.csv: should be NAME.jsonl"),
-        (("shapes", "--convert", "x.jsonl"), "--convert x.jsonl: shapes draws its images and has no files to name"),
+        (("shapes", "--convert", "x.jsonl"), "--convert x.jsonl: shapes is synthetic and has no image files to name"),
     ):
         status, out, err = describe(*arguments)
         assert (status, out, err) == (2, "", f"attncap: error: {message}\n")

@@ -14,17 +14,16 @@ import torch.nn.functional as F
 from conftest import make_flickr8k
 
 from attncap import Captioner, UserError
-from attncap.command import CaptioningConfig
 from attncap.config import ModelConfig
 from attncap.data import Skipped, feature_cache, read_dataset
-from attncap.data.__main__ import CELLS, CHANNELS
+from attncap.cli.data import CELLS, CHANNELS
 from attncap.data.feature_cache import FeatureCache
 from attncap.data.feature_size import size_in_words
 from attncap.data.loader import Pictures, batches
 from attncap.data.shapes import open_shapes
 from attncap.data.vocabulary import Vocabulary
-from attncap.evaluate import evaluate
-from attncap.models import Encoder
+from attncap.evaluation import evaluate
+from attncap.models.encoder import Encoder
 from attncap.search import SearchConfig
 
 SIZE = 32  # layer1 of ResNet-18 gives 8x8 cells of 64 channels
@@ -308,7 +307,7 @@ def test_several_processes_at_once(tmp_path, examples):
         "import os, sys, time, torch\n"
         "from pathlib import Path\n"
         "from attncap.data import feature_cache, read_dataset\n"
-        "from attncap.models import Encoder\n"
+        "from attncap.models.encoder import Encoder\n"
         "data, folder, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])\n"
         "torch.manual_seed(0)\n"
         "encoder = Encoder('resnet18', 'layer1').eval()\n"
@@ -337,19 +336,17 @@ def test_captions_from_features(examples, build):
     config = ModelConfig("resnet18", "layer1", SIZE, grid=16, attention_size=8, embedding_size=8, hidden_size=16)
     model = Captioner(config, Vocabulary.build((c for e in examples for c in e.captions), 1)).eval()
     examples[7].path.write_bytes(b"")
-    settings = CaptioningConfig(search=SearchConfig(max_length=6), workers=0, device="cpu", batch_size=5)
-    captions = evaluate([model], examples, settings)[1]
+    search, options = SearchConfig(max_length=6), {"batch_size": 5}
+    captions = evaluate(model, examples, search, **options)[1]
     cache = build(examples, model.encoder)
-    assert evaluate([model], examples, settings, features=cache)[1] == captions and len(captions) == 11
+    assert evaluate(model, examples, search, **options, features=cache)[1] == captions and len(captions) == 11
     features = cache[0][1][None]
-    [one], [other] = model.caption([examples[0].path]), model.caption(features)
+    [one], [other] = model.caption([examples[0].path]), model.caption_features(features)
     assert one.text == other.text and one.score == pytest.approx(other.score, abs=1e-3)
     torch.testing.assert_close(one.attention, other.attention, atol=1e-4, rtol=1e-2)
     for wrong in (features[:, :-1], features[..., :-1], features[:, :9]):  # 255 and 9 cells, 63 channels
-        with pytest.raises(UserError, match=r"caption\(\) takes features \[B, 256, 64\]"):
-            model.caption(wrong)
-    with pytest.raises(UserError, match="without an ensemble"):
-        model.caption(features, ensemble=[model])
+        with pytest.raises(UserError, match=r"features should be float \[B, 256, 64\]"):
+            model.caption_features(wrong)
 
 
 def test_the_default_folder(monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ import torchvision
 from safetensors.torch import save_file
 
 from attncap.errors import CallError, UserError
-from attncap.models import Encoder
+from attncap.models.encoder import Encoder
 
 
 def images(size: int, count: int = 2) -> torch.Tensor:

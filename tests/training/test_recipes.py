@@ -8,7 +8,7 @@ from conftest import TINY
 
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError
-from attncap.models.decoder import Decoder
+from attncap.models.decoder import LSTMDecoder
 from attncap.models.losses import caption_losses
 from attncap.training import recipes
 from attncap.training.config import (
@@ -132,14 +132,14 @@ def tutorial_loss(p: dict[str, torch.Tensor], features: torch.Tensor, captions: 
         c = p["initial_c.weight"] @ mean + p["initial_c.bias"]
         attended = torch.zeros(len(image), dtype=torch.float64)
         for word, following in zip(caption[:-1], caption[1:], strict=True):
-            query = p["query.weight"] @ h + p["query.bias"]
+            query = p["attention.query.weight"] @ h + p["attention.query.bias"]
             scores = [
-                p["score_weight"] @ (p["key.weight"] @ cell + p["key.bias"] + query).clamp(min=0) for cell in image
+                p["attention.score_weight"] @ (p["attention.key.weight"] @ cell + p["attention.key.bias"] + query).clamp(min=0) for cell in image
             ]
             total = sum(score.exp() for score in scores)
             alpha = torch.stack([score.exp() / total for score in scores])
             attended = attended + alpha
-            gate = 1 / (1 + (-(p["gate.weight"] @ h + p["gate.bias"])).exp())
+            gate = 1 / (1 + (-(p["attention.gate.weight"] @ h + p["attention.gate.bias"])).exp())
             context = gate * sum(a * cell for a, cell in zip(alpha, image, strict=True))
             x = torch.cat([p["embedding.weight"][word], context])
             gates = p["lstm.weight_ih"] @ x + p["lstm.bias_ih"] + p["lstm.weight_hh"] @ h + p["lstm.bias_hh"]
@@ -152,14 +152,14 @@ def tutorial_loss(p: dict[str, torch.Tensor], features: torch.Tensor, captions: 
     return sum(words) / len(words) + 1.0 * sum(penalty) / len(penalty)
 
 
-@pytest.mark.parametrize("implementation", ["native", "torch"])
+@pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_tutorial_recipe_has_the_tutorials_loss(implementation, seed):
+def test_the_tutorial_recipe_has_the_tutorials_loss(backend, seed):
     """Value and gradients, for captions of different lengths."""
     torch.manual_seed(seed)
     recipe = recipes.load("tutorial")
     sizes = {"attention_size": 6, "embedding_size": 5, "hidden_size": 7, "dropout": 0.0}
-    decoder = Decoder(dataclasses.replace(recipe.model, **sizes), 8, 11, implementation).double()
+    decoder = LSTMDecoder(dataclasses.replace(recipe.model, **sizes), 8, 11, backend).double()
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
     features = torch.randn(4, 9, 8, dtype=torch.float64)
@@ -168,9 +168,11 @@ def test_the_tutorial_recipe_has_the_tutorials_loss(implementation, seed):
     for row, caption in zip(tokens, captions, strict=True):
         row[: len(caption)] = torch.tensor(caption)
 
-    losses = caption_losses(decoder, features, tokens, recipe.objective.label_smoothing)
-    penalty = recipe.objective.attention_penalty * losses["attention"] / 4
-    loss = losses["words"] / (tokens[:, 1:] != Vocabulary.PAD).sum() + penalty
+    losses = caption_losses(
+        decoder, features, tokens[:, :-1], tokens[:, 1:], label_smoothing=recipe.objective.label_smoothing
+    )
+    penalty = recipe.objective.attention_penalty * losses.attention / 4
+    loss = losses.words / (tokens[:, 1:] != Vocabulary.PAD).sum() + penalty
     gradients = torch.autograd.grad(loss, list(decoder.parameters()))
     parameters = dict(decoder.named_parameters())
     expected = tutorial_loss(parameters, features, captions)
