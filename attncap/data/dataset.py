@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image
 
@@ -69,7 +69,8 @@ class Example:
         return json.dumps([path, status.st_size, status.st_mtime_ns])
 
 
-class Skipped(NamedTuple):
+@dataclass(frozen=True)
+class Skipped:
     """An item that was left out."""
 
     index: int | None  # in the sequence that was being read; None for what never became part of one
@@ -77,7 +78,7 @@ class Skipped(NamedTuple):
     reason: str
 
 
-Splits = dict[str, Sequence[CaptionedImage]]
+Splits = Mapping[str, Sequence[CaptionedImage]]
 """The images under "train", "val" and "test"."""
 
 
