@@ -1,10 +1,45 @@
-"""Image captioning with soft attention, accelerated by its own kernels."""
+"""Image captioning with soft attention and its own CPU and CUDA kernels.
 
-from importlib.metadata import version
+`import attncap` imports neither torch nor torchvision, which take seconds: the names that need them are imported when
+they are first used.
+"""
 
-from attncap import ops
-from attncap.captioner import Caption, Captioner
+import importlib
+from typing import TYPE_CHECKING
+
 from attncap.errors import CallError, UserError
 
-__version__ = version("attncap")
-__all__ = ["CallError", "Caption", "Captioner", "UserError", "ops"]
+if TYPE_CHECKING:
+    from attncap import ops
+    from attncap.captioner import Caption, Captioner, Ensemble
+    from attncap.search.config import SearchConfig
+
+    __version__: str
+
+__all__ = ["CallError", "Caption", "Captioner", "Ensemble", "SearchConfig", "UserError", "__version__", "ops"]
+
+_MODULES = {
+    "Caption": "attncap.captioner",
+    "Captioner": "attncap.captioner",
+    "Ensemble": "attncap.captioner",
+    "SearchConfig": "attncap.search.config",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+    elif name == "ops":
+        value = importlib.import_module("attncap.ops")
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("attncap")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,10 +1,10 @@
-"""Settings of a model. Those of a command stand in the command's own file.
+"""Settings of a model, and the checks that all settings share.
 
 The letters of every shape in this project:
 
     B   images            P   cells of the feature grid     A   attention size     V   words in the vocabulary
-    K   rows of an image  D   channels of a cell            E   embedding size     T   words in a caption, <start> and
-    N   rows, N = B K     S   side of an image in pixels    H   hidden size            <end> counted
+    K   rows of an image  D   channels of a cell            E   embedding size     T   words in a caption, including
+    N   rows, N = B K     S   side of an image in pixels    H   hidden size            <start> and <end>
 
 The K rows of an image (its captions in training, its beams in the search) are neighbours among the N rows.
 """
@@ -13,49 +13,101 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from attncap.errors import UserError
-from attncap.files import write_atomically
+from attncap.errors import CallError, UserError
+from attncap.files import read_json, write_atomically
+
+MAX_BEAMS = 32  # of an image; the limit of csrc/beam_search_step
+FORMAT_VERSION = 1  # of config.json
+MODEL_TYPE = "attention-lstm"
+
+MAX_BEAMS = 32  # of the kernels: kMaxBeams, csrc/beam_search_step/beam_search_step.h
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
-    """What a model is built from; saved as `config.json` beside its weights."""
+    """The model: what it is built from. Saved as config.json beside its weights."""
 
     encoder: str = "resnet50"
-    """Any torchvision classification backbone with a feature grid: resnet18, vgg16, efficientnet_b0, ..."""
+    """Name of a torchvision classification backbone with a feature grid: resnet18, vgg16, efficientnet_b0, ..."""
     encoder_layer: str | None = None
-    """The backbone's layer (torchvision's name, e.g. layer3) whose output is the grid; by default the last one before
-    the pooling."""
+    """The backbone's layer whose output is the feature grid (torchvision's name, e.g. layer3).
+    By default the last one before the pooling."""
     image_size: int = 224
-    """Side S, in pixels, to which an image is resized."""
+    """Side length, in pixels, that images are resized to."""
     grid: int | None = None
-    """Cells on a side of the feature grid, P = grid x grid, by adaptive average pooling; by default as the backbone
-    gives it."""
+    """Cells along each side of the feature grid, by adaptive average pooling. By default the backbone's own grid."""
     attention_size: int = 512
-    """A, values in which features and hidden state are compared."""
+    """Size of the space in which features and hidden state are compared."""
     embedding_size: int = 512
-    """E, values of a word."""
+    """Size of a word embedding."""
     hidden_size: int = 512
-    """H, values of the LSTM's state."""
+    """Size of the LSTM's hidden state."""
     activation: Literal["relu", "tanh"] = "relu"
-    """Activation in the attention score: tanh is the paper's, relu is cheaper."""
+    """Activation in the attention score: tanh as in the paper, or relu, which is faster."""
     output_layer: Literal["plain", "deep"] = "deep"
-    """Output layer: plain looks at the hidden state, deep also at the context and the last word."""
+    """What the output layer sees: the hidden state alone (plain), or also the context and the previous word (deep)."""
     dropout: float = 0.5
-    """Share of the values dropped before the output layer, in training."""
+    """Dropout probability before the output layer, in training."""
+
+    def __post_init__(self) -> None:
+        """Raises CallError for a value that is out of range."""
+        check_choices(self)
+        check_at_least(self, 1, "image_size", "attention_size", "embedding_size", "hidden_size")
+        check_at_least(self, 0, "dropout")
+        if self.grid is not None:
+            check_at_least(self, 1, "grid")
+        if self.dropout >= 1:
+            raise CallError(f"dropout={self.dropout}: must be below 1")
 
     def save(self, path: Path) -> None:
-        write_atomically(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """Write config.json. Raises UserError when it cannot be written."""
+        content = {"format_version": FORMAT_VERSION, "model_type": MODEL_TYPE, **dataclasses.asdict(self)}
+        write_atomically(path, json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "ModelConfig":
-        """Raises UserError when the file is missing, is not JSON, or has other fields than this version knows."""
+        """Read config.json. A file without format_version and model_type, as older versions wrote it, is read too.
+
+        Raises UserError when the file is missing, is not JSON, has unknown fields or values, or was written by a newer
+        version or for another kind of model.
+        """
+        if not path.is_file():
+            raise UserError(f"{path}: the model's settings are missing; train or copy the model again")
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: not the settings of a model: expected a JSON object; train or copy it again")
+        version, kind = content.pop("format_version", FORMAT_VERSION), content.pop("model_type", MODEL_TYPE)
+        if kind != MODEL_TYPE:
+            raise UserError(f"{path}: holds a model of type {kind!r}; this version of attncap reads {MODEL_TYPE!r}")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise UserError(
+                f"{path}: has format_version {version!r}; this version of attncap reads up to {FORMAT_VERSION}: "
+                "update attncap"
+            )
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**fields)
-        except OSError as error:
-            raise UserError(f"{path}: cannot read the model's settings: {error.strerror}") from error
-        except (ValueError, TypeError) as error:
+            return cls(**content)
+        except (CallError, TypeError) as error:
             raise UserError(f"{path}: not the settings of a model: {error}; train or copy the model again") from error
+
+
+def check_choices(config: Any) -> None:
+    """Raises CallError for a field of a dataclass that is declared as a Literal and has another value."""
+    for setting in dataclasses.fields(config):
+        kind = get_args(setting.type)[0] if get_origin(setting.type) is Annotated else setting.type
+        value = getattr(config, setting.name)
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise CallError(f"{setting.name}={value!r}: choose {_in_words(get_args(kind))}")
+
+
+def check_at_least(config: Any, least: int, *names: str) -> None:
+    """Raises CallError for a field that is below `least`, or NaN."""
+    for name in names:
+        value = getattr(config, name)
+        if not value >= least:
+            raise CallError(f"{name}={value}: must be at least {least}")
+
+
+def _in_words(choices: tuple[str, ...]) -> str:
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"

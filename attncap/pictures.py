@@ -1,5 +1,5 @@
-"""Pictures of results: captions with the places the model looked at, and the curves of a run. Matplotlib, which takes
-a while to import, is imported where something is drawn."""
+"""Pictures of results: captions with their attention, and the curves of a run. Matplotlib is slow to import, so it is
+imported only when something is drawn."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from attncap.captioner import Caption
 from attncap.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The panels of a run's curves: title, unit, and the names in metrics.jsonl with those in the legend.
+    from attncap.captioner import Caption
+
+# The panels of a run's curves: title, unit, and the label of each value in metrics.jsonl.
 PANELS = (
-    ("Loss in training", "loss", {"loss_words": "words (nats a word)", "loss_attention": "attention penalty"}),
-    ("Free captions of the validation images", "score", {"CIDEr": "CIDEr", "BLEU-4": "BLEU-4"}),
+    ("Training loss", "loss", {"loss_words": "words (nats per word)", "loss_attention": "attention penalty"}),
+    ("Validation metrics", "score", {"CIDEr": "CIDEr", "BLEU-4": "BLEU-4"}),
     ("Learning rate", "rate", {"learning_rate": "decoder", "encoder_learning_rate": "encoder"}),
 )
 COLUMNS = 6
-PANEL = 320  # pixels, more than a panel shows: a photograph in full size would cost seconds a word
+PANEL = 320  # pixels, more than a panel shows; drawing a photograph in full size would take seconds per word
 
 
 def save_attention(path: str | Path, captioned: Sequence[tuple[Image.Image, Caption]]) -> None:
-    """Write the picture that `draw_attention` draws as a PNG."""
+    """Write the PNG of `draw_attention`. Raises UserError if the file cannot be written."""
     write_atomically(Path(path), draw_attention(captioned))
 
 
 def draw_attention(captioned: Sequence[tuple[Image.Image, Caption]]) -> bytes:
-    """A PNG: each image with its caption, then a panel a word with the word's attention as a heat map over the image,
-    as in figure 5 of Xu et al. 2015. Brightness is relative to the word's own peak."""
+    """A PNG of each image with its caption, followed by one panel per word with its attention as a heat map over the
+    image, as in figure 5 of Xu et al. 2015. The heat is relative to the maximum of the word's own attention."""
     from matplotlib.figure import Figure
 
     heights = [math.ceil((len(caption.words) + 1) / COLUMNS) for _, caption in captioned]
@@ -49,8 +50,9 @@ def draw_attention(captioned: Sequence[tuple[Image.Image, Caption]]) -> bytes:
         image.thumbnail((PANEL, PANEL))
         row.suptitle(caption.text, fontsize=11, parse_math=False)
         panels[0].imshow(image)
-        for panel, word, attention in zip(panels[1:], caption.words, caption.attention, strict=False):
-            heat = Image.fromarray((attention / attention.max()).numpy()).resize(image.size, Image.Resampling.BICUBIC)
+        attention = np.asarray(caption.attention, dtype=np.float32)
+        for panel, word, weights in zip(panels[1:], caption.words, attention, strict=False):
+            heat = Image.fromarray(weights / weights.max()).resize(image.size, Image.Resampling.BICUBIC)
             heat = np.asarray(heat).clip(0, 1)
             panel.imshow(np.asarray(image) // 2)
             panel.imshow(heat, cmap="inferno", alpha=0.8 * heat, vmin=0, vmax=1)
@@ -59,8 +61,13 @@ def draw_attention(captioned: Sequence[tuple[Image.Image, Caption]]) -> bytes:
 
 
 def draw_curves(epochs: Sequence[Mapping[str, float]], best: int) -> bytes:
-    """A PNG of a run, `epochs` being the lines of its metrics.jsonl: a panel each for losses, validation figures and
-    learning rates, where there are any, with a mark at `best`, the index of the best epoch."""
+    """A PNG of the curves of a run, with one panel each for the losses, validation metrics and learning rates that the
+    run has.
+
+    Args:
+        epochs: the lines of the run's metrics.jsonl.
+        best: index of the best epoch, which is marked.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -1,4 +1,4 @@
-"""What an evaluation found, to read and to look at: the tables as text and Markdown, and a page of pictures."""
+"""Reports of an evaluation: tables as text or Markdown, and an HTML page that also shows the images."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ from attncap.files import write_atomically
 from attncap.metrics import Scores
 
 THUMBNAIL = 200  # pixels
-SHOWN = 200  # images of a page: more take long to load
+MAX_SHOWN = 200  # images on a page; more would be slow to load
 
 STYLE = """
 body { font: 15px/1.4 sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em; color: #222 }
@@ -25,31 +25,31 @@ small { color: #777 }
 
 
 def tables(report: Mapping) -> list[list[tuple[str, ...]]]:
-    """A report's tables, each a header and rows. `report` is what `evaluate.summary` gives, perhaps with "left out" and
-    "difference"."""
-    figures = [("figure", "value", "95 % interval")]
-    figures += [(name, f"{f['value']:.4f}", _interval(f)) for name, f in report["figures"].items()]
+    """The tables of a report, each a header followed by rows. `report` is the result of `summary`, optionally with
+    "left out" and "difference"."""
+    metrics = [("metric", "value", "95 % interval")]
+    metrics += [(name, f"{m['value']:.4f}", _interval(m)) for name, m in report["figures"].items()]
     captions = [("captions", "value")]
     captions += [(name, f"{v}" if isinstance(v, int) else f"{v:.4f}") for name, v in report["captions"].items()]
-    found = [figures, captions]
+    found = [metrics, captions]
     if "difference" in report:
-        rows = [("figure, difference", "value", "95 % interval", "above 0 in")]
+        rows = [("metric, difference", "value", "95 % interval", "above 0 in")]
         for name, d in report["difference"]["figures"].items():
-            rows.append((name, f"{d['value']:+.4f}", _interval(d), f"{d['above']:.1%} of draws"))
+            rows.append((name, f"{d['value']:+.4f}", _interval(d), f"{d['above']:.1%} of resamples"))
         found.append(rows)
     return found
 
 
-def _interval(figure: Mapping) -> str:
-    return f"{figure['low']:.4f} to {figure['high']:.4f}"
+def _interval(metric: Mapping) -> str:
+    return f"{metric['low']:.4f} to {metric['high']:.4f}"
 
 
 def notes(report: Mapping) -> list[str]:
-    """The sentences that belong to the tables."""
-    found = [f"{report['images']} images. CIDEr is CIDEr-D, which coco-caption calls CIDEr."]
-    found += [f"{name} left out: {reason}." for name, reason in report.get("left out", {}).items()]
+    """The sentences that explain the tables."""
+    found = [f"{report['images']} images. CIDEr is CIDEr-D, as in coco-caption."]
+    found += [f"{name} skipped: {reason}." for name, reason in report.get("left out", {}).items()]
     if "difference" in report:
-        found.append(f"The difference is to {report['difference']['from']}, drawn in pairs.")
+        found.append(f"Differences are relative to {report['difference']['from']}, by a paired bootstrap.")
     return found
 
 
@@ -78,14 +78,19 @@ def write_page(
     scores: Scores,
     images: Mapping[str, Callable[[], Image.Image]],
 ) -> None:
-    """Write an HTML page in one file: the tables, then images with caption and references from the worst CIDEr to the
-    best (ROUGE-L decides between equals). Of more than SHOWN it takes every so many, the worst and the best among them.
+    """Write a self-contained HTML page: the tables, then each image with its caption and references, from the worst
+    CIDEr to the best (ties are ordered by ROUGE-L). Of more than MAX_SHOWN images it shows that many, evenly spaced in
+    this order and including the worst and the best.
 
-    `images` opens the image of a name; those that are not in it, or cannot be read, go without a picture.
+    Args:
+        images: functions that open the images, by name. An image that is missing here or cannot be read is shown
+            without a picture.
+
+    Raises UserError if the file cannot be written.
     """
     rows = scores.rows()
     order = sorted(range(len(rows)), key=lambda i: (rows[i]["CIDEr"], rows[i]["ROUGE-L"]))
-    last, count = len(order) - 1, min(SHOWN, len(order))
+    last, count = len(order) - 1, min(MAX_SHOWN, len(order))
     order = [order[round(k * last / max(1, count - 1))] for k in range(count)]
     parts = ["<!DOCTYPE html>", f'<meta charset="utf-8"><title>Captions</title><style>{STYLE}</style>']
     for header, *lines in tables(report):
@@ -96,11 +101,11 @@ def write_page(
     parts.append(f"<h2>{len(order)} of {len(rows)} captions, from the worst to the best</h2>")
     for i in order:
         name = scores.images[i]
-        said = "".join(f"<li>{escape(reference)}</li>" for reference in references[name])
-        figures = ", ".join(f"{figure} {rows[i][figure]:.2f}" for figure in ("CIDEr", "ROUGE-L", "BLEU-4"))
+        listed = "".join(f"<li>{escape(reference)}</li>" for reference in references[name])
+        metrics = ", ".join(f"{metric} {rows[i][metric]:.2f}" for metric in ("CIDEr", "ROUGE-L", "BLEU-4"))
         parts.append(
             f"<article><figure>{_thumbnail(images.get(name))}</figure><div><b>{escape(captions[name]) or '(empty)'}</b>"
-            f"<ul>{said}</ul><small>{escape(name)}: {figures}</small></div></article>"
+            f"<ul>{listed}</ul><small>{escape(name)}: {metrics}</small></div></article>"
         )
     write_atomically(path, "\n".join(parts).encode("utf-8", errors="replace"))
 

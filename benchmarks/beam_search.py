@@ -21,10 +21,12 @@ from tqdm import tqdm
 
 from attncap.config import ModelConfig
 from attncap.data.vocabulary import Vocabulary
-from attncap.models import Decoder
+from attncap.models.decoder import Decoder, LSTMDecoder
 from attncap.ops import beam_search_step, soft_attention_reference
 from attncap.ops.linear import fixed_linear
-from attncap.search import SearchConfig, beam_search
+from attncap.search.beam_search import beam_search
+from attncap.search.config import SearchConfig
+from attncap.search.graphs import GraphCache
 
 NEVER_WRITTEN = [Vocabulary.PAD, Vocabulary.START, Vocabulary.END]
 
@@ -60,13 +62,13 @@ class Captions(NamedTuple):
     scores: list[float]  # sums of log-probabilities
 
 
-def make_decoder(config: Config) -> Decoder:
+def make_decoder(config: Config) -> LSTMDecoder:
     """Random weights, larger than at the start of a training: captions of different images differ, and their candidates
     stand apart by more than rounding errors. No caption ends early."""
     torch.manual_seed(0)
     size = config.size
     sizes = {"attention_size": size, "embedding_size": size, "hidden_size": size}
-    decoder = Decoder(ModelConfig(output_layer="plain", **sizes), config.channels, config.vocabulary)
+    decoder = LSTMDecoder(ModelConfig(output_layer="plain", **sizes), config.channels, config.vocabulary)
     for parameter in decoder.requires_grad_(False).parameters():
         parameter *= 3
     decoder.word_output.bias[NEVER_WRITTEN] = -1e4
@@ -79,14 +81,14 @@ def make_features(config: Config, B: int) -> Tensor:
     return (of_image + torch.randn(B, config.cells, config.channels, generator=random)).relu().to(config.device)
 
 
-def tutorial(decoder: Decoder, features: Tensor, K: int, steps: int) -> Captions:
+def tutorial(decoder: LSTMDecoder, features: Tensor, K: int, steps: int) -> Captions:
     """As the caption.py of sgrvinod's tutorial does it: an image at a time, its features repeated for each beam, copied
     and projected in every step."""
     captions = [_tutorial_of_one(decoder, image, K, steps) for image in features]
     return Captions([words for words, _ in captions], [score for _, score in captions])
 
 
-def _tutorial_of_one(decoder: Decoder, features: Tensor, K: int, steps: int) -> tuple[list[int], float]:
+def _tutorial_of_one(decoder: LSTMDecoder, features: Tensor, K: int, steps: int) -> tuple[list[int], float]:
     features = features.expand(K, *features.shape)
     mean = features.mean(dim=1)
     h, c = decoder.initial_h(mean), decoder.initial_c(mean)
@@ -95,9 +97,9 @@ def _tutorial_of_one(decoder: Decoder, features: Tensor, K: int, steps: int) -> 
     attention = torch.ones(K, 1, features.shape[1], device=features.device)
     totals = torch.zeros(K, 1, device=features.device)
     for step in range(steps):
-        hidden = torch.relu(decoder.key(features) + decoder.query(h).unsqueeze(1))  # [K,P,A]
-        weights = F.linear(hidden, decoder.score_weight.unsqueeze(0)).squeeze(2).softmax(dim=1)
-        context = torch.sigmoid(decoder.gate(h)) * (features * weights.unsqueeze(2)).sum(dim=1)
+        hidden = torch.relu(decoder.attention.key(features) + decoder.attention.query(h).unsqueeze(1))  # [K,P,A]
+        weights = F.linear(hidden, decoder.attention.score_weight.unsqueeze(0)).squeeze(2).softmax(dim=1)
+        context = torch.sigmoid(decoder.attention.gate(h)) * (features * weights.unsqueeze(2)).sum(dim=1)
         embedded = decoder.embedding(tokens).squeeze(1)
         h, c = decoder.lstm(torch.cat([embedded, context], dim=1), (h, c))
         scores = totals + decoder.word_output(h).log_softmax(dim=1)  # [K,V]
@@ -118,9 +120,9 @@ class EagerStep(nn.Module):
     product for all that the hidden state is multiplied with, a table of the embeddings times the LSTM's weights, and
     the best candidates found beam by beam first."""
 
-    def __init__(self, decoder: Decoder, K: int):
+    def __init__(self, decoder: LSTMDecoder, K: int):
         super().__init__()
-        lstm, query, gate = decoder.lstm, decoder.query, decoder.gate
+        lstm, query, gate = decoder.lstm, decoder.attention.query, decoder.attention.gate
         E = decoder.embedding.embedding_dim
         self.K = K
         self.sizes = [4 * lstm.hidden_size, query.out_features, gate.out_features]
@@ -130,7 +132,7 @@ class EagerStep(nn.Module):
         self.context_weight = nn.Buffer(lstm.weight_ih[:, E:].contiguous())
         bias = lstm.bias_ih + lstm.bias_hh
         self.word_table = nn.Buffer(F.linear(decoder.embedding.weight, lstm.weight_ih[:, :E], bias))
-        self.score_weight = decoder.score_weight
+        self.score_weight = decoder.attention.score_weight
         self.word_output = decoder.word_output
 
     def forward(
@@ -151,11 +153,11 @@ class EagerStep(nn.Module):
         return h[rows], c[rows], tokens, scores, rows
 
 
-def batched(decoder: Decoder, step: Callable, features: Tensor, K: int, steps: int) -> Captions:
+def batched(decoder: LSTMDecoder, step: Callable, features: Tensor, K: int, steps: int) -> Captions:
     """A search by an `EagerStep`, eager or compiled. All beams of an image begin as one."""
     torch.compiler.cudagraph_mark_step_begin()  # the compiled step's results stay valid until the next search
     mean = features.mean(dim=1)
-    keys, h, c = decoder.key(features), decoder.initial_h(mean), decoder.initial_c(mean)
+    keys, h, c = decoder.attention.key(features), decoder.initial_h(mean), decoder.initial_c(mean)
     tokens = torch.full((len(features),), Vocabulary.START, device=features.device)
     scores = torch.zeros(len(features), 1, device=features.device)
     trail = []
@@ -170,14 +172,15 @@ def batched(decoder: Decoder, step: Callable, features: Tensor, K: int, steps: i
     return Captions(torch.stack(words[::-1], dim=1).tolist(), scores[:, 0].tolist())
 
 
-def native(decoder: Decoder, features: Tensor, K: int, steps: int) -> Captions:
-    found = beam_search(decoder, features, SearchConfig(beam_size=K, max_length=steps), suppressed=())
+def native(decoder: Decoder, graphs: GraphCache, features: Tensor, K: int, steps: int) -> Captions:
+    found = beam_search(decoder, features, SearchConfig(beam_size=K, max_length=steps), (), graphs=graphs)
     return Captions([best.tokens for best, *_ in found], [best.score for best, *_ in found])
 
 
-def providers(config: Config, decoder: Decoder, features: Tensor, K: int) -> dict[str, Callable]:
+def providers(config: Config, decoder: LSTMDecoder, features: Tensor, K: int) -> dict[str, Callable]:
     """Each a function without arguments: from features to captions."""
     torch.compiler.reset()
+    prepared, graphs = decoder.for_inference(), GraphCache()
     step = EagerStep(decoder, K)
     # The best setting on the CPU. As an option of torch.compile it has no effect: the tracing looks it up as well.
     inductor.freezing = config.device == "cpu"
@@ -186,7 +189,7 @@ def providers(config: Config, decoder: Decoder, features: Tensor, K: int) -> dic
     return {
         "eager": lambda: batched(decoder, step, features, K, config.steps),
         "compiled": lambda: batched(decoder, compiled, features, K, config.steps),
-        "native": lambda: native(decoder, features, K, config.steps),
+        "native": lambda: native(prepared, graphs, features, K, config.steps),
     }
 
 
@@ -206,18 +209,18 @@ def check(functions: dict[str, Callable], dtype: torch.dtype) -> dict[str, int]:
     return others
 
 
-def products(config: Config, decoder: Decoder, features: Tensor, K: int) -> Callable:
+def products(config: Config, decoder: LSTMDecoder, features: Tensor, K: int) -> Callable:
     """The search's matrix products alone: the keys once; in each step what the hidden state and the context are
     multiplied with, and the logits. One row an image until the first words are chosen."""
     B, H = len(features), decoder.lstm.hidden_size
     E = decoder.embedding.embedding_dim
-    weight = torch.cat([decoder.lstm.weight_hh, decoder.query.weight, decoder.gate.weight])
+    weight = torch.cat([decoder.lstm.weight_hh, decoder.attention.query.weight, decoder.attention.gate.weight])
     hidden, context = fixed_linear(weight, None), fixed_linear(decoder.lstm.weight_ih[:, E:].contiguous(), None)
     words = fixed_linear(decoder.word_output.weight, decoder.word_output.bias)
     states, contexts = features.new_ones(B * K, H), features.new_ones(B * K, config.channels)
 
     def run():
-        decoder.key(features)
+        decoder.attention.key(features)
         for step in range(config.steps):
             rows = B if step < 2 else B * K
             hidden(states[:rows])
@@ -227,7 +230,7 @@ def products(config: Config, decoder: Decoder, features: Tensor, K: int) -> Call
     return run
 
 
-def measure_search(config: Config, decoder: Decoder, B: int, K: int, dtype: str) -> list[dict]:
+def measure_search(config: Config, decoder: LSTMDecoder, B: int, K: int, dtype: str) -> list[dict]:
     features = make_features(config, B)
     few = features[: config.tutorial_images]
     functions = {"tutorial": lambda decoder=decoder: tutorial(decoder, few, K, config.steps)}

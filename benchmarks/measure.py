@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from attncap.files import write_atomically
-from attncap.info import versions
+from attncap.versions import versions
 
 
 def interleaved(functions: dict[str, Callable], device: torch.device, rounds: int) -> dict[str, float]:

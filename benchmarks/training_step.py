@@ -7,8 +7,11 @@ python benchmarks/training_step.py --device cuda
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
+from unittest.mock import patch
 
 import measure
 import torch
@@ -20,8 +23,9 @@ from tqdm import tqdm
 
 from attncap.config import ModelConfig
 from attncap.data.vocabulary import Vocabulary
-from attncap.models import Decoder
-from attncap.models.losses import caption_losses
+from attncap.models import fused, losses
+from attncap.models.decoder import LSTMDecoder
+from attncap.ops import BACKENDS
 
 
 @dataclass
@@ -62,7 +66,7 @@ def make_tokens(N: int, words: float, vocabulary: int) -> Tensor:
     return tokens
 
 
-def tutorial(decoder: Decoder, features: Tensor, tokens: Tensor) -> Tensor:
+def tutorial(decoder: LSTMDecoder, features: Tensor, tokens: Tensor) -> Tensor:
     """As the train.py of sgrvinod's tutorial does it: captions sorted by length, their images' features projected in
     every step, logits of all steps in one padded tensor, packed for the loss."""
     features = features.repeat_interleave(len(tokens) // len(features), dim=0)
@@ -76,10 +80,10 @@ def tutorial(decoder: Decoder, features: Tensor, tokens: Tensor) -> Tensor:
     alphas = features.new_zeros(len(tokens), max(lengths), features.shape[1])
     for t in range(max(lengths)):
         rows = sum(length > t for length in lengths)
-        hidden = torch.relu(decoder.key(features[:rows]) + decoder.query(h[:rows]).unsqueeze(1))  # [N,P,A]
-        weights = F.linear(hidden, decoder.score_weight.unsqueeze(0)).squeeze(2).softmax(dim=1)
+        hidden = torch.relu(decoder.attention.key(features[:rows]) + decoder.attention.query(h[:rows]).unsqueeze(1))  # [N,P,A]
+        weights = F.linear(hidden, decoder.attention.score_weight.unsqueeze(0)).squeeze(2).softmax(dim=1)
         context = (features[:rows] * weights.unsqueeze(2)).sum(dim=1)
-        context = torch.sigmoid(decoder.gate(h[:rows])) * context
+        context = torch.sigmoid(decoder.attention.gate(h[:rows])) * context
         h, c = decoder.lstm(torch.cat([embedded[:rows, t], context], dim=1), (h[:rows], c[:rows]))
         predictions[:rows, t] = decoder.word_output(decoder.dropout(h))
         alphas[:rows, t] = weights
@@ -88,10 +92,15 @@ def tutorial(decoder: Decoder, features: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(scores, targets) + ((1.0 - alphas.sum(dim=1)) ** 2).mean()
 
 
-def ours(decoder: Decoder, features: Tensor, tokens: Tensor) -> Tensor:
-    """The same loss by the package, in the decoder's implementation."""
-    losses = caption_losses(decoder, features, tokens)
-    return losses["words"] / (tokens[:, 1:] != Vocabulary.PAD).sum() + losses["attention"] / len(tokens)
+def ours(decoder: LSTMDecoder, features: Tensor, tokens: Tensor, ops: SimpleNamespace = BACKENDS["native"]) -> Tensor:
+    """The same loss by the package, with these ops: its own, or the same in plain PyTorch."""
+    with (
+        patch.object(fused, "ops", ops),
+        patch.object(fused, "linear", ops.linear),
+        patch.object(losses, "linear_cross_entropy", ops.linear_cross_entropy),
+    ):
+        words, attention = losses.caption_losses(decoder, features, tokens[:, :-1], tokens[:, 1:])
+    return words / (tokens[:, 1:] != Vocabulary.PAD).sum() + attention / len(tokens)
 
 
 def providers(
@@ -102,14 +111,11 @@ def providers(
     torch.manual_seed(0)
     sizes = {"attention_size": config.size, "embedding_size": config.size, "hidden_size": config.size}
     model = ModelConfig(output_layer="plain", dropout=0.0, **sizes)
-    native = Decoder(model, config.channels, config.vocabulary).to(device)
-    plain = Decoder(model, config.channels, config.vocabulary, "torch").to(device)
-    plain.load_state_dict(native.state_dict())
-    compiled = Decoder(model, config.channels, config.vocabulary, "torch").to(device)
-    compiled.load_state_dict(native.state_dict())
+    decoder = LSTMDecoder(model, config.channels, config.vocabulary).to(device)
     torch.compiler.reset()
-    ops = {**vars(plain.ops), "attention_lstm": torch.compile(plain.ops.attention_lstm, dynamic=False)}
-    compiled.ops = type(plain.ops)(**ops)
+    eager = BACKENDS["torch"]
+    compiled = {**vars(eager), "attention_lstm": torch.compile(eager.attention_lstm, dynamic=False)}
+    compiled = SimpleNamespace(**compiled)
 
     tokens = make_tokens(B * K, config.words, config.vocabulary)
     longest = (tokens != Vocabulary.PAD).sum(dim=1).view(B, K).amax(dim=1)
@@ -117,17 +123,17 @@ def providers(
     features = torch.randn(B, config.cells, config.channels, generator=torch.Generator().manual_seed(1)).relu()
     features = features.to(device).requires_grad_(encoder == "fine-tuned")
 
-    def step(loss: Callable, decoder: Decoder, autocast: bool) -> tuple[Tensor, ...]:
+    def step(loss: Callable, autocast: bool) -> tuple[Tensor, ...]:
         with torch.autocast(device.type, dtype, enabled=autocast and dtype != torch.float32):
             value = loss(decoder, features, tokens.to(device) if loss is tutorial else tokens)
         wanted = [*decoder.parameters(), *([features] if features.requires_grad else [])]
         return value.detach(), *torch.autograd.grad(value, wanted)
 
     return {
-        "tutorial": lambda: step(tutorial, plain, False),
-        "eager": lambda: step(ours, plain, True),
-        "compiled": lambda: step(ours, compiled, True),
-        "native": lambda: step(ours, native, True),
+        "tutorial": lambda: step(tutorial, False),
+        "eager": lambda: step(partial(ours, ops=eager), True),
+        "compiled": lambda: step(partial(ours, ops=compiled), True),
+        "native": lambda: step(ours, True),
     }, tokens
 
 

@@ -1,14 +1,19 @@
-from dataclasses import replace
+import copy
+import io
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from attncap import CallError, Captioner, UserError
+from attncap import CallError, Captioner, Ensemble, SearchConfig, UserError
 from attncap.config import ModelConfig
 from attncap.data.vocabulary import Vocabulary
-from attncap.search import SearchConfig, beam_search
+from attncap.search.beam_search import beam_search
 
 
 @pytest.fixture(scope="module")
@@ -16,13 +21,36 @@ def model(trained):
     return Captioner.from_pretrained(trained)
 
 
-def test_paths_pillow_images_and_tensors_give_the_same(model, flickr8k):
+def paths_of(flickr8k, count):
+    """red, green, blue, red, ..."""
+    return sorted((flickr8k / "Images").iterdir())[:count]
+
+
+def same(one, other):
+    """Captions, or lists of them, that are equal to the bit."""
+    for a, b in zip(one, other, strict=True):
+        assert a.text == b.text and a.score == b.score and a.attention.equal(b.attention)
+    return True
+
+
+def test_every_kind_of_image_gives_the_same(model, flickr8k):
     path = flickr8k / "Images" / "001.png"
     image = Image.open(path)
-    tensor = torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.BILINEAR))).permute(2, 0, 1)
-    texts = [model.caption(images)[0].text for images in ([path], [str(path)], [image], tensor.unsqueeze(0))]
-    assert len(set(texts)) == 1 and "green" in texts[0]
-    assert model.caption([]) == []
+    resized = np.array(image.resize((32, 32), Image.Resampling.BILINEAR))
+    sources = [path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), path.open("rb"), image, np.array(image)]
+    captions = [model.caption(source) for source in sources] + model.caption(torch.from_numpy(resized).permute(2, 0, 1)[None])
+    assert {caption.text for caption in captions} == {captions[0].text} and "green" in captions[0].text
+    assert model.caption([]) == [] and model.caption(torch.empty(0, 3, 32, 32, dtype=torch.uint8)) == []
+
+
+def test_an_image_gives_a_caption_and_a_list_a_list(model, flickr8k):
+    paths = paths_of(flickr8k, 3)
+    one, several = model.caption(paths[0]), model.caption(paths)
+    assert one.text == several[0].text and len(several) == 3
+    same(model.caption(tuple(paths)), several)
+    best = model.caption(paths[0], n_best=3)
+    assert len(best) == 3 and best[0].text == one.text
+    assert [len(of_image) for of_image in model.caption(paths, n_best=3)] == [3, 3, 3]
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "I;16", "CMYK"])
@@ -33,27 +61,42 @@ def test_pillow_images_of_any_mode(model, mode):
 
 
 def test_batches_do_not_change_captions(model, flickr8k):
-    paths = sorted((flickr8k / "Images").iterdir())[:7]
+    paths = paths_of(flickr8k, 7)
     one, all_at_once = model.caption(paths, batch_size=1), model.caption(paths)
     assert [caption.text for caption in one] == [caption.text for caption in all_at_once]
 
 
+def test_attention(model, flickr8k):
+    """A map for each word that sums to 1: a plain tensor, to be used with gradients too; or none on request."""
+    path = flickr8k / "Images" / "001.png"
+    for caption in (model.caption(path), model.caption(path, method="sample")):
+        assert caption.attention.shape == (len(caption.words), 4, 4) and caption.attention.dtype == torch.float32
+        assert not caption.attention.is_inference() and not caption.attention.requires_grad
+        torch.testing.assert_close(caption.attention.sum(dim=(1, 2)), torch.ones(len(caption.words)))
+    (caption.attention * torch.ones(1, requires_grad=True)).sum().backward()
+    assert model.caption(path, attention=False).attention is None
+
+
 def test_training_mode_is_kept(model, flickr8k):
+    """And it captions as in evaluation mode."""
+    expected = model.caption(flickr8k / "Images" / "001.png")
     model.train()
-    model.caption([flickr8k / "Images" / "001.png"])
+    same([model.caption(flickr8k / "Images" / "001.png")], [expected])
     assert model.training and model.decoder.training
     model.eval()
 
 
 def test_wrong_images(model, tmp_path):
     for images, message in (
-        ("photo.jpg", "takes a list"),
-        (Image.new("RGB", (9, 9)), "takes a list"),
         (torch.rand(1, 3, 32, 32), "torch.uint8"),
-        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), r"\[B, 3, 32, 32\], not"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), r"\[1, 3, 64, 64\]"),
+        (np.zeros((4, 4, 3)), "float64"),
+        ([None], "NoneType"),
+        (7, "int"),
     ):
-        with pytest.raises(CallError, match=message):
+        with pytest.raises(CallError, match=message) as raised:
             model.caption(images)
+        assert len(str(raised.value)) < 200 and "\n" not in str(raised.value)
     model.train()
     with pytest.raises(UserError, match="no.jpg"):
         model.caption([tmp_path / "no.jpg"])
@@ -61,8 +104,39 @@ def test_wrong_images(model, tmp_path):
     model.eval()
 
 
-def test_repeated_cells_are_attended_to_once():
-    """A 4x4 grid of a backbone that gives 2x2 cells: the same captions and attention as over all 16."""
+def test_errors_in_their_place(model, flickr8k, tmp_path):
+    good = paths_of(flickr8k, 5)
+    (tmp_path / "broken.jpg").write_bytes(b"broken")
+    images = [good[0], tmp_path / "broken.jpg", *good[1:3], tmp_path / "no.jpg", b"", good[3]]
+    for batch_size in (1, 3, 32):
+        found = model.caption(images, errors="return", batch_size=batch_size)
+        assert [isinstance(entry, UserError) for entry in found] == [False, True, False, False, True, True, False]
+        assert "broken.jpg" in str(found[1]) and "no.jpg" in str(found[4])
+        assert [found[i].text for i in (0, 2, 3, 6)] == [caption.text for caption in model.caption(good[:4])]
+    assert isinstance(model.caption(tmp_path / "no.jpg", errors="return"), UserError)
+    with pytest.raises(CallError, match="errors='ignore'"):
+        model.caption(images, errors="ignore")
+
+
+def test_features(model, flickr8k):
+    paths = paths_of(flickr8k, 3)
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(p).resize((32, 32), 2))).permute(2, 0, 1) for p in paths])
+    with torch.no_grad():
+        features = model.encoder(pixels)
+    for settings in (dict(), dict(n_best=2), dict(method="sample")):
+        captions = model.caption_features(features, **settings)
+        assert len(captions) == 3
+        if settings != dict(method="sample"):
+            assert str(captions) == str(model.caption(pixels, **settings))
+    for wrong in (features[:, :3], features[:, :, :3], features[0], pixels):
+        with pytest.raises(CallError, match=r"features should be float \[B, 16, 64\], not"):
+            model.caption_features(wrong)
+    with pytest.raises(CallError, match="features of 2 models for an ensemble of 1"):
+        model.caption_features([features, features])
+
+
+def test_a_grid_that_repeats_cells():
+    """4x4 cells of a backbone that gives 2x2: the same captions, and each cell's attention shared by its copies."""
     torch.manual_seed(0)
     config = ModelConfig(encoder="resnet18", image_size=64, grid=4, attention_size=8, embedding_size=8, hidden_size=16)
     model = Captioner(config, Vocabulary([*Vocabulary.SPECIALS, *"abcdefgh"])).eval()
@@ -70,33 +144,40 @@ def test_repeated_cells_are_attended_to_once():
         for parameter in model.decoder.parameters():
             parameter.mul_(4)
     images = torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8)
-    features = model.encoder(images)
-    assert features.shape[1] == 16 and model.encoder(images, repeat=False).shape[1] == 4
     captions = model.caption(images, max_length=6)
-    found = beam_search(model.decoder, features, SearchConfig(max_length=6))
+    with torch.no_grad():
+        cells = model.encoder(images).view(5, 4, 4, -1)[:, ::2, ::2].flatten(1, 2)  # without copies
+    found = beam_search(model.decoder, cells, SearchConfig(max_length=6))
     for caption, [hypothesis] in zip(captions, found, strict=True):
         assert caption.words == [model.vocabulary.words[token] for token in hypothesis.tokens]
-        torch.testing.assert_close(caption.attention, hypothesis.attention.view(-1, 4, 4))
+        copies = hypothesis.attention.view(-1, 2, 2).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+        torch.testing.assert_close(caption.attention, copies / 4)
     assert max(len(caption.words) for caption in captions) > 1
 
 
 def test_settings_of_the_search(model, flickr8k):
-    paths = sorted((flickr8k / "Images").iterdir())[:3]  # red, green, blue
-    best = model.caption(paths, n_best=4, length_penalty="average")
-    for caption in best:
-        scores = [c.score / (len(c.words) + 1) for c in (caption, *caption.others)]
+    paths = paths_of(flickr8k, 3)
+    for best in model.caption(paths, n_best=4, length_penalty="average"):
+        scores = [c.score / (len(c.words) + 1) for c in best]
         assert len(scores) == 4 and scores == sorted(scores, reverse=True)
-        assert len({c.text for c in (caption, *caption.others)}) == 4 and not caption.others[0].others
+        assert len({c.text for c in best}) == 4
     assert [c.text for c in model.caption(paths, SearchConfig(beam_size=1))] == [
         c.text for c in model.caption(paths, beam_size=1)
     ]
-    without = model.caption(paths, suppressed=["red", "green"])
+    without = model.caption(paths, suppressed=("red", "green"))
     assert not {"red", "green"} & {word for caption in without for word in caption.words}
     assert all(len(caption.words) >= 9 for caption in model.caption(paths, min_length=9))
+    assert all(caption.words[:2] == ["a", "blue"] for caption in model.caption(paths, prefix="A blue"))
+
+    def no_colours(log_probs, history):
+        log_probs[:, [model.vocabulary.words.index(word) for word in ("red", "green", "blue")]] = -torch.inf
+        return log_probs
+
+    assert not {"red", "green", "blue"} & set(model.caption(paths[0], processors=[no_colours]).words)
 
 
 def test_samples_depend_on_seed_and_image_alone(model, flickr8k):
-    paths = sorted((flickr8k / "Images").iterdir())[:6]
+    paths = paths_of(flickr8k, 6)
 
     def texts(paths, **settings):
         return [caption.text for caption in model.caption(paths, method="sample", temperature=3.0, **settings)]
@@ -109,35 +190,298 @@ def test_samples_depend_on_seed_and_image_alone(model, flickr8k):
 
 
 def test_ensemble(model, trained, flickr8k):
-    paths = sorted((flickr8k / "Images").iterdir())[:6]
+    paths = paths_of(flickr8k, 6)
     twin, other = (Captioner.from_pretrained(trained).train() for _ in range(2))
     alone = model.caption(paths)
-    assert [c.text for c in model.caption(paths, ensemble=[twin])] == [c.text for c in alone] and twin.training
+    assert [c.text for c in Ensemble([model, twin]).caption(paths)] == [c.text for c in alone] and twin.training
+    assert Ensemble([model, model]).caption(paths[0]).text == alone[0].text
     with torch.no_grad():
         other.decoder.word_output.bias[other.vocabulary.words.index("red")] += 100
-    assert all("red" in c.words for c in model.caption(paths, ensemble=[other]))
-    paths_of_cells = ("layer4", "layer3")  # 2x2 cells repeated, and 4x4 of their own
+    assert all("red" in c.words for c in Ensemble([model, other]).caption(paths))
     torch.manual_seed(0)
-    config = ModelConfig(encoder="resnet18", image_size=64, grid=4, attention_size=8, embedding_size=8, hidden_size=16)
-    same_grid = [
-        Captioner(replace(config, encoder_layer=layer), Vocabulary([*Vocabulary.SPECIALS, *"abc"]))
-        for layer in paths_of_cells
+    same_grid = [  # 2x2 cells repeated, and 4x4 of their own
+        Captioner(
+            ModelConfig("resnet18", layer, 64, grid=4, attention_size=8, embedding_size=8, hidden_size=16),
+            Vocabulary([*Vocabulary.SPECIALS, *"abc"]),
+        )
+        for layer in ("layer4", "layer3")
     ]
-    [caption] = same_grid[0].caption(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), ensemble=same_grid[1:], max_length=3)
+    [caption] = Ensemble(same_grid).caption(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), max_length=3)
     assert caption.attention.shape[1:] == (4, 4)
     other.vocabulary = Vocabulary(other.vocabulary.words[:-1])
     with pytest.raises(CallError, match="the same vocabulary"):
-        model.caption(paths, ensemble=[other])
+        Ensemble([model, other])
+    with pytest.raises(CallError, match="at least one model"):
+        Ensemble([])
 
 
 def test_wrong_settings(model, flickr8k):
-    paths = [flickr8k / "Images" / "001.png"]
+    path = flickr8k / "Images" / "001.png"
     for settings, message in (
-        (dict(suppressed=["zebra"]), "'zebra' cannot be suppressed"),
-        (dict(suppressed=["<end>"]), "'<end>' cannot be suppressed"),
-        (dict(beams=4), "unexpected keyword argument 'beams'; the settings of a search are beam_size, method"),
-        (dict(batch_size=0), "batch_size 0"),
-        (dict(beam_size=33), "--beam-size 33"),
+        (dict(suppressed=("zebra",)), "'zebra'"),
+        (dict(suppressed=("<end>",)), "'<end>'"),
+        (dict(prefix="a zebra"), "'zebra'"),
+        (dict(prefix="a " * 9, max_length=5), "must be shorter than max_length=5"),
+        (dict(beams=4), "beams: not a setting of a search; these are beam_size, method"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(beam_size=33), "beam_size=33"),
+        (dict(search="fast"), "should be a SearchConfig, not str"),
     ):
         with pytest.raises(CallError, match=message):
-            model.caption(paths, **settings)
+            model.caption(path, **settings)
+
+
+def test_device_and_dtype(trained, flickr8k):
+    path = flickr8k / "Images" / "001.png"
+    expected = Captioner.from_pretrained(trained).caption(path)
+    for dtype, allowed in ((torch.float64, 1e-4), (torch.bfloat16, 0.3)):
+        model = Captioner.from_pretrained(trained, device="cpu", dtype=dtype)
+        caption = model.caption(path)
+        assert {p.dtype for p in model.parameters()} == {dtype} and not model.training
+        assert caption.text == expected.text and caption.score == pytest.approx(expected.score, abs=allowed)
+    torch_model = Captioner.from_pretrained(trained, backend="torch")
+    assert torch_model.caption(path).text == expected.text
+
+
+def test_forward(model):
+    """Logits and attention; the loss, from float64 by hand; and the same terms without logits."""
+    model = copy.deepcopy(model)
+    images, V = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), len(model.vocabulary)
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(4, V, (4, 5), generator=random)
+    targets = torch.randint(4, V, (4, 5), generator=random)
+    targets[1, 3:] = targets[2, 1:] = Vocabulary.PAD
+    logits, attention = model(images, tokens)
+    assert logits.shape == (4, 5, V) and attention.shape == (4, 5, 16)
+    torch.testing.assert_close(attention.sum(dim=2), torch.ones(4, 5))
+    features = model.encoder(images)
+    torch.testing.assert_close(model(features, tokens), (logits, attention))
+
+    words, penalty, count = 0.0, 0.0, 0
+    for n in range(4):
+        attended = torch.zeros(16, dtype=torch.double)
+        for t in range(5):
+            if targets[n, t] != Vocabulary.PAD:
+                words -= logits[n, t].double().log_softmax(0)[targets[n, t]].item()
+                attended += attention[n, t].double()
+                count += 1
+        penalty += ((1 - attended) ** 2).mean().item()
+    *_, loss = model(images, tokens, targets)
+    assert loss.item() == pytest.approx(words / count + penalty / 4, rel=1e-5)
+    *_, loss = model(images, tokens, targets, attention_penalty=0.5)
+    assert loss.item() == pytest.approx(words / count + 0.5 * penalty / 4, rel=1e-5)
+    loss.backward()
+    assert all(p.grad is not None for p in model.decoder.parameters())
+    losses = model(images, tokens, targets, losses_only=True)
+    assert [x.item() for x in losses] == pytest.approx([words, penalty], rel=1e-5)
+    nothing = model(None, None, losses_only=True)
+    assert [x.item() for x in nothing] == [0, 0] and nothing.words.requires_grad
+
+
+def decoder_parameters():
+    torch.manual_seed(0)
+    config = ModelConfig("resnet18", "layer1", 32, attention_size=4, embedding_size=4, hidden_size=8)
+    return [name for name, _ in Captioner(config, Vocabulary([*Vocabulary.SPECIALS, *"ab"])).decoder.named_parameters()]
+
+
+@pytest.fixture(scope="module")
+def random_model():
+    torch.manual_seed(0)
+    config = ModelConfig("resnet18", "layer1", 32, attention_size=8, embedding_size=8, hidden_size=16, activation="tanh")
+    model = Captioner(config, Vocabulary([*Vocabulary.SPECIALS, *"abcdefghij"])).eval()
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return model, torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+
+
+@pytest.fixture
+def drawn(random_model):
+    """A model with random weights, whose captions depend on all of them, and images."""
+    model, images = random_model
+    return copy.deepcopy(model), images
+
+
+def found(model, images):
+    return [(caption.text, caption.score) for caption in model.caption(images, max_length=8)]
+
+
+def check_change(model, images, change, refresh=False):
+    """After the change the captions are those of a copy that was never asked before, and others than before it."""
+    before = found(model, images)
+    assert found(model, images) == before
+    change()
+    if refresh:
+        model.refresh()
+    after = found(model, images)
+    assert after == found(copy.deepcopy(model), images) != before
+
+
+@pytest.mark.parametrize("name", decoder_parameters())
+@pytest.mark.parametrize("way", ["all but the last", "copy_", "data replaced"])
+def test_a_parameter_changed_in_place(drawn, name, way):
+    """By ways that torch does not count or announce: `refresh`."""
+    model, images = drawn
+    parameter = model.decoder.get_parameter(name)
+
+    def change():
+        if way == "all but the last":
+            parameter.data.flatten()[:-1].mul_(-7)
+        elif way == "copy_":
+            with torch.no_grad():
+                parameter.copy_(parameter * -7 + 0.1)
+        else:
+            parameter.data = parameter.data * -7 + 0.1
+
+    check_change(model, images, change, refresh=True)
+
+
+def backward(model, images, parameters):
+    tokens = torch.tensor([[1, 4, 5], [1, 6, 7], [1, 8, 4], [1, 5, 5]])
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is chosen for chosen in parameters))
+    logits, attention = model(images, tokens)
+    (logits.sin().sum() + attention.square().sum()).backward()
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.5),
+    "foreach AdamW": lambda p: torch.optim.AdamW(p, lr=0.5, foreach=True),
+    "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.5, fused=True),
+    "fused Adam": lambda p: torch.optim.Adam(p, lr=0.5, fused=True),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("cleared", [False, True])
+@pytest.mark.parametrize("chosen", ["all", "word_output.weight"])
+def test_a_step_of_an_optimizer(drawn, optimizer, cleared, chosen):
+    """Also in evaluation mode, also of one parameter, whether or not the gradients are cleared afterwards."""
+    model, images = drawn
+    parameters = list(model.decoder.parameters()) if chosen == "all" else [model.decoder.get_parameter(chosen)]
+    step = OPTIMIZERS[optimizer](parameters)
+
+    def change():
+        backward(model, images, parameters)
+        if chosen != "all":
+            parameters[0].grad[-1] = 0  # the last row stays as it is
+        step.step()
+        if cleared:
+            step.zero_grad(set_to_none=True)
+
+    check_change(model, images, change)
+    check_change(model, images, change)
+
+
+def test_gradients_set_by_hand(drawn):
+    model, images = drawn
+
+    def change():
+        for parameter in model.decoder.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        torch.optim.AdamW(model.decoder.parameters(), lr=0.5, fused=True).step()
+
+    check_change(model, images, change)
+
+
+def test_training_drops_what_is_prepared(drawn):
+    model, images = drawn
+
+    def change():
+        model.train()
+        for parameter in model.decoder.parameters():
+            parameter.data.mul_(-1.5)
+        model.eval()
+
+    check_change(model, images, change)
+
+
+@pytest.mark.parametrize("of", ["model", "decoder"])
+def test_loading_weights(drawn, of):
+    model, images = drawn
+    module = model if of == "model" else model.decoder
+
+    def change():
+        module.load_state_dict(
+            {name: v if "encoder" in name else v.flip(0) * 1.5 for name, v in module.state_dict().items()}
+        )
+
+    check_change(model, images, change)
+
+
+@pytest.mark.parametrize("of", ["model", "decoder"])
+def test_another_dtype(drawn, of):
+    """And back: the weights have been rounded in between."""
+    model, images = drawn
+    module = model if of == "model" else model.decoder
+    before = found(model, images)
+    module.to(torch.bfloat16)
+    found(model, images)
+    module.float()
+    after = found(model, images)
+    assert after == found(copy.deepcopy(model), images) != before
+
+
+def test_a_moving_average(drawn):
+    """As training keeps it: written in place, and then `refresh`."""
+    model, images = drawn
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    average.update_parameters(model)
+    average.module.eval()
+
+    def change():
+        with torch.no_grad():
+            for parameter in model.decoder.parameters():
+                parameter.mul_(-2)
+        average.update_parameters(model)
+
+    check_change(average.module, images, change, refresh=True)
+
+
+def test_prepared_once(drawn, monkeypatch):
+    """For as many calls as there are, in evaluation mode."""
+    model, images = drawn
+    prepared = []
+    for_inference = type(model.decoder).for_inference
+    monkeypatch.setattr(
+        type(model.decoder), "for_inference", lambda self: prepared.append(for_inference(self)) or prepared[-1]
+    )
+    for _ in range(3):
+        model.caption(images, batch_size=2)
+    assert len(prepared) == 1
+    model.eval()
+    model.caption(images)
+    model.refresh()
+    model.caption(images)
+    assert len(prepared) == 3
+
+
+def test_threads(trained, flickr8k):
+    """Eight threads caption with one model while two load models: the same captions, and nothing of the process is
+    changed."""
+    model, paths = Captioner.from_pretrained(trained), paths_of(flickr8k, 12)
+    before = (sys.stdout, sys.stderr, torch.nn.Module.__call__, warnings.filters[:], torch.get_num_threads())
+    expected, stop = [model.caption(paths), model.caption(paths, n_best=3)], threading.Event()
+
+    def load():
+        loaded = 0
+        while not stop.is_set() or not loaded:
+            other = Captioner.from_pretrained(trained)
+            loaded += 1
+            same(other.caption(paths[:2], batch_size=1), [Captioner.caption(other, path) for path in paths[:2]])
+        return loaded
+
+    def caption(_):
+        for _ in range(5):
+            same(model.caption(paths), expected[0])
+            for of_image, of_other in zip(model.caption(paths, n_best=3), expected[1], strict=True):
+                same(of_image, of_other)
+
+    with ThreadPoolExecutor(10) as pool:
+        loading = [pool.submit(load) for _ in range(2)]
+        try:
+            list(pool.map(caption, range(8)))
+        finally:
+            stop.set()
+        assert all(job.result() > 0 for job in loading)
+    assert (sys.stdout, sys.stderr, torch.nn.Module.__call__, warnings.filters[:], torch.get_num_threads()) == before

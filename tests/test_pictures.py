@@ -1,12 +1,11 @@
-import time
-
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
 from attncap import Caption, UserError
-from attncap.pictures import save_attention
+from attncap.pictures import PANEL, save_attention
 
 
 def caption_looking_at(row: int, column: int) -> Caption:
@@ -16,7 +15,7 @@ def caption_looking_at(row: int, column: int) -> Caption:
 
 
 def test_the_heat_is_where_the_attention_is(tmp_path):
-    """Moving the attention from the top left to the bottom right cell moves the red of the picture the same way."""
+    """Moving the attention from the top left to the bottom right cell moves the red of the picture with it."""
     grey = Image.new("RGB", (60, 60), (128, 128, 128))
     redness = []
     for name, cell in (("a", (0, 0)), ("b", (3, 3))):
@@ -29,7 +28,7 @@ def test_the_heat_is_where_the_attention_is(tmp_path):
     assert (to > away + 20).all()
 
 
-def test_a_panel_a_word_and_a_row_a_picture(tmp_path):
+def test_one_panel_per_word_and_one_row_per_picture(tmp_path):
     image = Image.new("RGB", (60, 40))
     words = "a dog runs over the green grass".split()
     long = Caption(" ".join(words), -1.0, words, torch.rand(7, 4, 4))
@@ -41,14 +40,25 @@ def test_a_panel_a_word_and_a_row_a_picture(tmp_path):
     save_attention(tmp_path / "empty", [(image, Caption("", -1.0, [], torch.zeros(0, 4, 4)))])
 
 
-def test_dollars_are_no_formulas_and_large_photographs_are_quick(tmp_path):
-    caption = Caption("# $^$", -1.0, ["$^$"], torch.rand(1, 4, 4))
-    start = time.time()
-    save_attention(tmp_path / "picture.png", [(Image.new("RGB", (6000, 4000)), caption)])
-    assert time.time() - start < 10
+def test_dollar_signs_are_not_formulas(tmp_path):
+    save_attention(
+        tmp_path / "picture.png", [(Image.new("RGB", (60, 40)), Caption("# $^$", -1.0, ["$^$"], torch.rand(1, 4, 4)))]
+    )
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_large_photographs_are_shrunk_before_they_are_drawn(tmp_path, monkeypatch):
+    drawn, imshow = [], Axes.imshow
+
+    def record(axes, image, **settings):
+        drawn.append(np.shape(image))
+        return imshow(axes, image, **settings)
+
+    monkeypatch.setattr(Axes, "imshow", record)
+    save_attention(tmp_path / "picture.png", [(Image.new("RGB", (6000, 4000)), caption_looking_at(0, 0))])
+    assert len(drawn) == 3 and all(max(shape) <= PANEL for shape in drawn)  # the image, then image and heat of a word
+
+
+def test_folder_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         save_attention(tmp_path / "file" / "picture.png", [(Image.new("RGB", (9, 9)), caption_looking_at(0, 0))])

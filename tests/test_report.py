@@ -1,4 +1,4 @@
-"""The page of an evaluation, read back with Python's own HTML parser."""
+"""The HTML page of an evaluation, read back with Python's HTML parser."""
 
 from html.parser import HTMLParser
 
@@ -6,15 +6,15 @@ import pytest
 from PIL import Image
 
 from attncap.errors import UserError
-from attncap.evaluate import summary
+from attncap.evaluation import summary
 from attncap.metrics import score
-from attncap.report import SHOWN, as_markdown, as_text, write_page
+from attncap.report import MAX_SHOWN, as_markdown, as_text, write_page
 
 NASTY = '<script>alert("1")</script> & a dog\ud83d'
 
 
 class Page(HTMLParser):
-    """The texts of a page by the element they stand in, and its images."""
+    """The texts of a page by element, and the number of its images."""
 
     def __init__(self, path):
         super().__init__()
@@ -41,7 +41,7 @@ def write(path, captions, references, images):
     return Page(path), report
 
 
-def test_what_captions_and_names_hold_is_text(tmp_path):
+def test_captions_and_names_are_escaped(tmp_path):
     def broken():
         raise UserError("cannot be read")
 
@@ -53,17 +53,17 @@ def test_what_captions_and_names_hold_is_text(tmp_path):
     assert page.texts["b"] == ["(empty)", "a dog", shown] and "script" not in page.texts and page.images == 1
     assert page.texts["li"][-2:] == [shown, "</li></ul>"]
     assert page.texts["small"][2].startswith(f"{shown}: CIDEr ")
-    assert "SPICE left out: <no> models." in page.texts["p"]
-    assert "SPICE left out: <no> models." in as_text(report) and "SPICE left out: <no> models." in as_markdown(report)
+    assert "SPICE skipped: <no> models." in page.texts["p"]
+    assert "SPICE skipped: <no> models." in as_text(report) and "SPICE skipped: <no> models." in as_markdown(report)
 
 
-@pytest.mark.parametrize("count", [1, SHOWN, SHOWN + 1, 3 * SHOWN])
-def test_of_many_images_a_page_shows_every_so_many_with_the_worst_and_the_best(tmp_path, count):
+@pytest.mark.parametrize("count", [1, MAX_SHOWN, MAX_SHOWN + 1, 3 * MAX_SHOWN])
+def test_a_page_of_many_images_shows_evenly_spaced_ones_with_the_worst_and_the_best(tmp_path, count):
     captions = {str(i): f"w{i} " + "x " * (i % 7) for i in range(count)}
     references = {str(i): [f"w{i} x x x", f"a w{i} y z"] for i in range(count)}
     page, _ = write(tmp_path / "page.html", captions, references, {})
     shown = [text.split(":")[0] for text in page.texts["small"]]
-    assert len(set(shown)) == len(shown) == min(count, SHOWN)
+    assert len(set(shown)) == len(shown) == min(count, MAX_SHOWN)
     assert page.texts["h2"] == [f"{len(shown)} of {count} captions, from the worst to the best"]
     scores = score(captions, references)
     keys = {name: (row["CIDEr"], row["ROUGE-L"]) for name, row in zip(scores.images, scores.rows(), strict=True)}

@@ -1,4 +1,4 @@
-"""The official caption metrics, equal to pycocoevalcap's figures; only METEOR and SPICE need Java."""
+"""The standard caption metrics, with the same results as pycocoevalcap. Only METEOR and SPICE need Java."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from attncap.errors import UserError
 from attncap.metrics import java
 from attncap.metrics.bleu import bleu, bleu_statistics
 from attncap.metrics.cider import cider
-from attncap.metrics.ngrams import Corpus
 from attncap.metrics.rouge import rouge_l
 
 log = logging.getLogger("attncap")
@@ -24,68 +23,69 @@ BLEU = [f"BLEU-{n}" for n in range(1, 5)]
 
 @dataclass
 class Scores:
-    """The figures of I captions, one an image, kept by image."""
+    """The scores of I images with one caption each, kept per image so that corpora can be resampled."""
 
     images: list[str]
     statistics: ndarray
-    """What BLEU is computed from, [I,4,4], see `bleu_statistics`."""
+    """The counts from which BLEU is computed, [I,4,4], see `bleu_statistics`."""
     by_image: dict[str, ndarray]
-    """The figures that a corpus has the mean of, [I] each."""
+    """The metrics whose corpus score is the mean over the images, [I] each."""
     meteor: ndarray | None = None
-    """What METEOR is computed from, [I,23], see `meteor_statistics`; None: without METEOR."""
-    left_out: dict[str, str] = field(default_factory=dict)
-    """The figures that were asked for and failed, with the reason."""
+    """The counts from which METEOR is computed, [I,23], see `meteor_statistics`; None without METEOR."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """The reason for each metric that was requested and failed."""
 
-    def figures(self) -> dict[str, float]:
-        """The corpus's figures: BLEU and METEOR from the sums of their statistics, the others the mean over the
-        images."""
-        return {name: float(value) for name, [value] in self.drawn(np.ones((1, len(self.images)))).items()}
+    def corpus(self) -> dict[str, float]:
+        """The metrics of the whole corpus. BLEU and METEOR come from the sums of their counts, the others are means
+        over the images."""
+        return {name: float(value) for name, [value] in self.resampled(np.ones((1, len(self.images)))).items()}
 
-    def drawn(self, times: ndarray) -> dict[str, ndarray]:
-        """The figures of S corpora that have each image so many `times`, [S,I] -> [S] each. In CIDEr the document
-        frequencies stay those of all images."""
-        means = {name: times @ values / times.sum(1) for name, values in self.by_image.items()}
-        return {**self._from_statistics(lambda statistics: np.tensordot(times, statistics.astype(float), 1)), **means}
+    def resampled(self, counts: ndarray) -> dict[str, ndarray]:
+        """The metrics, [S] each, of S corpora in which image i occurs counts[s,i] times. CIDEr keeps the document
+        frequencies of the original corpus."""
+        means = {name: counts @ values / counts.sum(1) for name, values in self.by_image.items()}
+        return {**self._from_statistics(lambda statistics: np.tensordot(counts, statistics.astype(float), 1)), **means}
 
     def rows(self) -> list[dict[str, float]]:
-        """The figures of each image by itself."""
+        """The metrics of each image on its own."""
         columns = {**self._from_statistics(lambda statistics: statistics), **self.by_image}
         return [{name: float(v[i]) for name, v in columns.items()} for i in range(len(self.images))]
 
-    def _from_statistics(self, summed: Callable[[ndarray], ndarray]) -> dict[str, ndarray]:
-        figures = dict(zip(BLEU, bleu(summed(self.statistics)).T, strict=True))
-        return figures if self.meteor is None else {**figures, "METEOR": java.meteor(summed(self.meteor))}
+    def _from_statistics(self, aggregate: Callable[[ndarray], ndarray]) -> dict[str, ndarray]:
+        metrics = dict(zip(BLEU, bleu(aggregate(self.statistics)).T, strict=True))
+        return metrics if self.meteor is None else {**metrics, "METEOR": java.meteor(aggregate(self.meteor))}
 
 
 def score(
-    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], with_java: Collection[str] = ()
+    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], java_metrics: Collection[str] = ()
 ) -> Scores:
-    """BLEU-1 to BLEU-4, ROUGE-L (0 to 1) and CIDEr (0 to 10) of a caption an image, and those `with_java`, of METEOR
-    and SPICE (0 to 1); one of these that fails is reported and left out. CIDEr is CIDEr-D, as in coco-caption.
+    """Score one caption per image against the image's references.
 
-    Both arguments go by image and must have the same images. Raises UserError when there are no
-    captions, or when one lacks its other side.
+    The metrics are BLEU-1 to BLEU-4 and ROUGE-L (0 to 1) and CIDEr (0 to 10), which is CIDEr-D as in coco-caption.
+    `java_metrics` adds "METEOR" or "SPICE" (0 to 1); one that fails is skipped with a warning.
+
+    Both mappings are keyed by image and must have the same images. Raises UserError if there are no captions, or if an
+    image has a caption but no references, or references but no caption.
     """
     if not predictions:
         raise UserError("no captions to score")
     for name in predictions:
         if not references.get(name):
             raise UserError(f"image {name} has a caption but no references to score it against")
-    if unanswered := references.keys() - predictions.keys():
-        count, first = len(unanswered), min(unanswered, key=str)
+    if without_caption := references.keys() - predictions.keys():
+        count, first = len(without_caption), min(without_caption, key=str)
         raise UserError(f"{count} images with references have no caption, e.g. image {first}")
     words = [tokenize(caption) for caption in predictions.values()]
     refs = [[tokenize(caption) for caption in references[name]] for name in predictions]
-    corpus = Corpus(words, refs)
     by_image = {"ROUGE-L": np.array(rouge_l(words, refs)), "CIDEr": cider(words, refs)}
-    scores = Scores(list(predictions), bleu_statistics(corpus), by_image)
-    for name in with_java:
+    scores = Scores(list(predictions), bleu_statistics(words, refs), by_image)
+    for name in java_metrics:
         try:
             if name == "METEOR":
                 scores.meteor = java.meteor_statistics(words, refs)
             else:
                 scores.by_image[name] = java.spice(words, refs)
-        except UserError as error:  # the other figures, and the captions, are worth having
-            scores.left_out[name] = str(error)
-            log.warning("%s left out: %s", name, error)
+        except UserError as error:  # the other metrics are still useful
+            scores.skipped[name] = str(error)
+            log.warning("%s skipped: %s", name, error)
     return scores

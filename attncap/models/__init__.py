@@ -1,6 +1,1 @@
-"""The networks: encoder and decoder."""
-
-from attncap.models.decoder import Decoder
-from attncap.models.encoder import Encoder
-
-__all__ = ["Decoder", "Encoder"]
+"""The networks: encoder and decoder. Start reading in decoder.py."""

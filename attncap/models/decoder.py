@@ -1,54 +1,82 @@
-"""The decoder: soft attention over the feature grid and an LSTM that writes a caption word by word.
+"""The decoder: from features to words. Start reading here.
 
-Xu et al., "Show, Attend and Tell", 2015, sections 3.1.2 and 4.2.
+`Decoder` is the interface that search, sampling and training rely on. `LSTMDecoder` is Show, Attend and Tell's:
+
+    h_0, c_0     = linear functions of the mean feature                           section 3.1.2
+    context, a_t = attention(features, h_{t-1})                                   equations 4 to 6 and 13, attention.py
+    h_t, c_t     = LSTM([embedding(w_{t-1}), context], h_{t-1}, c_{t-1})          equations 1 to 3
+    p(w_t)       = softmax(L_o (embedding(w_{t-1}) + L_h h_t + L_z context))      equation 7
+
+Xu et al., "Show, Attend and Tell", 2015. The letters of the shapes are explained in attncap/config.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attncap.config import ModelConfig
-from attncap.data.vocabulary import Vocabulary
-from attncap.ops import IMPLEMENTATIONS
+from attncap.models.attention import SoftAttention
+
+State = Any
+"""A NamedTuple of tensors that only its decoder understands. Everyone else stores it and passes it on."""
 
 
-class Memory(NamedTuple):
-    """What the decoder looks at in every step; the K rows of an image share it."""
+class Decoder(Protocol):
+    """A model that continues captions word by word.
 
-    features: Tensor  # [B,P,D]
-    keys: Tensor  # [B,P,A]
-
-
-class Written(NamedTuple):
-    """The M words that teacher forcing has the decoder write, those of all rows' first step first."""
-
-    outputs: Tensor  # [M,O], what `word_output` makes logits of; O = E for the deep output layer, else H
-    weights: Tensor  # [M,P], attention
-    rows: Tensor  # int64 [M], which row wrote the word,
-    places: Tensor  # int64 [M], and where: tokens[rows, places] is what it should be
-
-
-class Decoder(nn.Module):
-    """Words from features.
-
-    Args:
-        config: sizes A, E, H, the score's activation, the output layer, dropout.
-        feature_size: D.
-        vocabulary_size: V.
-        implementation: "native" (the project's own kernels) or "torch" (plain PyTorch).
+    A state holds B images, each with the same number of rows (unfinished captions). The rows of an image are next to
+    each other. `step` returns the very same tensor objects for what it does not change, such as the features.
     """
 
-    def __init__(self, config: ModelConfig, feature_size: int, vocabulary_size: int, implementation: str = "native"):
+    vocabulary_size: int
+
+    def start(self, features: Tensor) -> State:
+        """features [B,P,D] -> the state before the first word, one row for each image."""
+
+    def step(self, state: State, parents: Tensor, tokens: Tensor) -> tuple[State, Tensor, Tensor]:
+        """Continue rows `parents` (int64 [N]) of the state with the words `tokens` (int64 [N], <start> at first).
+
+        Rows may be continued several times or not at all, but stay in the order of the images, with as many for each
+        image. Returns the state of the N new rows, logits [N,V] of the words that follow, and attention [N,P], where
+        each row looked to predict them."""
+
+    def select(self, state: State, images: Tensor) -> State:
+        """The state of the images with indices `images` (int64, or bool [B])."""
+
+
+class LSTMState(NamedTuple):
+    features: Tensor  # [B,P,D]
+    keys: Tensor  # [B,P,A]
+    h: Tensor  # [R,H], the R / B rows of an image next to each other
+    c: Tensor  # [R,H]
+
+
+class LSTMDecoder(nn.Module):
+    """Soft attention and an LSTM.
+
+    This file is the plain version, and the definition of the results. With `backend="native"`, teacher forcing and
+    the decoder that `for_inference` returns use the project's own kernels (fused.py).
+
+    Args:
+        config: sizes A, E, H, the activation of the scores, the output layer, dropout.
+        feature_size: D.
+        vocabulary_size: V.
+        backend: "native" or "torch".
+
+    `version` counts the events that announce new weights: `train`, `load_state_dict`, `to` and its relatives. It lets
+    the owner of a prepared decoder notice that it is outdated.
+    """
+
+    def __init__(self, config: ModelConfig, feature_size: int, vocabulary_size: int, backend: str = "native"):
         super().__init__()
-        attention, embedding, hidden = config.attention_size, config.embedding_size, config.hidden_size
-        self.ops = IMPLEMENTATIONS[implementation]
-        self.activation = config.activation
-        self.key = nn.Linear(feature_size, attention)
-        self.query = nn.Linear(hidden, attention)
-        self.score_weight = nn.Parameter(torch.empty(attention).uniform_(-1, 1) / attention**0.5)
-        self.gate = nn.Linear(hidden, feature_size)
+        if backend not in ("native", "torch"):
+            raise ValueError(f"backend={backend!r}: must be 'native' or 'torch'")
+        embedding, hidden = config.embedding_size, config.hidden_size
+        self.backend = backend
+        self.version = 0
+        self.feature_size, self.vocabulary_size = feature_size, vocabulary_size
+        self.attention = SoftAttention(feature_size, hidden, config.attention_size, config.activation)
         self.embedding = nn.Embedding(vocabulary_size, embedding)
         self.lstm = nn.LSTMCell(embedding + feature_size, hidden)
         self.initial_h = nn.Linear(feature_size, hidden)
@@ -60,52 +88,106 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.word_output = nn.Linear(embedding if self.deep else hidden, vocabulary_size)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        self.register_load_state_dict_pre_hook(_rename_old_weights)
+        self.register_load_state_dict_post_hook(_count_change)
 
-    def forward(self, features: Tensor, tokens: Tensor, inputs: Tensor | None = None) -> Written:
-        """Teacher forcing: word t is written after words 0..t-1 of `inputs`, for every t > 0 up to a row's last word.
-
-        features [B,P,D]; tokens int64 [N,T], <pad> after a caption's end, perhaps on the CPU, where their lengths are
-        needed; inputs int64 [N,T-1], tokens[:, :-1] by default. The work is that of the longest caption of each image;
-        where images do not come sorted by it, longest first, their features are copied to sort them.
-
-        Raises ValueError where N is no multiple of B, or no row has a word."""
-        device, N, B = features.device, len(tokens), len(features)
-        lengths = (tokens[:, 1:] != Vocabulary.PAD).sum(dim=1).cpu()
-        if B == 0 or N % B or not lengths.any():
-            raise ValueError(f"{N} rows of tokens for {B} images; all need as many, and one a word to write")
-        K = N // B
-        longest, order = lengths.view(B, K).amax(dim=1).sort(descending=True, stable=True)
-        images = [int((longest > t).sum()) for t in range(longest[0])]  # in each step
-        if not order.equal(torch.arange(B)):
-            features = features[order.to(device)]
-        rows = (order.unsqueeze(1) * K + torch.arange(K)).flatten()  # of tokens, as they are sorted now
-        rows_of_steps = torch.cat([rows[: K * b] for b in images])
-        steps = torch.arange(len(images)).repeat_interleave(K * torch.tensor(images))
-        [written] = (lengths[rows_of_steps] > steps).nonzero(as_tuple=True)
-        rows_of_steps, steps = torch.stack([rows_of_steps, steps]).to(device)
-        written = written.to(device)
-        inputs = (tokens[:, :-1] if inputs is None else inputs).to(device)
-        embedded = self.embedding(inputs[rows_of_steps, steps])  # [M,E]
-
-        lstm = self.lstm
-        word_weight, context_weight = lstm.weight_ih.split([embedded.shape[1], features.shape[2]], dim=1)
+    def start(self, features: Tensor) -> LSTMState:
+        """See `Decoder`. Raises ValueError for features of another shape."""
+        features = check_features(features, self.feature_size).to(self.word_output.weight.dtype)
         mean = features.mean(dim=1)
-        h, context, weights = self.ops.attention_lstm(
-            features,
-            self.ops.linear(features, self.key.weight, self.key.bias),
-            F.linear(embedded, word_weight, lstm.bias_ih + lstm.bias_hh),
-            self.initial_h(mean).repeat_interleave(K, dim=0),  # section 3.1.2
-            self.initial_c(mean).repeat_interleave(K, dim=0),
-            torch.cat([lstm.weight_hh, self.query.weight, self.gate.weight]),
-            torch.cat([torch.zeros_like(lstm.bias_hh), self.query.bias, self.gate.bias]),
-            context_weight,
-            self.score_weight,
-            images=images,
-            activation=self.activation,
+        return LSTMState(features, self.attention.key(features), self.initial_h(mean), self.initial_c(mean))
+
+    def step(self, state: LSTMState, parents: Tensor, tokens: Tensor) -> tuple[LSTMState, Tensor, Tensor]:
+        """See `Decoder`. Without dropout, in training too."""
+        state, output, weights = self._step(state, parents, tokens)
+        return state, self.word_output(output), weights
+
+    def _step(self, state: LSTMState, parents: Tensor, tokens: Tensor) -> tuple[LSTMState, Tensor, Tensor]:
+        h, c, embedded = state.h[parents], state.c[parents], self.embedding(tokens)
+        context, weights = self.attention(state.features, state.keys, h)
+        h, c = self.lstm(torch.cat([embedded, context], dim=1), (h, c))
+        return state._replace(h=h, c=c), self.output(embedded, h, context), weights
+
+    def output(self, embedded: Tensor, h: Tensor, context: Tensor) -> Tensor:
+        """What `word_output` turns into logits: [N,E] by equation 7, or [N,H] for the plain output layer."""
+        return embedded + self.hidden_output(h) + self.context_output(context) if self.deep else h
+
+    def select(self, state: LSTMState, images: Tensor) -> LSTMState:
+        """See `Decoder`."""
+        return select(state, images)
+
+    def forward(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Teacher forcing: predict every next word from the true words before it.
+
+        features [B,P,D]; tokens int64 [N,T], the words that are fed, <start> first; the N / B rows of an image are next
+        to each other -> logits [N,T,V] of the words that follow, attention [N,T,P]. Raises ValueError for other
+        shapes."""
+        check_rows(tokens, features)
+        if self.backend == "native":
+            from attncap.models import fused
+
+            return fused.forward(self, features, tokens)
+        state = self.start(features)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        parents = rows // (len(tokens) // len(features))  # all rows of an image start from one
+        logits, attention = [], []
+        for t in range(tokens.shape[1]):
+            state, output, weights = self._step(state, parents, tokens[:, t])
+            logits.append(self.word_output(self.dropout(output)))
+            attention.append(weights)
+            parents = rows
+        return torch.stack(logits, dim=1), torch.stack(attention, dim=1)
+
+    def for_inference(self, table: bool = True) -> Decoder:
+        """A decoder with the same results and its weights laid out for speed. It keeps the weights of this moment: make
+        a new one when they have changed. (With backend "torch" it is this decoder itself.)
+
+        `table=False` skips a table over the whole vocabulary, which does not pay for itself when fewer words are
+        written than the vocabulary has.
+        """
+        if self.backend == "torch":
+            return self
+        from attncap.models import fused
+
+        return fused.InferenceDecoder(self, table)
+
+    def train(self, mode: bool = True) -> "LSTMDecoder":
+        self.version += 1
+        return super().train(mode)
+
+    def _apply(self, *arguments, **options) -> "LSTMDecoder":
+        self.version += 1  # what `to`, `cuda`, `half` and so on call, of this module or of one that contains it
+        return super()._apply(*arguments, **options)
+
+
+def select(state: LSTMState, images: Tensor) -> LSTMState:
+    """The state of some of its images."""
+    rows = (x.unflatten(0, (len(state.features), -1))[images].flatten(0, 1) for x in (state.h, state.c))
+    return LSTMState(state.features[images], state.keys[images], *rows)
+
+
+def check_features(features: Tensor, feature_size: int) -> Tensor:
+    """The features. Raises ValueError unless they are [B,P,D] with D = feature_size and at least one cell."""
+    if features.dim() != 3 or features.shape[1] == 0 or features.shape[2] != feature_size:
+        raise ValueError(
+            f"the decoder takes features [B, P, {feature_size}] of at least one cell, not {list(features.shape)}"
         )
-        if K > 1:  # captions of an image that are shorter than its longest went along
-            of_all = (rows_of_steps, steps, embedded, h, context, weights)
-            rows_of_steps, steps, embedded, h, context, weights = (x[written] for x in of_all)
-        if self.deep:  # equation 7
-            h = embedded + self.hidden_output(h) + self.context_output(context)
-        return Written(self.dropout(h), weights, rows_of_steps, steps + 1)
+    return features
+
+
+def check_rows(tokens: Tensor, features: Tensor) -> None:
+    """Raises ValueError unless tokens [N,T] have at least one word, and as many rows for each of the images."""
+    B = len(features)
+    if tokens.dim() != 2 or 0 in tokens.shape or B == 0 or len(tokens) % B:
+        raise ValueError(f"tokens of shape {list(tokens.shape)} for {B} images; each image needs as many rows [T]")
+
+
+def _rename_old_weights(decoder: LSTMDecoder, state: dict, prefix: str, *_) -> None:
+    """Models saved before the attention became a module of its own."""
+    for name in list(state):
+        if name.removeprefix(prefix).split(".")[0] in ("key", "query", "gate", "score_weight") and name.startswith(prefix):
+            state[f"{prefix}attention.{name.removeprefix(prefix)}"] = state.pop(name)
+
+
+def _count_change(decoder: LSTMDecoder, _) -> None:
+    decoder.version += 1

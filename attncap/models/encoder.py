@@ -1,11 +1,12 @@
 """The encoder: a torchvision backbone, cut before its pooling, that turns images into a grid of features."""
 
-import contextlib
-import io
-import math
+import copy
 import pickle
 import re
+from collections import OrderedDict
+from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 from urllib.error import URLError
 
 import safetensors.torch
@@ -13,97 +14,85 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from torch.autograd.graph import Node
 
 from attncap.errors import CallError, UserError
 
 
 class Encoder(nn.Module):
-    """images uint8 [B,3,S,S] -> features float32 [B,P,D]. A `grid` that only repeats the backbone's cells (14x14 of
-    7x7: each cell 4 times) is left as the backbone gives it with `repeat=False`: attention over the cells themselves,
-    spread over their copies, is attention over the copies.
+    """images uint8 [B,3,S,S] -> features [B,P,D] of the P cells of a square grid, row by row; float32, or the dtype
+    that the encoder was cast to.
 
     Args:
         name: a torchvision classification backbone (`torchvision.models.list_models`).
-        layer: the backbone's layer whose output is the grid, by torchvision's name; None finds the last one before the
-            pooling (and `self.layer` then tells which it is). For VGG16, `features.29` is the 14x14x512 grid of Xu et
-            al. 2015, section 3.1.1.
+        layer: the module of the backbone whose output is the grid, by its name in torchvision. None selects the last
+            one before the pooling; `self.layer` is then its name. For VGG16, `features.29` is the 14x14x512 grid of
+            Xu et al. 2015, section 3.1.1.
         grid: cells on a side after adaptive average pooling, or None for the backbone's own grid.
         weights: "default" (torchvision's best ImageNet weights, downloaded once), "none" (random), or the path of a
             state dict of the whole backbone (.pth or .safetensors).
 
-    Raises CallError for an unknown backbone or layer, UserError for weights that cannot be had or do not fit.
+    Raises CallError for an unknown backbone or an unsuitable layer, UserError for weights that cannot be obtained or
+    do not fit.
     """
 
     def __init__(self, name: str, layer: str | None = None, grid: int | None = None, weights: str = "none"):
         super().__init__()
-        backbone = _build(name)
         self.name = name
-        self.layer = layer or _last_grid(name, backbone)
-        try:
-            self.backbone = create_feature_extractor(backbone, {self.layer: "grid"})
-        except ValueError as error:
-            layers = [module for module, _ in backbone.named_modules() if module and module.count(".") < 2]
-            raise CallError(f"{name} has no layer {layer!r}; it has {', '.join(layers)}") from error
         self.grid = grid
-        if weights != "none":
-            _load(self.backbone, name, weights, known=backbone.state_dict().keys())
-        self.backbone.to(memory_format=torch.channels_last)
+        self.backbone = _build(name)
+        known = self.backbone.state_dict().keys()
         preprocessing = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+        self.layer = _cut(self.backbone, name, layer, image_size=preprocessing.crop_size[0])
+        if weights != "none":
+            _load(self.backbone, name, weights, known)
+        self.backbone.to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor, repeat: bool = True) -> Tensor:
-        images = (images / 255 - self.mean) / self.std
-        features = self.backbone(images.contiguous(memory_format=torch.channels_last))["grid"]  # [B,D,rows,columns]
-        if self.grid is not None and self.grid % features.shape[2]:
-            features = F.adaptive_avg_pool2d(features, self.grid)
-        features = features.flatten(2).transpose(1, 2).contiguous()
-        return self.repeat_cells(features) if repeat else features
-
-    def repeat_cells(self, features: Tensor) -> Tensor:
-        """What `repeat=False` gives, or a cache of it -> features [B,P,D] of all cells, copies counted."""
-        side = math.isqrt(features.shape[1])
-        copies = (self.grid or side) // side  # of a cell, on each side
-        if copies == 1:
-            return features
-        grid = features.unflatten(1, (side, side))
-        return grid.repeat_interleave(copies, dim=1).repeat_interleave(copies, dim=2).flatten(1, 2)
-
-    @torch.no_grad()
-    def grid_shape(self, image_size: int, repeat: bool = True) -> tuple[int, int]:
-        """(P, D) for images of that side. Raises CallError when they are too small for the backbone."""
-        training = self.training
-        self.eval()
+    def forward(self, images: Tensor) -> Tensor:
+        images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # torch.fx prints a traceback of what is caught here
-                image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=self.mean.device)
-                _, cells, channels = self(image, repeat).shape
-        except (RuntimeError, AssertionError, IndexError) as error:
+            self.backbone(images.contiguous(memory_format=torch.channels_last))
+        except _Reached as reached:
+            features = reached.output  # [B,D,rows,columns]
+        if self.grid is not None:
+            features = F.adaptive_avg_pool2d(features, self.grid)
+        return features.flatten(2).transpose(1, 2).contiguous()
+
+    def grid_shape(self, image_size: int) -> tuple[int, int]:
+        """(P, D) for images of that side. Raises CallError when they are too small for the backbone."""
+        images = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device="meta")
+        try:
+            _, cells, channels = _without_data(self)(images).shape
+        except (RuntimeError, ValueError, AssertionError, IndexError) as error:
             raise CallError(
-                f"layer {self.layer} gives no feature grid for images of {image_size} px ({error}); try another "
-                "--encoder-layer, or --image-size 224"
+                f"image_size={image_size}: layer {self.layer} of {self.name} gives no feature grid for such images "
+                f"({error}); choose another encoder_layer, or image_size=224"
             ) from error
-        self.train(training)
         return cells, channels
 
     def fine_tune(self, first: str) -> None:
-        """Let training change the backbone from the layer `first` on, in the network's order, and nothing before it;
-        "all" is the whole backbone, "none" nothing. Raises CallError for a name that no parameter begins with."""
+        """Make the backbone trainable from the layer `first` on, in the order in which the layers run, and nothing
+        before it; "all" is the whole backbone, "none" nothing. Raises CallError if no parameter is in that layer."""
         names = [name for name, _ in self.backbone.named_parameters()]
-        prefix = {"all": "", "none": None}.get(first, first + ".")
-        begins = [prefix is not None and name.startswith(prefix) for name in names]
-        if prefix is not None and not any(begins):
-            layers = dict.fromkeys(".".join(name.split(".")[:2]) for name in names)
-            raise CallError(f"--fine-tune-from {first}: no such layer; choose all, none or one of {', '.join(layers)}")
-        start = begins.index(True) if any(begins) else len(names)
+        if first in ("all", "none"):
+            start = 0 if first == "all" else len(names)
+        else:
+            inside = [name.startswith(f"{first}.") for name in names]
+            if not any(inside):
+                layers = dict.fromkeys(".".join(name.split(".")[:2]) for name in names)
+                raise CallError(
+                    f'fine_tune_from="{first}": no such layer; choose all, none or one of {", ".join(layers)}'
+                )
+            start = inside.index(True)
         for index, parameter in enumerate(self.backbone.parameters()):
             parameter.requires_grad_(index >= start)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Encoder":
-        """Batch norms whose weights are frozen keep their statistics; a backbone that is all frozen stays as in
-        evaluation (no dropout, no stochastic depth)."""
+        """Batch norms whose weights are frozen keep their statistics. A backbone that is entirely frozen stays in
+        evaluation mode (no dropout, no stochastic depth)."""
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
             self.backbone.eval()
@@ -116,33 +105,159 @@ class Encoder(nn.Module):
 def _build(name: str) -> nn.Module:
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        raise CallError(f"--encoder {name}: no such backbone in torchvision; choose one of {', '.join(known)}")
+        raise CallError(f'encoder="{name}": no such backbone in torchvision; choose one of {", ".join(known)}')
     if name.startswith("vit_"):
-        raise CallError(f"--encoder {name}: a vision transformer has no feature grid before a pooling; try resnet50")
-    # GoogLeNet and Inception warn, and start slowly, unless told not to draw their own initial weights.
-    # Their published weights want their own normalisation, which torchvision puts inside the network.
+        raise CallError(f'encoder="{name}": a vision transformer has no feature grid before a pooling; try resnet50')
+    # By default GoogLeNet and Inception warn about their slow random initialisation. Their published weights expect a
+    # normalisation of their own, which torchvision does inside the network.
     extra = {"init_weights": False, "transform_input": True} if name in ("googlenet", "inception_v3") else {}
-    return torchvision.models.get_model(name, weights=None, **extra)
+    backbone = torchvision.models.get_model(name, weights=None, **extra)
+    if isinstance(backbone, torchvision.models.DenseNet):
+        # The same network, with modules for the functions of its forward: the last ReLU gives the grid.
+        functions = {"relu": nn.ReLU(inplace=True), "avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+        modules = {"features": backbone.features, **functions, "classifier": backbone.classifier}
+        backbone = nn.Sequential(OrderedDict(modules))
+    return backbone
 
 
-@torch.no_grad()
-def _last_grid(name: str, backbone: nn.Module) -> str:
-    """The last layer whose output is a square grid of more than one cell: the one that the pooling reads."""
-    side = torchvision.models.get_model_weights(name).DEFAULT.transforms().crop_size[0]
-    nodes = get_graph_node_names(backbone)[1]
-    outputs = create_feature_extractor(backbone, nodes).eval()(torch.zeros(1, 3, side, side))
-    grids = [
-        node
-        for node, output in outputs.items()
-        if isinstance(output, Tensor)
-        and output.dim() == 4
-        and output.shape[2] == output.shape[3] > 1
-        and node != "avgpool"  # VGG's and AlexNet's pooling gives a grid too, of one size for every image size
-    ]
-    return grids[-1]
+class _Reached(Exception):
+    """Ends a backbone's forward at the layer that gives the grid, and carries the layer's output."""
+
+    def __init__(self, output: Tensor):
+        super().__init__()
+        self.output = output
 
 
-def _load(backbone: nn.Module, name: str, weights: str, known: "set[str]") -> None:
+def _stop(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    """A forward hook. It keeps no state, so threads may share the module and copies of the module are independent."""
+    raise _Reached(output)
+
+
+class _Call(NamedTuple):
+    """A call of a module in a backbone's forward."""
+
+    name: str
+    shape: torch.Size  # of the output
+    operation: Node | None  # the one that computed the output, as autograd records it
+
+    @property
+    def gives_grid(self) -> bool:
+        return len(self.shape) == 4 and self.shape[2] == self.shape[3]
+
+
+def _cut(backbone: nn.Module, name: str, layer: str | None, image_size: int) -> str:
+    """End the backbone's forward, in place, at `layer` (None: the last grid before the pooling). Modules that do not
+    contribute to its output become identities; the others are registered in the order in which they run. Returns the
+    name of the module whose output is the grid. Raises CallError if there is none."""
+    calls: list[_Call] = []  # in the order in which they end
+    started: dict[str, int] = {}  # modules, and the modules that contain them, in the order in which they start
+
+    def start(path: str) -> None:
+        while path:
+            started.setdefault(path, len(started))
+            path = path.rpartition(".")[0]
+
+    twin = _without_data(backbone)
+    for path, module in twin.named_modules():
+        if path:
+            module.register_forward_pre_hook(lambda _module, _inputs, path=path: start(path))
+            module.register_forward_hook(
+                lambda _module, _inputs, output, path=path: calls.append(_Call(path, output.shape, output.grad_fn))
+            )
+    with torch.inference_mode(False), torch.enable_grad():
+        twin(torch.zeros(1, 3, image_size, image_size, device="meta"))
+
+    grid = _find(calls, name, layer)
+    used = _parameters_behind(grid.operation)
+    _prune(backbone, {path for path, parameter in twin.named_parameters() if parameter in used}, started)
+    backbone.get_submodule(grid.name).register_forward_hook(_stop)
+    return grid.name
+
+
+def _without_data(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode on the meta device, whose forward gives shapes at next to no cost."""
+    memo: dict[int, Tensor] = {}  # what deepcopy finds here, by its id, it does not copy
+    with torch.inference_mode(False):
+        for parameter in module.parameters():
+            memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"))
+        for buffer in module.buffers():
+            memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+        return copy.deepcopy(module, memo).eval()
+
+
+def _find(calls: list[_Call], name: str, layer: str | None) -> _Call:
+    """The call whose output is the grid. Raises CallError if there is none."""
+    grids = [call for call in calls if call.gives_grid]
+    if layer is None:
+        # Of several modules that return the same grid, the outermost ends last. The pooling of VGG and AlexNet returns
+        # a grid too, of the same size for every image size.
+        return [call for call in grids if call.shape[2] > 1 and call.name != "avgpool"][-1]
+
+    found = [call for call in calls if call.name == layer]
+    if not found:  # a ModuleList is never called; its output is that of its last module
+        found = [call for call in calls if call.name.startswith(f"{layer}.")][-1:]
+    found = found or _find_operation(calls, layer)
+    if not found:
+        layers = ", ".join(dict.fromkeys(call.name for call in grids if call.name.count(".") < 2))
+        raise CallError(f'encoder_layer="{layer}": {name} has no such layer; these give a feature grid: {layers}')
+    if len(found) > 1:
+        parent = layer.rpartition(".")[0] or "another layer"
+        raise CallError(f'encoder_layer="{layer}": {name} runs this layer {len(found)} times; choose {parent} instead')
+    if not found[0].gives_grid:
+        shape = ", ".join(map(str, found[0].shape[1:]))
+        raise CallError(
+            f'encoder_layer="{layer}": this layer of {name} gives [B, {shape}] instead of a square feature grid '
+            "[B, D, S, S]; choose another layer"
+        )
+    return found[0]
+
+
+def _find_operation(calls: list[_Call], layer: str) -> list[_Call]:
+    """The call whose output is that of an operation named as in torch.fx, which is how older models name their layer:
+    "layer4.1.relu_1" is the second call of layer4.1.relu, "features.7.2.add" an addition in the forward of
+    features.7.2. If no module returns the output of a repeated call, all calls of that module are returned."""
+    module, _, index = layer.rpartition("_")
+    repeated = [call for call in calls if call.name == module]
+    if index.isdecimal() and int(index) < len(repeated):
+        operation = repeated[int(index)].operation
+        return [call for call in calls if call.operation is operation and call.name != module][-1:] or repeated
+    owner, _, function = layer.rpartition(".")
+    function = function.rstrip("_0123456789")
+    function = {"reshape": "view"}.get(function, function)  # autograd records a reshape as a view
+    return [call for call in calls if call.name == owner and function in call.operation.name().lower()]
+
+
+def _parameters_behind(operation: Node | None) -> set[Tensor]:
+    """The parameters from which the output of an operation is computed."""
+    pending, seen, parameters = [operation], {None}, set()
+    while pending:
+        operation = pending.pop()
+        if operation not in seen:
+            seen.add(operation)
+            pending.extend(previous for previous, _ in operation.next_functions)
+            if hasattr(operation, "variable"):
+                parameters.add(operation.variable)
+    return parameters
+
+
+def _prune(backbone: nn.Module, parameters: set[str], order: dict[str, int], prefix: str = "") -> None:
+    """Remove all other parameters: only what the grid depends on is trained, saved and loaded. Register the modules in
+    the given order, last those that are never called themselves (although their weights may be used)."""
+    for name, _ in list(backbone.named_parameters(recurse=False)):
+        if prefix + name not in parameters:
+            setattr(backbone, name, None)
+    children = list(backbone.named_children())
+    for name, child in sorted(children, key=lambda item: order.get(prefix + item[0], len(order))):
+        names = [path for path, _ in child.named_parameters(f"{prefix}{name}")]
+        if names and parameters.isdisjoint(names):
+            child = nn.Identity()
+        else:
+            _prune(child, parameters, order, f"{prefix}{name}.")
+        delattr(backbone, name)
+        setattr(backbone, name, child)
+
+
+def _load(backbone: nn.Module, name: str, weights: str, known: Collection[str]) -> None:
     if weights == "default":
         enum = torchvision.models.get_model_weights(name).DEFAULT
         try:
@@ -153,7 +268,7 @@ def _load(backbone: nn.Module, name: str, weights: str, known: "set[str]") -> No
         except (URLError, OSError, RuntimeError) as error:
             raise UserError(
                 f"the ImageNet weights of {name} cannot be downloaded from {enum.url} ({error}); download them "
-                "elsewhere and give the file with --encoder-weights FILE, or start with --encoder-weights none"
+                "elsewhere and give the file as encoder_weights, or start with encoder_weights=none"
             ) from error
     else:
         state = _read(Path(weights))
@@ -164,9 +279,9 @@ def _load(backbone: nn.Module, name: str, weights: str, known: "set[str]") -> No
     missing = [key for key in needed if key not in state and not key.endswith("num_batches_tracked")]
     shapes = [key for key in needed if key in state and state[key].shape != needed[key].shape]
     for keys, reason in (
-        (unknown, "has weights that the backbone lacks"),
+        (unknown, "has weights that the backbone does not have"),
         (missing, "lacks weights that the backbone has"),
-        (shapes, "has weights of another shape"),
+        (shapes, "has weights of other shapes"),
     ):
         if keys:
             raise UserError(f"{weights}: not the weights of {name}: the file {reason}, such as {keys[0]}")
@@ -175,7 +290,7 @@ def _load(backbone: nn.Module, name: str, weights: str, known: "set[str]") -> No
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise CallError(f"--encoder-weights {path}: no such file; give default, none or the path of a state dict")
+        raise CallError(f'encoder_weights="{path}": no such file; give default, none or the path of a state dict')
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -184,5 +299,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot read the weights: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds no state dict (names and tensors); save it with torch.save(model.state_dict())")
+        raise UserError(
+            f"{path}: is not a state dict (names and tensors); save one with torch.save(model.state_dict(), path)"
+        )
     return state

@@ -1,41 +1,86 @@
 """What teacher forcing minimises."""
 
+from typing import NamedTuple
+
+import torch.nn.functional as F
 from torch import Tensor
 
-from attncap.models.decoder import Decoder
+from attncap.data.vocabulary import Vocabulary
+from attncap.models import fused
+from attncap.models.decoder import LSTMDecoder, check_rows
+from attncap.ops import linear_cross_entropy
+from attncap.ops.library import sum_dtype
+
+
+class CaptionLosses(NamedTuple):
+    """The terms of the loss, Xu et al. 2015, equation 14, as sums: the caller knows what to divide them by."""
+
+    words: Tensor
+    """Cross entropy, summed over all words that are not <pad>."""
+    attention: Tensor
+    """Doubly stochastic penalty: (1 - sum over the caption's words of a cell's weight) squared, averaged over the
+    cells, summed over the rows."""
 
 
 def caption_losses(
-    decoder: Decoder,
+    decoder: LSTMDecoder,
     features: Tensor,
     tokens: Tensor,
+    targets: Tensor,
+    *,
     label_smoothing: float = 0.0,
     row_weights: Tensor | None = None,
-    inputs: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """The terms of the loss, Xu et al. 2015, equation 14, as sums: the caller knows by how many to divide.
+) -> CaptionLosses:
+    """The losses of predicting `targets` from the words before them, without logits of all words at once where the
+    backend is native.
 
     Args:
         features: [B,P,D].
-        tokens: int64 [N,T], <pad> after the end.
-        label_smoothing: share of a word's target spread over the whole vocabulary.
-        row_weights: [N], of each row's words.
-        inputs: int64 [N,T-1], the words that the decoder is fed, where they are not tokens[:, :-1].
+        tokens: int64 [N,T], the words that are fed; N / B rows for each image, next to each other.
+        targets: int64 [N,T], the words that follow; <pad> does not count, and only <pad> follows it. On the CPU this
+            is fastest, since the lengths are needed there.
+        label_smoothing: share of a word's target that is spread over the whole vocabulary.
+        row_weights: [N], factors of the rows' cross entropies.
 
-    Returns:
-        `words`: the cross entropy, summed over all words that are not <pad>; `attention`: the doubly stochastic penalty
-        (1 - sum over the caption's words of a cell's weight) squared, the mean over cells, summed over rows.
+    Raises ValueError for other shapes, or where every target is <pad>.
     """
-    written = decoder(features, tokens, inputs)
-    tokens = tokens.to(features.device)
-    words = decoder.ops.linear_cross_entropy(
-        written.outputs,
+    check_rows(tokens, features)
+    lengths = (targets != Vocabulary.PAD).sum(dim=1).cpu()
+    if targets.shape != tokens.shape or not lengths.any():
+        raise ValueError(f"targets of shape {list(targets.shape)}: must be those of tokens, with at least one word")
+    if decoder.backend == "torch":
+        logits, attention = decoder(features, tokens.to(features.device)[:, : lengths.max()])
+        return losses_of_logits(
+            logits, attention, targets[:, : lengths.max()], label_smoothing=label_smoothing, row_weights=row_weights
+        )
+    output = fused.teacher_forcing(decoder, features, tokens, lengths)
+    words = linear_cross_entropy(
+        output.outputs,
         decoder.word_output.weight,
         decoder.word_output.bias,
-        tokens[written.rows, written.places],
-        None if row_weights is None else row_weights[written.rows],
+        targets.to(features.device)[output.rows, output.steps],
+        None if row_weights is None else row_weights[output.rows],
         label_smoothing=label_smoothing,
     )
-    looked = written.weights.new_zeros(len(tokens), written.weights.shape[1], dtype=words.dtype)
-    looked = looked.index_add(0, written.rows, written.weights.to(words.dtype))
-    return {"words": words, "attention": (1 - looked).square().mean(dim=1).sum()}
+    attended = output.attention.new_zeros(len(tokens), output.attention.shape[1], dtype=words.dtype)
+    attended = attended.index_add(0, output.rows, output.attention.to(words.dtype))
+    return CaptionLosses(words, (1 - attended).square().mean(dim=1).sum())
+
+
+def losses_of_logits(
+    logits: Tensor,
+    attention: Tensor,
+    targets: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    row_weights: Tensor | None = None,
+) -> CaptionLosses:
+    """`caption_losses` from logits [N,T,V] and attention [N,T,P]."""
+    logits, targets = logits.to(sum_dtype(logits)), targets.to(logits.device)
+    is_word = targets != Vocabulary.PAD
+    words = F.cross_entropy(
+        logits.transpose(1, 2), targets, ignore_index=Vocabulary.PAD, label_smoothing=label_smoothing, reduction="none"
+    ).sum(dim=1)
+    attended = (attention.to(words.dtype) * is_word.unsqueeze(2)).sum(dim=1)
+    words = words if row_weights is None else words * row_weights
+    return CaptionLosses(words.sum(), (1 - attended).square().mean(dim=1).sum())

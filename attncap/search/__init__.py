@@ -1,6 +1,8 @@
-"""From features to words."""
+"""From features to words: `beam_search.beam_search` is the search, `SearchConfig` its settings.
 
-from attncap.search.beam_search import Hypothesis, beam_search
-from attncap.search.search_config import SearchConfig
+Importing this package does not import torch.
+"""
 
-__all__ = ["Hypothesis", "SearchConfig", "beam_search"]
+from attncap.search.config import SearchConfig
+
+__all__ = ["SearchConfig"]

@@ -1,212 +1,230 @@
-"""How beams begin and go on: a step of the search, for all images at once."""
+"""How beams start and continue: a step of the search, for all images at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from attncap.data.vocabulary import Vocabulary
-from attncap.models.decoder import Memory
-from attncap.ops.beam_search_step import BeamSearchStep, subtract_penalties
-from attncap.search.decoder_step import DecoderStep
-from attncap.search.search_config import SearchConfig
+from attncap.models.decoder import Decoder, State
+from attncap.ops import IMPLEMENTATIONS
+from attncap.ops.beam_search_step import BeamSearchStep
+from attncap.search.config import SearchConfig
+from attncap.search.processors import ForcedPrefix, LogitsProcessor, MinLength, NoRepeatNgram, SuppressTokens
+from attncap.search.sampling import draw, uniform_numbers
 
 
 class Beams(NamedTuple):
-    """Where the search stands. The J beams of an image are neighbours among the R = B * J rows; the N = B * K that go
-    on from them are known by their parents and tokens, and become rows in the next step."""
+    """Where the search stands. A decoder's state has J rows for each of the B images: the beams that the last step
+    started from. The N = B * K beams that continue are known by their parents among these rows and by their tokens;
+    they become rows in the next step."""
 
-    memories: tuple[Memory, ...]  # of every decoder
-    h: tuple[Tensor, ...]  # [R,H]
-    c: tuple[Tensor, ...]  # [R,H]
-    parents: Tensor  # int64 [B,K], rows
+    states: tuple[State, ...]  # of each decoder, R = B * J rows
+    width: int  # J
+    parents: Tensor  # int64 [B,K], rows of the states
     tokens: Tensor  # int64 [B,K]
     scores: Tensor  # float32 [B,K], -inf: no beam
     finished: Tensor  # float32 [B,groups,K/groups], see beam_search_step
-    words: Tensor  # int64 [N,t], all words of every beam; [N,0] where no option needs them
-    images: Tensor  # int64 [B], which of the images they are
+    history: Tensor  # int64 [N,t], all words of every beam; [N,0] where no processor reads them
+    images: Tensor  # int64 [B], which of the search's images these are
 
 
 class Step(NamedTuple):
-    """What is kept of a step, to trace captions back: of B images, J beams that came in, K that went on."""
+    """What is kept of a step, to trace captions back. B images, J beams that came in, K that continue."""
 
     images: Tensor  # int64 [B]
     tokens: Tensor  # int64 [B,K]
     parents: Tensor  # int64 [B,K], rows of B * J
-    ended: Tensor  # float32 [B,J]
-    weights: Tensor  # [R,P], attention of the rows of the step before
+    ended: Tensor  # float32 [B,J], scores of the hypotheses that ended here; -inf: the beam did not end
+    attention: Tensor | None  # [B*J,P]
 
 
 class Search:
-    """How beams begin, and how they go on: all on the device, without a look at any value."""
+    """How beams start, and how they continue: all on the device, without looking at any value.
 
-    def __init__(self, steps: Sequence[DecoderStep], config: SearchConfig, suppressed: Sequence[int]):
-        self.steps = steps
-        self.config = config
-        self.ops = steps[0].ops
-        table = steps[0].word_table
-        self.suppressed = torch.zeros(len(table), dtype=torch.bool, device=table.device)
+    Processors of the classes in processors.py are passed on to the fused op. All others are called with the
+    log-probabilities, and make the search compute these for all words."""
+
+    def __init__(
+        self,
+        decoders: Sequence[Decoder],
+        config: SearchConfig,
+        processors: Sequence[LogitsProcessor],
+        device: torch.device,
+        backend: str = "native",
+        with_attention: bool = True,
+    ):
+        self.decoders, self.config, self.with_attention = decoders, config, with_attention
+        self.ops = IMPLEMENTATIONS[backend]
+        V = decoders[0].vocabulary_size
+        suppressed = [token for rule in processors if isinstance(rule, SuppressTokens) for token in rule.tokens]
+        self.suppressed = torch.zeros(V, dtype=torch.bool, device=device)
         self.suppressed[[Vocabulary.PAD, Vocabulary.START, *suppressed]] = True
         self.suppressed[Vocabulary.END] = False
+        self.processors = [MinLength(config.min_length)] if config.min_length else []
+        self.processors += [NoRepeatNgram(config.no_repeat_ngram)] if config.no_repeat_ngram else []
+        self.processors += [rule for rule in processors if not isinstance(rule, SuppressTokens)]
+        self.keeps_history = not all(isinstance(rule, MinLength | ForcedPrefix) for rule in self.processors)
+        words = torch.arange(V, device=device)
+        # Of each step with a forced word: all other words.
+        self.forced = {
+            t: words != token
+            for rule in self.processors
+            if isinstance(rule, ForcedPrefix)
+            for t, token in enumerate(rule.tokens)
+        }
 
-    def start(self, features: Sequence[Tensor], seeds: Sequence[int]) -> Beams:
-        """All beams of an image begin alike, so those that are compared with each other begin as one."""
+    def start(self, features: Sequence[Tensor], seeds: Sequence[int] = ()) -> Beams:
+        """All beams of an image start alike, so those that are compared with each other start as one."""
         config, B, device = self.config, len(features[0]), features[0].device
         rows = config.beam_size if config.method == "sample" else config.groups
-        started = [step.start(values) for step, values in zip(self.steps, features, strict=True)]
-        memories, h, c = zip(*started, strict=True)
-        if config.method == "sample":  # a number in [0, 1) for every word that will be drawn
-            draws = np.empty((B, config.max_length, config.beam_size))
-            for of_image, seed in zip(draws, seeds, strict=True):
-                np.random.default_rng((config.sample_seed, seed)).random(out=of_image)
-            self.draws = torch.from_numpy(draws).to(device)
+        if config.method == "sample":
+            seeds = [(config.sample_seed, seed) for _, seed in zip(range(B), seeds, strict=True)]
+            self.uniform = uniform_numbers(seeds, config.max_length, rows).to(device)
         images = torch.arange(B, device=device)
+        float32 = dict(dtype=torch.float32, device=device)
         return Beams(
-            memories,
-            h,
-            c,
+            states=tuple(decoder.start(x) for decoder, x in zip(self.decoders, features, strict=True)),
+            width=1,
             parents=images.unsqueeze(1).expand(B, rows),
             tokens=torch.full((B, rows), Vocabulary.START, device=device),
-            scores=torch.zeros(B, rows, dtype=torch.float32, device=device),
-            finished=torch.full(
-                (B, config.groups, config.beam_size // config.groups), -torch.inf, dtype=torch.float32, device=device
-            ),
-            words=torch.empty(B * rows, 0, dtype=torch.int64, device=device),
+            scores=torch.zeros(B, rows, **float32),
+            finished=torch.full((B, config.groups, config.beam_size // config.groups), -torch.inf, **float32),
+            history=torch.empty(B * rows, 0, dtype=torch.int64, device=device),
             images=images,
         )
 
     def advance(self, beams: Beams, t: int) -> tuple[Beams, Step]:
-        """One word further."""
+        """Take all beams one word further; t counts the words so far."""
         parents, tokens = beams.parents.flatten(), beams.tokens.flatten()
-        looks = [step.look(*of) for step, *of in zip(self.steps, beams.memories, beams.h, strict=True)]
-        h, c, logits = zip(
-            *(step.write(*of, parents, tokens) for step, *of in zip(self.steps, looks, beams.c, strict=True)),
-            strict=True,
-        )
+        stepped = [
+            decoder.step(state, parents, tokens) for decoder, state in zip(self.decoders, beams.states, strict=True)
+        ]
+        states, logits, attention = zip(*stepped, strict=True)
         logits = logits[0] if len(logits) == 1 else mean_probability(logits)
-        if logits.dtype == torch.float64:
-            logits = logits.float()
-        choose = self.sample if self.config.method == "sample" else self.choose
-        chosen = choose(logits, beams, t, *self.repeated(beams.words))
-        words = beams.words
-        if self.config.no_repeat_ngram:
-            words = torch.cat([words[chosen.parents.flatten()], chosen.tokens.view(-1, 1)], dim=1)
-        weights = looks[0].weights if len(looks) == 1 else torch.stack([look.weights for look in looks]).mean(dim=0)
-        trail = Step(beams.images, chosen.tokens, chosen.parents, chosen.ended, weights)
+        logits = logits.float() if logits.dtype == torch.float64 else logits
+        chosen = (self.sample if self.config.method == "sample" else self.choose)(logits, beams, t)
+        history = beams.history
+        if self.keeps_history:
+            history = torch.cat([history[chosen.parents.flatten()], chosen.tokens.view(-1, 1)], dim=1)
+        if not self.with_attention:
+            attention = None
+        else:
+            attention = attention[0] if len(attention) == 1 else torch.stack(attention).mean(dim=0)
+        step = Step(beams.images, chosen.tokens, chosen.parents, chosen.ended, attention)
         chosen = dict(parents=chosen.parents, tokens=chosen.tokens, scores=chosen.scores, finished=chosen.finished)
-        return beams._replace(h=h, c=c, words=words, **chosen), trail
+        return beams._replace(states=states, width=beams.tokens.shape[1], history=history, **chosen), step
 
-    def choose(
-        self, logits: Tensor, beams: Beams, t: int, banned: Tensor | None, amounts: Tensor | None
-    ) -> BeamSearchStep:
+    def choose(self, logits: Tensor, beams: Beams, t: int) -> BeamSearchStep:
         """The best candidates, group by group."""
         config, (B, J), G = self.config, beams.scores.shape, self.config.groups
+        logits, temperature = self.process(logits, beams.history)
+        banned, penalties = self.repeated(beams.history)
         options = dict(
             end=Vocabulary.END,
-            end_allowed=t >= config.min_length,
+            end_allowed=t not in self.forced and all(t >= r.length for r in self.processors if isinstance(r, MinLength)),
             shrink=config.method == "shrink",
-            suppressed=self.suppressed,
-            temperature=config.temperature,
+            suppressed=self.forced.get(t, self.suppressed),
+            temperature=temperature,
             length_penalty=config.divisor(t + 1),
             last_length_penalty=config.divisor(config.max_length),
         )
         if G == 1:
-            penalties = dict(penalty_words=banned, penalties=amounts)
-            chosen = self.ops.beam_search_step(logits, beams.scores, beams.finished[:, 0], **penalties, **options)
+            chosen = self.ops.beam_search_step(
+                logits, beams.scores, beams.finished[:, 0], penalty_words=banned, penalties=penalties, **options
+            )
             return chosen._replace(finished=chosen.finished.unsqueeze(1))
         j = J // G  # beams of a group
-        of_group = [x if x is None else x.view(B, G, j, -1) for x in (logits, banned, amounts)]
         first_row = J * torch.arange(B, device=logits.device).unsqueeze(1)
+        by_group = [x if x is None else x.view(B, G, j, -1) for x in (logits, banned, penalties)]
         chosen = []
         for g in range(G):
-            values, words, penalties = (x if x is None else x[:, g].flatten(0, 1) for x in of_group)
-            if g > 0:  # keep away from what the groups before chose
+            group_logits, words, amounts = (x if x is None else x[:, g].flatten(0, 1) for x in by_group)
+            if g > 0:  # keep away from the words that the groups before chose
                 taken = torch.cat([c.tokens.masked_fill(c.scores == -torch.inf, -1) for c in chosen], dim=1)
                 taken = taken.repeat_interleave(j, dim=0)
                 away = torch.full(taken.shape, config.diversity, dtype=torch.float32, device=logits.device)
                 words = taken if words is None else torch.cat([words, taken], dim=1)
-                penalties = away if penalties is None else torch.cat([penalties, away], dim=1)
+                amounts = away if amounts is None else torch.cat([amounts, away], dim=1)
             step = self.ops.beam_search_step(
-                values,
+                group_logits,
                 beams.scores[:, g * j : (g + 1) * j],
                 beams.finished[:, g],
                 penalty_words=words,
-                penalties=penalties,
+                penalties=amounts,
                 **options,
             )
             chosen.append(step._replace(parents=first_row + g * j + step.parents % j))
         joined = BeamSearchStep(*(torch.cat(values, dim=1) for values in zip(*chosen, strict=True)))
         return joined._replace(finished=joined.finished.view(B, G, -1))
 
-    def sample(
-        self, logits: Tensor, beams: Beams, t: int, banned: Tensor | None, amounts: Tensor | None
-    ) -> BeamSearchStep:
-        """A word at random for every beam."""
-        config, (B, K), V = self.config, beams.scores.shape, logits.shape[1]
+    def process(self, logits: Tensor, history: Tensor) -> tuple[Tensor, float]:
+        """Apply the processors that the fused op does not know: logits, and the temperature that is left to apply."""
+        known = (MinLength, NoRepeatNgram, ForcedPrefix)
+        others = [rule for rule in self.processors if not isinstance(rule, known)]
+        if not others:
+            return logits, self.config.temperature
+        log_probs = (logits.float() / self.config.temperature).log_softmax(dim=1)
+        for rule in others:
+            log_probs = rule(log_probs, history)
+        # The op takes a softmax. What the rules took away goes to <pad>, so that the other words keep their values.
+        log_probs[:, Vocabulary.PAD] = -torch.inf
+        missing = (1 - log_probs.double().exp().sum(dim=1)).clamp(min=0).log()
+        log_probs[:, Vocabulary.PAD] = missing.float()
+        return log_probs, 1.0
+
+    def repeated(self, history: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The words that would repeat an n-gram, int64 [N,M], and infinite penalties for them."""
+        banned = [rule.banned(history) for rule in self.processors if isinstance(rule, NoRepeatNgram)]
+        banned = [words for words in banned if words is not None]
+        if not banned:
+            return None, None
+        banned = torch.cat(banned, dim=1)
+        return banned, torch.full(banned.shape, torch.inf, dtype=torch.float32, device=history.device)
+
+    def sample(self, logits: Tensor, beams: Beams, t: int) -> BeamSearchStep:
+        """A random word for each beam."""
+        config, (B, K) = self.config, beams.scores.shape
         log_probs = (logits.float() / config.temperature).log_softmax(dim=1)
-        allowed = log_probs.masked_fill(self.suppressed, -torch.inf)
-        if t < config.min_length:
-            allowed[:, Vocabulary.END] = -torch.inf
-        if banned is not None:
-            allowed = subtract_penalties(allowed, banned, amounts)
-        ranked, words = allowed.sort(dim=1, descending=True, stable=True)
-        if config.top_k:
-            ranked[:, config.top_k :] = -torch.inf
-        below = ranked.double().softmax(dim=1).cumsum(dim=1)  # the probability of this word and those before it
-        total = below[:, -1:]
-        if config.top_p < 1:  # of these the first to reach top_p is the last that can be drawn
-            total = below.gather(1, (below < config.top_p).sum(dim=1, keepdim=True).clamp(max=V - 1))
-        drawn = self.draws[beams.images, t].view(-1, 1) * total
-        tokens = words.gather(1, (below <= drawn).sum(dim=1, keepdim=True).clamp(max=V - 1)).view(B, K)
+        allowed = log_probs.masked_fill(self.forced.get(t, self.suppressed), -torch.inf)
+        for rule in self.processors:
+            allowed = rule(allowed, beams.history if self.keeps_history else beams.history.new_empty(B * K, t))
+        uniform = self.uniform[beams.images, t].flatten()
+        tokens = draw(allowed, uniform, config.top_k, config.top_p).view(B, K)
         scores = beams.scores + log_probs.gather(1, tokens.view(-1, 1)).view(B, K)
-        is_live = (beams.scores != -torch.inf) & (ranked[:, 0] != -torch.inf).view(B, K)  # some word is allowed
+        is_live = (beams.scores != -torch.inf) & (allowed != -torch.inf).any(dim=1).view(B, K)  # some word is allowed
         ends = (tokens == Vocabulary.END) & is_live
-        goes_on = is_live & ~ends
+        continues = is_live & ~ends
         return BeamSearchStep(
-            tokens=tokens.masked_fill(~goes_on, Vocabulary.END),
+            tokens=tokens.masked_fill(~continues, Vocabulary.END),
             parents=torch.arange(B * K, device=logits.device).view(B, K),
-            scores=scores.masked_fill(~goes_on, -torch.inf),
+            scores=scores.masked_fill(~continues, -torch.inf),
             ended=scores.masked_fill(~ends, -torch.inf),
             finished=beams.finished,
         )
 
-    def repeated(self, words: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """The words that would repeat an n-gram: [N,M], -1 where there is none, and infinite penalties."""
-        n = self.config.no_repeat_ngram
-        if not n or words.shape[1] < n:
-            return None, None
-        ngrams = words.unfold(1, n, 1)  # [N,M,n]
-        last = words[:, words.shape[1] - n + 1 :].unsqueeze(1)
-        banned = ngrams[:, :, -1].masked_fill((ngrams[:, :, :-1] != last).any(dim=2), -1)
-        return banned, torch.full(banned.shape, torch.inf, dtype=torch.float32, device=words.device)
-
     def is_live(self, beams: Beams) -> Tensor:
-        """bool [B]: the images that have beams left. NaN lives on, to be found at the end."""
+        """bool [B]: the images that have beams left. NaN counts as live, so that it is found at the end."""
         return (beams.scores != -torch.inf).any(dim=1)
 
-    def keep(self, beams: Beams, kept: Tensor) -> Beams:
-        """The beams of some of the images."""
+    def select(self, beams: Beams, images: Tensor) -> Beams:
+        """The beams of some of the images, int64 [B']."""
         B = len(beams.images)
-        J = len(beams.h[0]) // B
-
-        def rows(x: Tensor) -> Tensor:
-            return x.view(B, len(x) // B, x.shape[1])[kept].flatten(0, 1)
-
-        moved = J * (torch.arange(len(kept), device=kept.device) - kept).unsqueeze(1)
-        return beams._replace(
-            memories=tuple(Memory(*(x[kept] for x in memory)) for memory in beams.memories),
-            h=tuple(map(rows, beams.h)),
-            c=tuple(map(rows, beams.c)),
-            parents=beams.parents[kept] + moved,
-            tokens=beams.tokens[kept],
-            scores=beams.scores[kept],
-            finished=beams.finished[kept],
-            words=rows(beams.words),
-            images=beams.images[kept],
+        moved = beams.width * (torch.arange(len(images), device=images.device) - images).unsqueeze(1)
+        return Beams(
+            states=tuple(
+                decoder.select(state, images) for decoder, state in zip(self.decoders, beams.states, strict=True)
+            ),
+            width=beams.width,
+            parents=beams.parents[images] + moved,
+            tokens=beams.tokens[images],
+            scores=beams.scores[images],
+            finished=beams.finished[images],
+            history=beams.history.unflatten(0, (B, -1))[images].flatten(0, 1),
+            images=beams.images[images],
         )
 
 

@@ -3,109 +3,139 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attncap.models.decoder import Decoder
 from attncap.search.beams import Beams, Search, Step
-from attncap.search.decoder_step import DecoderStep
-from attncap.search.search_config import SearchConfig
+from attncap.search.config import SearchConfig
+from attncap.search.processors import LogitsProcessor
 
 SEGMENT = 8  # steps that CUDA takes before it is asked how many images are live
-FEWEST = 8  # images; with fewer a step takes as long, for launches and for reading the weights
-MOST_GRAPHS = 8  # searches kept for a decoder: numbers of images, and settings
+MIN_IMAGES = 8  # with fewer images a step takes just as long, for launches and for reading the weights
+MAX_SEARCHES = 8  # that are kept: numbers of images, and settings
 
 
 class SearchGraphs:
-    """A search on CUDA, a CUDA graph for every SEGMENT steps. The device goes on by itself: how many images were live
-    after a segment the host reads while the device works on the next. When all are done it stops; when at most half
-    would do, the live ones go on in graphs of fewer images, a power of two, filled up with some that are done.
+    """A search on CUDA, a CUDA graph for every SEGMENT steps. The device does not wait for the host, which reads how
+    many images were live after a segment while the device works on the next. When no image is live the search stops.
+    When at most half of the images would do, the live ones continue in graphs of fewer images, a power of two, filled
+    up with finished ones.
 
-    A graph is captured when it is first needed, for a number of images and a segment. Whatever was before it, it begins
-    from the same tensors, and all it wrote stays until the next search: one search at a time. Of memory, the smaller
-    sizes together need no more than the first; graphs of one segment share what they need on the way, since a search
-    runs one of them."""
+    A graph is captured when it is first needed, for a number of images and a segment. Whatever ran before it, it starts
+    from the same tensors, and all it wrote stays until the next search: one search at a time. What the decoder's steps
+    do not change (the features) is kept once for each number of images. Graphs of one segment share the memory of
+    their intermediate results, since a search runs one of them."""
 
-    def __init__(self, step: DecoderStep, config: SearchConfig, suppressed: Sequence[int], features: Tensor):
-        self.search = Search([step], config, suppressed)  # what it holds is read by the graphs
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: SearchConfig,
+        processors: Sequence[LogitsProcessor],
+        features: Tensor,
+        backend: str = "native",
+    ):
+        self.search = Search([decoder], config, processors, features.device, backend)  # the graphs read its tensors
         self.features = features.clone()
         segments = -(-config.max_length // SEGMENT)
         self.live = torch.zeros(segments, dtype=torch.int64, pin_memory=features.is_cuda)  # images, after each segment
-        self.memories = {}  # by number of images
-        self.beams: dict[tuple[int, int], Beams] = {}  # by number of images, and the segment that begins from them
+        self.unchanged: list[bool] = []  # for each tensor of a state, whether steps pass it on as it is
+        self.kept: dict[int, list[Tensor]] = {}  # by number of images: the tensors of a state, of which those are used
+        self.beams: dict[tuple[int, int], Beams] = {}  # by number of images, and the segment that starts from them
         self.graphs: dict[tuple[int, int], CudaGraph] = {}
         self.pools = [None] * segments
 
-    @classmethod
-    def of(cls, step: DecoderStep, config: SearchConfig, suppressed: Sequence[int], features: Tensor) -> SearchGraphs:
-        """Those for features of this shape, made once for a decoder's weights."""
-        key = (config, tuple(suppressed), features.shape, features.dtype)
-        if key not in step.graphs:
-            if len(step.graphs) == MOST_GRAPHS:
-                step.graphs.clear()
-            step.graphs[key] = cls(step, config, suppressed, features)
-        return step.graphs[key]
-
     def run(self, features: Tensor) -> tuple[list[Step], Beams]:
-        """What the search comes to; it stands in the graphs' own memory, which the next run writes anew."""
+        """All steps, and the beams after the last one, in memory that the next run writes to."""
         self.features.copy_(features)
-        size, trail, done = len(features), [], []
+        size, steps, done = len(features), [], []
         for segment in range(len(self.live)):
             graph = self.graph(size, segment)
             done.append(graph.replay())
-            trail += graph.result
+            steps += graph.result
             if segment == 0:
                 continue
             done[-2].synchronize()
             live = int(self.live[segment - 1])
             if live == 0:
                 break
-            fewer = max(1 << (live - 1).bit_length(), FEWEST)
+            fewer = max(1 << (live - 1).bit_length(), MIN_IMAGES)
             if 2 * fewer <= size and segment + 1 < len(self.live):
                 beams = self.beams[size, segment + 1]
                 live_first = self.search.is_live(beams).int().argsort(descending=True, stable=True)
-                self.put(fewer, segment + 1, self.search.keep(beams, live_first[:fewer]))
+                self.put(fewer, segment + 1, self.search.select(beams, live_first[:fewer]))
                 size = fewer
-        return trail, self.beams[size, segment + 1]
+        return steps, self.beams[size, segment + 1]
 
     def graph(self, size: int, segment: int) -> CudaGraph:
-        """That of a segment for so many images; its result is the trail."""
+        """The graph of a segment for so many images; its result is the list of steps."""
         if (size, segment) not in self.graphs:
             search, first = self.search, segment * SEGMENT
             count = min(SEGMENT, search.config.max_length - first)
 
             def advance(count: int) -> tuple[Beams, list[Step]]:
-                beams = self.beams[size, segment] if segment > 0 else search.start([self.features], ())
-                trail = []
+                start = beams = self.beams[size, segment] if segment > 0 else search.start([self.features])
+                steps = []
                 for t in range(first, first + count):
                     beams, step = search.advance(beams, t)
-                    trail.append(step)
-                return beams, trail
+                    steps.append(step)
+                self.unchanged = [a is b for a, b in zip(tensors(start.states), tensors(beams.states), strict=True)]
+                return beams, steps
 
             def work() -> list[Step]:
-                beams, trail = advance(count)
+                beams, steps = advance(count)
                 self.put(size, segment + 1, beams)
                 self.live[segment].copy_(search.is_live(beams).sum(), non_blocking=True)
-                return trail
+                return steps
 
             graph = CudaGraph(work, lambda: advance(min(2, count)), self.pools[segment])
             self.graphs[size, segment], self.pools[segment] = graph, graph.pool
         return self.graphs[size, segment]
 
     def put(self, size: int, segment: int, beams: Beams) -> None:
-        """Make a segment begin from these beams: the tensors of the first call, and copies into them from then on."""
-        memories = self.memories.setdefault(size, beams.memories)
-        known = self.beams.setdefault((size, segment), beams._replace(memories=memories))
-        for to, x in zip(tensors(known), tensors(beams), strict=True):
+        """Make a segment start from these beams: from their tensors at the first call, from copies of them later."""
+        kept = self.kept.setdefault(size, tensors(beams.states))
+        if (size, segment) not in self.beams:
+            found = zip(kept, tensors(beams.states), self.unchanged, strict=True)
+            chosen = iter([old if unchanged else new for old, new, unchanged in found])
+            self.beams[size, segment] = beams._replace(states=replace_tensors(beams.states, chosen))
+        for to, x in zip(tensors(self.beams[size, segment]), tensors(beams), strict=True):
             if to is not x:
                 to.copy_(x)
 
 
+class GraphCache:
+    """The graphs of a decoder's searches, by shape of the features and settings. One search at a time, whichever
+    thread it comes from."""
+
+    def __init__(self) -> None:
+        self.searches: dict[Any, SearchGraphs] = {}
+        self.lock = threading.Lock()
+
+    def of(
+        self,
+        decoder: Decoder,
+        config: SearchConfig,
+        processors: Sequence[LogitsProcessor],
+        features: Tensor,
+        backend: str = "native",
+    ) -> SearchGraphs:
+        """Those for features of this shape, made at the first call. Hold `lock` until their results are read."""
+        key = (config, tuple(processors), features.shape, features.dtype, features.device, backend)
+        if key not in self.searches:
+            if len(self.searches) == MAX_SEARCHES:
+                self.searches.clear()
+            self.searches[key] = SearchGraphs(decoder, config, processors, features, backend)
+        return self.searches[key]
+
+
 class CudaGraph:
-    """Work on CUDA, captured as a graph; `result` is what it returned, whose tensors every `replay` writes anew. Graphs
-    of one pool write over each other's."""
+    """Work on CUDA, captured as a graph; `result` is what it returned, whose tensors every `replay` writes again.
+    Graphs of one pool overwrite each other's."""
 
     def __init__(self, work: Callable[[], Any], warm_up: Callable[[], Any], pool: tuple[int, int] | None):
         stream = capture_stream(torch.cuda.current_device())
@@ -119,18 +149,28 @@ class CudaGraph:
         self.pool = self.captured.pool()
 
     def replay(self) -> torch.cuda.Event:
-        """Returns what happens when the device is done."""
+        """Returns an event that happens when the device is done."""
         self.captured.replay()
         return torch.cuda.current_stream().record_event()
 
 
 @functools.cache
 def capture_stream(device: int) -> torch.cuda.Stream:
-    """One for all captures: a pool's memory is used again by the same stream only, and cuBLAS keeps a workspace for
+    """One for all captures: a pool's memory is only used again by the same stream, and cuBLAS keeps a workspace for
     each stream that it has worked on."""
     return torch.cuda.Stream(device)
 
 
-def tensors(nested: Tensor | Iterable) -> list[Tensor]:
-    """All tensors of tuples of tuples of tensors."""
-    return [nested] if isinstance(nested, Tensor) else [x for part in nested for x in tensors(part)]
+def tensors(nested: Any) -> list[Tensor]:
+    """All tensors of nested tuples and lists."""
+    if isinstance(nested, tuple | list):
+        return [x for part in nested for x in tensors(part)]
+    return [nested] if isinstance(nested, Tensor) else []
+
+
+def replace_tensors(nested: Any, replacements: Iterator[Tensor]) -> Any:
+    """The same nested tuples, with each tensor replaced by the next one."""
+    if isinstance(nested, tuple):
+        parts = [replace_tensors(part, replacements) for part in nested]
+        return type(nested)(*parts) if hasattr(nested, "_fields") else tuple(parts)
+    return next(replacements) if isinstance(nested, Tensor) else nested

@@ -1,129 +1,292 @@
-"""Settings of a training run. What suits which data stands in `recipes`, a file each."""
+"""Settings of a training run, one dataclass for each part of it. `recipes` has a file for each kind of data.
 
-from dataclasses import dataclass, field
+The flags of `attncap train` are the names of the fields, apart from the few that are named in the annotations, e.g.
+--optimizer for optimizer.name. The text below a field is its help, in which tyro keeps the line breaks. Every dataclass
+checks its own values, and TrainConfig checks how they go together.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
+from tyro.conf import arg
 
-from attncap import command
-from attncap.config import ModelConfig
-from attncap.errors import CallError
+from attncap.config import ModelConfig, check_at_least, check_choices
+from attncap.errors import CallError, UserError
+from attncap.files import read_json
+from attncap.search.config import SearchConfig
 from attncap.training import recipes
 
 
-@dataclass(kw_only=True)
-class TrainConfig(command.CaptioningConfig):
-    data: str = "shapes"
-    """shapes, or the path of a data set: Flickr8k, Flickr30k, COCO, Karpathy's splits, or a table of your own (see
-    `python -m attncap.data PATH`)."""
-    recipe: str = "flickr8k"
-    """Where all other settings come from unless they are given: shapes, flickr8k, flickr30k, coco or tutorial, a file
-    each in attncap/training/recipes. By default shapes for --data shapes, else flickr8k."""
-    output: str | None = None
-    """Folder for the model and the log; by default runs/NAME, after the data."""
-    objective: Literal["cross-entropy", "scst"] = "cross-entropy"
-    """cross-entropy: the next word of a given caption. scst: CIDEr-D of captions that the model samples (self-critical
-    training, Rennie et al. 2017); it needs --start-from."""
-    start_from: str | None = None
-    """Folder of a trained model whose weights, sizes and vocabulary the run has; a flag that asks for others is an
-    error. It is validated first, as epoch 0, and kept where no epoch betters it."""
-    samples: int = 5
-    """scst: captions sampled for an image, at least 2; each one's baseline is the mean of the others."""
-    epochs: int = 10
-    """Times every training image is seen."""
-    batch_size: int = 8
-    """Images in a batch, each with --captions-per-image captions; under torchrun its processes share them."""
-    captions_per_image: int = 5
-    """cross-entropy: captions of an image in a batch; an image with more gets others the next time."""
-    accumulate: int = 1
-    """Batches to a step of the optimizer."""
-    optimizer: Literal["adamw", "adam"] = "adamw"
-    """Adam, with weight decay beside the gradients (adamw) or in them (adam)."""
-    learning_rate: float = 5e-4
-    """Of the decoder, at its highest."""
-    encoder_learning_rate: float = 1e-4
-    """The same for the layers of the encoder that are trained."""
-    weight_decay: float = 0.01
-    """The optimizer's."""
-    warmup: float = 0.1
-    """Share of the run in which the learning rates rise to their highest, below 1."""
-    schedule: Literal["cosine", "plateau", "constant"] = "cosine"
-    """After the warm-up the learning rates fall to 0 along a cosine, are lowered when validation gains no more
-    (plateau), or stay (constant)."""
-    plateau_factor: float = 0.8
-    """plateau: what the learning rates are multiplied with, above 0 and below 1."""
-    plateau_patience: int = 8
-    """plateau: epochs without gain after which they are, and again after so many more."""
-    patience: int = 0
-    """Epochs without gain on the validation images after which the run ends; 0: never."""
-    clip_norm: float = 5.0
-    """Gradients are scaled down to this norm; 0: not."""
-    clip_value: float = 0.0
-    """Each gradient is clamped to this from below and above, after --clip-norm; 0: not."""
-    label_smoothing: float = 0.1
-    """cross-entropy: share of a word's target spread over the whole vocabulary."""
-    attention_penalty: float = 1.0
-    """cross-entropy: weight of the doubly stochastic penalty, for which every cell should get attention 1 in sum over a
-    caption."""
-    scheduled_sampling: float = 0.0
-    """cross-entropy: probability with which the model is fed a word of its own instead of the given caption's (Bengio
-    et al. 2015) at the end of the run; it rises to this from 0. 0: never."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of matrix products and activations (autocast); the weights stay float32, and float16 gets a loss scale."""
-    augment: bool = True
-    """Train on random parts of the images, mirrored half of the time."""
-    cache_features: bool = False
-    """Run the encoder over the training and validation images once and keep its features on disk, in half precision.
-    For an encoder that is not trained, and images that are not augmented."""
-    encoder_weights: str = "default"
-    """default (torchvision's ImageNet weights), none, or the file of a state dict."""
-    fine_tune_from: str = "none"
-    """Train the encoder from this layer on (torchvision's name, e.g. layer3); all of it, or none of it."""
-    fine_tune_after: int = 0
-    """Whole epochs before these layers are trained; until then all of the encoder is frozen."""
-    average_weights: bool = True
-    """Validate and keep a moving average of the weights, instead of the weights themselves."""
-    min_count: int = 3
-    """Words seen less often in the training captions become <unk>."""
-    vocabulary: str | None = None
-    """File of the words to use instead of the training captions' own: another run's vocabulary.json, or the WORDMAP of
-    the tutorial a-PyTorch-Tutorial-to-Image-Captioning."""
-    subwords: int = 0
-    """Pieces of words to learn from the training captions (byte-pair encoding), for a language with too many words; 0:
-    whole words. Needs the tokenizers library."""
-    best_by: Literal["CIDEr", "BLEU-4"] = "CIDEr"
-    """The validation figure, of freely written captions, that decides which model is kept and what a gain is."""
-    seed: int = 0
-    """Of the weights, the order, and the splits where the data set has none."""
-    resume: bool = False
-    """Go on with the run in --output."""
-    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The data: images, captions, and the vocabulary."""
 
-    def check(self) -> None:
-        """Raises CallError for settings that do not go together, and for numbers outside a range of their own; the
-        ranges of all others `command.check_numbers` knows."""
+    path: Annotated[str, arg(name="data")] = "shapes"
+    """shapes, a synthetic data set, or the path of a data set.
+    The layouts are Flickr8k, Flickr30k, COCO, Karpathy's splits, and a table of your own (see `attncap data PATH`)."""
+    batch_size: int = 8
+    """Images per batch, each with --captions-per-image captions. With torchrun, its processes share them."""
+    captions_per_image: int = 5
+    """cross-entropy: captions per image in a batch. An image with more captions gets others in the next epoch."""
+    augment: bool = True
+    """Train on random crops of the images, half of them mirrored."""
+    cache_features: bool = False
+    """Encode the training and validation images once, and keep their features on disk in half precision.
+    Needs --fine-tune-from none and --no-augment."""
+    min_count: int = 3
+    """Words that occur less often than this in the training captions become <unk>."""
+    vocabulary: str | None = None
+    """File with the words to use instead of those of the training captions.
+    The vocabulary.json of another run, or the WORDMAP of the tutorial a-PyTorch-Tutorial-to-Image-Captioning."""
+    subwords: int = 0
+    """Number of subwords to learn from the training captions (byte-pair encoding). 0: use whole words.
+    For languages with very many words. Needs the tokenizers library."""
+
+    def __post_init__(self) -> None:
+        """Raises CallError for a value that is out of range."""
+        check_at_least(self, 1, "batch_size", "captions_per_image", "min_count")
+        check_at_least(self, 0, "subwords")
+        if self.vocabulary is not None and self.subwords:
+            raise CallError("subwords, vocabulary: a vocabulary file has its words already; give one of the two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run: how long, where, and what it writes."""
+
+    recipe: str = "flickr8k"
+    """Recipe with the defaults of all other settings: shapes, flickr8k, flickr30k, coco or tutorial.
+    Each is a file in attncap/training/recipes. By default shapes for --data shapes, else flickr8k."""
+    output: str | None = None
+    """Folder for the model and the log. By default runs/NAME, named after the data."""
+    epochs: int = 10
+    """Number of passes over the training images."""
+    start_from: str | None = None
+    """Folder of a trained model whose weights, sizes and vocabulary the run starts from.
+    A flag that asks for other ones is an error.
+    The model is validated first, as epoch 0, and kept if no epoch is better."""
+    resume: bool = False
+    """Continue the run in --output."""
+    seed: int = 0
+    """Random seed of the weights, the order of the images, and the splits where the data set has none."""
+    best_by: Literal["CIDEr", "BLEU-4"] = "CIDEr"
+    """Validation metric that decides which epoch's model is kept, and what counts as an improvement."""
+    average_weights: bool = True
+    """Validate and keep a moving average of the weights instead of the weights themselves."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of matrix products and activations (autocast). The weights stay in float32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto uses a GPU if there is one."""
+    workers: int | None = None
+    """Processes that read images; 0 reads them in the main process.
+    By default 0 if the model runs on a CPU, and on a GPU one per CPU core, at most 8."""
+    # tyro lists aliases before the name, so this shows --backend first.
+    backend: Annotated[Literal["native", "torch"], arg(name="implementation", aliases=("--backend",))] = "native"
+    """native: this project's own kernels. torch: plain PyTorch."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        """Raises CallError for a value that is out of range, or a recipe that does not exist."""
+        check_choices(self)
+        check_at_least(self, 1, "epochs")
+        check_at_least(self, 0, "seed")
+        if self.workers is not None:
+            check_at_least(self, 0, "workers")
         if self.recipe not in recipes.NAMES:
-            raise CallError(f"--recipe {self.recipe}: no such recipe; choose one of {', '.join(recipes.NAMES)}")
-        if self.warmup >= 1:
-            raise CallError(f"--warmup {self.warmup}: a share of the run, must be below 1")
-        if not 0 < self.plateau_factor < 1:
-            raise CallError(f"--plateau-factor {self.plateau_factor}: must be above 0 and below 1")
+            raise CallError(f"recipe={self.recipe!r}: no such recipe; choose one of {', '.join(recipes.NAMES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The encoder's weights, and how they are trained."""
+
+    weights: Annotated[str, arg(name="encoder-weights")] = "default"
+    """default (torchvision's ImageNet weights), none (random weights), or the file of a state dict."""
+    fine_tune_from: str = "none"
+    """First layer of the encoder that is trained (torchvision's name, e.g. layer3).
+    all trains every layer, none freezes the encoder."""
+    fine_tune_after: int = 0
+    """Number of epochs in which the whole encoder is frozen, before these layers are trained."""
+    learning_rate: Annotated[float, arg(name="encoder-learning-rate")] = 1e-4
+    """Peak learning rate of the encoder's trained layers."""
+
+    def __post_init__(self) -> None:
+        """Raises CallError for a value that is out of range."""
+        check_at_least(self, 0, "fine_tune_after")
+        if not self.learning_rate >= 0:
+            raise CallError(f"encoder.learning_rate={self.learning_rate}: must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The objective: what is minimised."""
+
+    name: Annotated[Literal["cross-entropy", "scst"], arg(name="objective")] = "cross-entropy"
+    """cross-entropy: predict the next word of a given caption.
+    scst: maximise the CIDEr-D of sampled captions (self-critical training, Rennie et al. 2017). Needs --start-from."""
+    samples: int = 5
+    """scst: captions sampled per image, at least 2. Each one's baseline is the mean of the others."""
+    label_smoothing: float = 0.1
+    """cross-entropy: share of a word's target that is spread over the whole vocabulary, below 1."""
+    attention_penalty: float = 1.0
+    """cross-entropy: weight of the doubly stochastic penalty.
+    It pushes the attention that a cell gets over a whole caption towards 1."""
+    scheduled_sampling: float = 0.0
+    """cross-entropy: probability that the model is fed its own word instead of the given caption's. 0: never.
+    It rises linearly from 0 to this value at the end of the run (scheduled sampling, Bengio et al. 2015)."""
+
+    def __post_init__(self) -> None:
+        """Raises CallError for a value that is out of range."""
+        check_choices(self)
+        check_at_least(self, 2 if self.name == "scst" else 1, "samples")
+        check_at_least(self, 0, "label_smoothing", "attention_penalty", "scheduled_sampling")
+        if self.label_smoothing >= 1:
+            raise CallError(f"label_smoothing={self.label_smoothing}: must be below 1")
         if self.scheduled_sampling > 1:
-            raise CallError(f"--scheduled-sampling {self.scheduled_sampling}: a probability, must be at most 1")
-        if self.schedule == "plateau" and 0 < self.patience <= self.plateau_patience:
+            raise CallError(f"scheduled_sampling={self.scheduled_sampling}: a probability, must be at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer, and the gradients it gets."""
+
+    name: Annotated[Literal["adamw", "adam"], arg(name="optimizer")] = "adamw"
+    """adamw: Adam with decoupled weight decay. adam: Adam with weight decay added to the gradients."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of the decoder."""
+    weight_decay: float = 0.01
+    """Weight decay of all trained weights."""
+    accumulate: int = 1
+    """Batches per step of the optimizer."""
+    clip_norm: float = 5.0
+    """Gradients are scaled down to at most this norm, all together. 0: not scaled."""
+    clip_value: float = 0.0
+    """Each gradient value is then clamped to this, on both sides of 0. 0: not clamped."""
+
+    def __post_init__(self) -> None:
+        """Raises CallError for a value that is out of range."""
+        check_choices(self)
+        check_at_least(self, 0, "learning_rate", "weight_decay", "clip_norm", "clip_value")
+        check_at_least(self, 1, "accumulate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The schedule: learning rates over the run, and early stopping."""
+
+    name: Annotated[Literal["cosine", "plateau", "constant"], arg(name="schedule")] = "cosine"
+    """What the learning rates do after the warm-up.
+    cosine: they fall to 0 along a cosine. plateau: they fall when validation stops improving. constant: they stay."""
+    warmup: float = 0.1
+    """Share of the run in which the learning rates rise to their peak, below 1."""
+    plateau_factor: float = 0.8
+    """plateau: factor that lowers the learning rates, above 0 and below 1."""
+    plateau_patience: int = 8
+    """plateau: epochs without improvement after which the learning rates are lowered, and again after as many more."""
+    patience: int = 0
+    """Epochs without improvement on the validation images after which the run ends. 0: never."""
+
+    def __post_init__(self) -> None:
+        """Raises CallError for values that are out of range or contradict each other."""
+        check_choices(self)
+        check_at_least(self, 0, "warmup", "patience")
+        check_at_least(self, 1, "plateau_patience")
+        if self.warmup >= 1:
+            raise CallError(f"warmup={self.warmup}: a share of the run, must be below 1")
+        if not 0 < self.plateau_factor < 1:
+            raise CallError(f"plateau_factor={self.plateau_factor}: must be above 0 and below 1")
+        if self.name == "plateau" and 0 < self.patience <= self.plateau_patience:
             raise CallError(
-                f"--patience {self.patience}: the run would end before the learning rates are ever lowered; give more "
-                f"than --plateau-patience {self.plateau_patience}, or 0"
+                f"patience={self.patience}: the run would end before the learning rates are ever lowered; "
+                f"must be above plateau_patience={self.plateau_patience}, or 0"
             )
-        if self.cache_features and self.augment:
-            raise CallError("--cache-features: an image has one set of features there; add --no-augment")
-        if self.cache_features and self.fine_tune_from != "none":
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All settings of a run."""
+
+    data: DataConfig = DataConfig()
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    search: SearchConfig = SearchConfig()
+
+    def __post_init__(self) -> None:
+        """Raises CallError for settings of different parts that contradict each other."""
+        if self.data.cache_features and self.data.augment:
+            raise CallError("cache_features=True: an image has one set of features in the cache; set augment=False")
+        if self.data.cache_features and self.encoder.fine_tune_from != "none":
             raise CallError(
-                f"--cache-features: features change while the encoder is trained from {self.fine_tune_from} on; add "
-                "--fine-tune-from none"
+                "cache_features=True: features change while the encoder is trained from "
+                f"{self.encoder.fine_tune_from} on; set fine_tune_from='none'"
             )
-        if self.objective == "scst":
-            if self.start_from is None:
-                raise CallError("--objective scst: it starts from a trained model; add --start-from FOLDER")
-            if self.samples < 2:
-                raise CallError(f"--samples {self.samples}: a sample's baseline is the others' mean; give 2 or more")
+        if self.objective.name == "scst" and self.run.start_from is None:
+            raise CallError("objective 'scst': it starts from a trained model; set start_from to its folder")
+
+
+# Flags that are not the name of their field, and the field. Older settings.json files, which were not nested, have
+# these names too.
+RENAMED = {
+    "data": "data.path",
+    "encoder_weights": "encoder.weights",
+    "encoder_learning_rate": "encoder.learning_rate",
+    "objective": "objective.name",
+    "optimizer": "optimizer.name",
+    "schedule": "schedule.name",
+    "implementation": "run.backend",
+}
+
+
+def setting_paths() -> dict[str, str]:
+    """A flag, with underscores -> its setting in TrainConfig, e.g. learning_rate -> optimizer.learning_rate."""
+    parts = dataclasses.fields(TrainConfig)
+    paths = [f"{part.name}.{setting.name}" for part in parts for setting in dataclasses.fields(part.type)]
+    return {path.partition(".")[2]: path for path in paths if path not in RENAMED.values()} | RENAMED
+
+
+def flatten(settings: dict[str, dict]) -> dict[str, object]:
+    """Nested settings, as `dataclasses.asdict` gives them -> values by setting, e.g. optimizer.learning_rate, in the
+    form that JSON gives them back."""
+    values = {f"{part}.{name}": value for part, inner in settings.items() for name, value in inner.items()}
+    return json.loads(json.dumps(values))
+
+
+def read_settings(path: Path) -> dict[str, object]:
+    """The values in the file settings.json of a run by setting, e.g. optimizer.learning_rate.
+
+    Reads the files of older versions, too, in which most settings were not nested. Raises UserError for a file that is
+    missing or damaged.
+    """
+    content = read_json(path)
+    settings = content.get("settings") if isinstance(content, dict) else None
+    if not isinstance(settings, dict):
+        raise UserError(f'{path}: field "settings" should be an object, as a training run writes it')
+    if isinstance(settings.get("run"), dict):
+        return flatten({part: inner for part, inner in settings.items() if isinstance(inner, dict)})
+    flat = {}
+    for name, value in settings.items():
+        flat |= value if isinstance(value, dict) else {name: value}  # `model` and, later, `search` were nested
+    if isinstance(flat.get("suppressed"), str):
+        flat["suppressed"] = flat["suppressed"].split()
+    paths = setting_paths()
+    return {paths[name]: value for name, value in flat.items() if name in paths}
+
+
+def training_seed(model: str | Path) -> int:
+    """The seed that the model in this folder was trained with; 0, the default, if the folder has no settings.json.
+    Raises UserError when that file is damaged."""
+    path = Path(model) / "settings.json"
+    if not path.exists():
+        return 0
+    seed = read_settings(path).get("run.seed")
+    if type(seed) is not int:
+        raise UserError(f'{path}: field "seed" should be an integer; or give --seed')
+    return seed

@@ -1,14 +1,14 @@
-"""One run in several processes, each with a GPU, or a part of the CPUs, and a share of every batch.
+"""One run in several processes, each with a GPU or a part of the CPUs, and a share of every batch.
 
     torchrun --nproc-per-node 8 -m attncap.train ...
 
-Each process computes the gradients of its share, DistributedDataParallel brings them together, and all processes take
-the same step. The first process (rank 0) validates, shows, and writes. Without torchrun there is one process, and
-everything here does nothing.
+Each process computes the gradients of its share, DistributedDataParallel averages them, and all processes take the same
+step. The first process (rank 0) validates, prints, and writes. Without torchrun there is one process, and everything
+here does nothing.
 
-Rounding apart, a run is the same with any number of processes, but for what is drawn (dropout, words that are sampled)
-and for batch norms that are trained: they normalise by their process's share of a batch, as DistributedDataParallel
-leaves them, and rank 0's statistics are kept. Frozen ones use the statistics they came with.
+A run is the same with any number of processes, apart from rounding, from what is drawn at random (dropout, sampled
+words), and from batch norms that are trained: these normalise by their process's share of a batch, as with any
+DistributedDataParallel, and rank 0's statistics are kept. Frozen ones use the statistics they came with.
 """
 
 import contextlib
@@ -23,27 +23,27 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from attncap import command
+from attncap.devices import find_device
 from attncap.errors import CallError
 
 Value = TypeVar("Value")
 
 
 @contextlib.contextmanager
-def processes(device: str) -> Iterator[torch.device]:
-    """Join the other processes that torchrun has started, and yield this one's device: for "auto" and "cuda" a GPU of
-    its own. When something fails, the first process to fail tells of it, and the others, which fail since it is gone,
-    end with status 1. Raises CallError when there are fewer GPUs than processes."""
+def process_group(device: str) -> Iterator[torch.device]:
+    """Join the other processes that torchrun has started, and yield this one's device: for "auto" and "cuda", a GPU of
+    its own. When something fails, the first process to fail raises its error; the others, which fail because it is
+    gone, exit with status 1. Raises CallError when there are fewer GPUs than processes."""
     if "RANK" not in os.environ:
-        yield command.find_device(device)
+        yield find_device(device)
         return
     store, rank, size = next(dist.rendezvous("env://"))
     try:
         found = _own_device(device)
-        # What the processes agree on goes over the CPU, and waits as long as it takes: one of them may be validating.
+        # Python objects are exchanged over the CPU, with a timeout that nothing reaches: rank 0 may be validating.
         backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
-        waiting = datetime.timedelta(days=7)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=waiting)
+        timeout = datetime.timedelta(days=7)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         try:
             yield found
         except SystemExit:
@@ -57,8 +57,8 @@ def processes(device: str) -> Iterator[torch.device]:
 
 
 def _leave() -> None:
-    """End together: torchrun ends all processes when the first one goes with an error, and a run that was asked to stop
-    goes with one."""
+    """End together: torchrun ends all processes as soon as one exits with an error, as a run does that was asked to
+    stop."""
     dist.barrier()
     dist.destroy_process_group()
 
@@ -66,12 +66,12 @@ def _leave() -> None:
 def _is_first_to_fail(store: dist.Store) -> bool:
     try:
         return store.add("attncap/failed", 1) == 1
-    except dist.DistError:  # the process that keeps it is gone
+    except dist.DistError:  # the process that holds the store is gone
         return False
 
 
 def _own_device(name: str) -> torch.device:
-    device = command.find_device(name)
+    device = find_device(name)
     if device.type != "cuda" or device.index not in (None, torch.cuda.current_device()):
         return device
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -82,20 +82,21 @@ def _own_device(name: str) -> torch.device:
 
 
 def rank() -> int:
-    """The number of this process, from 0 on."""
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
+    """Whether this is rank 0."""
     return rank() == 0
 
 
-def total(values: Sequence[float]) -> list[float]:
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
     """Each of the numbers, summed over the processes."""
     if size() == 1:
         return list(values)
@@ -104,17 +105,17 @@ def total(values: Sequence[float]) -> list[float]:
     return summed.tolist()
 
 
-def gathered(value: list[Value]) -> list[Value]:
-    """The lists of all processes, one after the other."""
+def all_gather(values: list[Value]) -> list[Value]:
+    """The lists of all processes, concatenated."""
     if size() == 1:
-        return value
+        return values
     found: list = [None] * size()
-    dist.all_gather_object(found, value)
-    return [entry for part in found for entry in part]
+    dist.all_gather_object(found, values)
+    return [value for part in found for value in part]
 
 
-def from_main(value: Value | None) -> Value:
-    """What rank 0 calls this with, in every process; the others wait for it."""
+def broadcast(value: Value | None) -> Value:
+    """Rank 0's value, in every process; the others wait for it."""
     if size() == 1:
         return value
     box = [value]
@@ -122,19 +123,21 @@ def from_main(value: Value | None) -> Value:
     return box[0]
 
 
-def wrapped(module: nn.Module) -> nn.Module:
-    """The module whose backward passes sum gradients over the processes. It takes rank 0's weights everywhere."""
+def data_parallel(module: nn.Module) -> nn.Module:
+    """The module, with rank 0's weights in every process, whose backward passes average gradients over the
+    processes."""
     return module if size() == 1 else DistributedDataParallel(module)
 
 
-def gradients_stay(module: nn.Module, yes: bool) -> contextlib.AbstractContextManager:
-    """Where `yes`, a wrapped module's gradients stay in this process, to be summed with those of a later pass."""
-    return module.no_sync() if yes and isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
+def no_sync(module: nn.Module) -> contextlib.AbstractContextManager:
+    """A context in which gradients of a `data_parallel` module are summed in this process only. The first backward pass
+    after it averages the sum over the processes."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def one_voice() -> Iterator[None]:
-    """What all processes would warn of alike, rank 0 alone does."""
+def log_on_main_only() -> Iterator[None]:
+    """For a block in which every process would log the same: rank 0 alone does."""
     log = logging.getLogger("attncap")
     log.disabled = not is_main()
     yield
@@ -143,7 +146,7 @@ def one_voice() -> Iterator[None]:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """The other processes enter when rank 0 is through, and find the files that it has written."""
+    """The other processes enter the block when rank 0 has left it, and find the files that it has written."""
     if not is_main():
         dist.barrier()
     yield

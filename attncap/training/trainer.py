@@ -1,12 +1,14 @@
-"""The run itself: steps, epochs, validation, and the state from which it goes on whatever ended it."""
+"""Training: steps, epochs, validation, and the state from which a run continues, however it ended."""
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import math
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -16,93 +18,128 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from attncap import command
 from attncap.captioner import Caption, Captioner
 from attncap.data import Skipped, report_skipped
 from attncap.data.feature_cache import FeatureCache
 from attncap.data.loader import AugmentedPictures, Pictures, batches, draw_batches, draw_rows, pad, seed_of
+from attncap.data.vocabulary import Vocabulary
+from attncap.devices import find_workers
 from attncap.errors import UserError
-from attncap.evaluate import evaluate
+from attncap.evaluation import evaluate
 from attncap.training import checkpoint, distributed
-from attncap.training.batch import TERMS, Batch, Losses
 from attncap.training.config import TrainConfig
-from attncap.training.interruption import Interruption, Stopped
 from attncap.training.optimization import Schedule, clip_gradients, make_optimizer, update_average
-from attncap.training.scheduled_sampling import mix_tokens
+from attncap.training.run_logger import RunLogger
+from attncap.training.scheduled_sampling import sample_inputs
 from attncap.training.self_critical import SelfCritical
-from attncap.training.watch import Watch
+from attncap.training.signals import SignalHandler, Stopped
 
 CHECKPOINT_EVERY = 600  # seconds, within an epoch
-PLACE = ("epoch", "step", "sums", "words", "rows", "seconds")  # where a run is, and what it has summed there
+TERMS = ("words", "attention")  # of the loss
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Batch:
+    """A process's share of a batch, on its device. If none of its images can be read, `indices` is empty and the rest
+    is None."""
+
+    indices: Sequence[int]  # of the examples
+    images: Tensor | None = None  # uint8 [B,3,S,S]; if the encoder is frozen, their features [B,P,D]
+    tokens: Tensor | None = None  # int64 [N,T], the words that are fed
+    targets: Tensor | None = None  # int64 [N,T], the words that follow; on the CPU where that is where they come from
+    row_weights: Tensor | None = None  # [N]
+    reward: float = 0.0  # summed over rows
+
+    @property
+    def words(self) -> int:
+        """The number of words to predict."""
+        return 0 if self.targets is None else int((self.targets != Vocabulary.PAD).sum())
+
+    @property
+    def rows(self) -> int:
+        """The number of captions."""
+        return 0 if self.targets is None else len(self.targets)
 
 
 class Trainer:
     """One run: a model, its data, and the folder its files go to.
 
-    `epoch` and `step` are its place: whole epochs done, and steps of the optimizer done in the next one. All that is
-    drawn at random (order, captions, augmentation, dropout, samples) is drawn from the seed and the place alone, so
-    that a checkpoint has no random states to keep.
+    `epoch` and `step` are its position: complete epochs, and steps of the optimizer in the next one. All that is drawn
+    at random (order, captions, augmentation, dropout, samples) depends on the seed and the position alone, so a
+    checkpoint needs no state of random generators.
+
+    Args:
+        config: all settings.
+        model: on the device it is trained on; the trainer changes it.
+        splits: examples under "train" and "val".
+        output: the run's folder.
     """
 
     def __init__(self, config: TrainConfig, model: Captioner, splits: dict[str, Sequence], output: Path):
         self.config, self.model, self.splits, self.output = config, model, splits, output
-        self.device, self.workers = model.device, command.find_workers(config.workers, model.device)
+        self.device, self.workers = model.device, find_workers(config.run.workers, model.device)
         self.optimizer = make_optimizer(config, model)
-        self.average = copy.deepcopy(model).eval() if config.average_weights else model  # what is validated and kept
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
-        self.skipped_seen: set[tuple[str, str]] = set()  # images that were reported
+        # The model that is validated and kept.
+        self.average = copy.deepcopy(model).eval() if config.run.average_weights else model
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.run.precision == "float16")
         self.caches: dict[str, FeatureCache] = {}  # features by split
-        self.steps = math.ceil(len(splits["train"]) / (config.batch_size * config.accumulate))  # in an epoch
-        self.schedule = Schedule(config, self.steps)
+        batches_per_step = config.optimizer.accumulate
+        self.steps = math.ceil(len(splits["train"]) / (config.data.batch_size * batches_per_step))  # per epoch
+        self.schedule = Schedule(config.schedule, config.run.epochs, self.steps)
         captions = [example.captions for example in splits["train"]]
-        self.self_critical, self.rows_of_tokens = None, []
-        if config.objective == "scst":
-            self.self_critical = SelfCritical(model.vocabulary, captions, config.samples, config.search.max_length)
-        else:  # once: splitting them anew takes longer than a GPU takes to learn from them
-            encode = functools.partial(model.vocabulary.encode, max_length=config.search.max_length)
-            self.rows_of_tokens = [list(map(encode, of_image)) for of_image in captions]
-        self.captions_per_image = config.samples if self.self_critical else config.captions_per_image
-        self.generator = torch.Generator()  # for what is sampled on the way to the loss
-        self.interruption = Interruption()
+        max_length = config.search.max_length
+        self.self_critical, self.captions_per_image = None, config.data.captions_per_image
+        self.tokens_by_image: list[list[list[int]]] = []
+        if config.objective.name == "scst":
+            self.captions_per_image = config.objective.samples
+            self.self_critical = SelfCritical(model.vocabulary, captions, self.captions_per_image, max_length)
+        else:  # encoded once: doing it in every epoch would take longer than a GPU needs to train on them
+            encode = functools.partial(model.vocabulary.encode, max_length=max_length)
+            self.tokens_by_image = [list(map(encode, of_image)) for of_image in captions]
+        self.skipped_seen: set[tuple[str, str]] = set()  # images that were reported
+        self.signals = SignalHandler()
         self.epoch = self.step = 0
         self.start_sums()
 
     def cache_features(self) -> None:
-        """Find the features of the images, or compute them, with the weights that the encoder has now: of a resumed
-        run, those of its checkpoint. Raises UserError, see `FeatureCache.of`."""
+        """Find the features of the images in the cache, or compute them with the encoder's present weights (for a
+        resumed run, those of its checkpoint). Raises UserError, see `FeatureCache.of`."""
         encoder, size = self.model.encoder, self.model.config.image_size
         with distributed.main_first():
             for split in ("train", "val"):
                 self.caches[split] = FeatureCache.of(
-                    self.splits[split], encoder, size, self.config.batch_size, self.workers
+                    self.splits[split], encoder, size, self.config.data.batch_size, self.workers
                 )
 
     def start_sums(self) -> None:
-        """What the log tells of an epoch: sums over its words and rows, and the time."""
-        self.sums, self.words, self.rows, self.seconds = dict.fromkeys((*TERMS, "reward"), 0.0), 0, 0, 0.0
+        """Reset what the log shows of an epoch: sums over its words and captions, and the time."""
+        self.sums = dict.fromkeys((*TERMS, "reward"), 0.0)
+        self.words, self.rows, self.seconds = 0, 0, 0.0
 
     def means(self) -> dict[str, float]:
-        """Each term of the loss in this epoch so far, a word's or a row's, and the reward."""
+        """The terms of the loss in this epoch so far, per word or per caption, and the mean reward."""
         words, rows = max(1, self.words), max(1, self.rows)
         means = {"loss_words": self.sums["words"] / words, "loss_attention": self.sums["attention"] / rows}
-        return means | ({"reward": self.sums["reward"] / rows} if self.self_critical else {})
+        if self.self_critical:
+            means["reward"] = self.sums["reward"] / rows
+        return means
 
     @property
     def steps_done(self) -> int:
-        """In the whole run."""
+        """Steps of the optimizer in the whole run."""
         return self.epoch * self.steps + self.step
 
     def fit(self) -> None:
-        """Train what is left of the run. Raises Stopped after Ctrl-C and SIGTERM, when a checkpoint is written, and
-        UserError when the loss is no number or no image can be read."""
+        """Train for the rest of the run. Raises Stopped after Ctrl-C and SIGTERM, when a checkpoint is written, and
+        UserError when the loss is not finite or no image can be read."""
         if distributed.is_main():
-            self.watch = Watch(self.output, self.config.best_by, self.epoch, self.steps_done)
+            self.logger = RunLogger(self.output, self.config.run.best_by, self.epoch, self.steps_done)
         try:
-            if self.config.start_from and self.schedule.best is None:  # there is a model already, to be bettered
+            if self.config.run.start_from and self.schedule.best is None:  # the model that epochs are compared with
                 self.rate({"epoch": 0, **self.validate()})
                 self.save_checkpoint()
-            while self.epoch < self.config.epochs and not self.schedule.should_stop:
+            while self.epoch < self.config.run.epochs and not self.schedule.should_stop:
                 self.train_epoch()
                 self.end_epoch(self.validate())
         except Stopped:
@@ -112,40 +149,41 @@ class Trainer:
             raise
         finally:
             if distributed.is_main():
-                self.watch.close()
+                self.logger.close()
 
     def train_epoch(self) -> None:
-        """The steps of an epoch that are left."""
-        config, examples = self.config, self.splits["train"]
-        self.model.encoder.fine_tune(config.fine_tune_from if self.epoch >= config.fine_tune_after else "none")
-        # Samples are to be drawn from the very model that then learns from them: no dropout, no statistics of a batch.
+        """Take the remaining steps of an epoch."""
+        config, examples, seed = self.config, self.splits["train"], self.config.run.seed
+        fine_tune = self.epoch >= config.encoder.fine_tune_after
+        self.model.encoder.fine_tune(config.encoder.fine_tune_from if fine_tune else "none")
+        # Samples must come from exactly the model that learns from them: no dropout, no batch statistics.
         self.model.train(self.self_critical is None)
-        losses = distributed.wrapped(Losses(self.model, 0.0 if self.self_critical else config.label_smoothing))
-        order = draw_batches(len(examples), config.batch_size, config.seed, self.epoch)[self.step * config.accumulate :]
+        model = distributed.data_parallel(self.model)
+        batches_per_step = config.optimizer.accumulate
+        order = draw_batches(len(examples), config.data.batch_size, seed, self.epoch)[self.step * batches_per_step :]
         shares = [batch[distributed.rank() :: distributed.size()] for batch in order]
         saved = before = time.monotonic()
         with tqdm(
             total=len(examples) * self.captions_per_image,
             initial=self.rows,
-            desc=f"epoch {self.epoch + 1}/{config.epochs}",
+            desc=f"epoch {self.epoch + 1}/{config.run.epochs}",
             unit="caption",
             leave=False,
             disable=not distributed.is_main(),
         ) as bar:
-            loader = batches(self.pictures(), config.batch_size, self.workers, shares, pin=self.device.type == "cuda")
-            # No name but the loop's own holds its readers, so that they end with the loop, whatever ends it.
-            for read in in_groups(loader, config.accumulate):
-                seed = seed_of("step", config.seed, self.steps_done, distributed.rank())
-                torch.manual_seed(seed)
-                self.generator.manual_seed(seed)
-                self.train_step(losses, [self.prepare(*batch) for batch in read])
+            pin = self.device.type == "cuda"
+            loader = batches(self.pictures(), config.data.batch_size, self.workers, shares, pin=pin)
+            # Only the loop refers to the loader's iterator, so the workers end with the loop, whatever ends it.
+            for group in in_groups(loader, batches_per_step):
+                torch.manual_seed(seed_of("step", seed, self.steps_done, distributed.rank()))  # for dropout
+                self.train_step(model, [self.prepare(*batch) for batch in group])
                 self.step += 1
                 now = time.monotonic()
                 self.seconds, before = self.seconds + now - before, now
                 bar.update(self.rows - bar.n)
                 bar.set_postfix({name.removeprefix("loss_"): f"{mean:.3f}" for name, mean in self.means().items()})
-                if sum(distributed.total([self.interruption.number])):
-                    raise Stopped(self.interruption.number or signal.SIGTERM)
+                if sum(distributed.all_reduce_sum([self.signals.signum])):  # a signal to any process stops all
+                    raise Stopped(self.signals.signum or signal.SIGTERM)
                 if now - saved > CHECKPOINT_EVERY:
                     self.save_checkpoint()
                     saved = now
@@ -157,83 +195,97 @@ class Trainer:
         examples, size = self.splits["train"], self.model.config.image_size
         if self.caches:
             return self.caches["train"]
-        if self.config.augment:
-            return AugmentedPictures(examples, size, self.config.seed, self.epoch)
+        if self.config.data.augment:
+            return AugmentedPictures(examples, size, self.config.run.seed, self.epoch)
         return Pictures(examples, size)
 
-    def prepare(self, indices: Sequence[int], pictures: Tensor | None, skipped: Sequence[Skipped]) -> Batch:
-        """From what the loader gives to a batch on the device: with captions, and, unless gradients go through the
-        encoder, with features instead of images."""
-        config = self.config
+    def prepare(self, indices: Sequence[int], images: Tensor | None, skipped: Sequence[Skipped]) -> Batch:
+        """A batch of the loader -> a batch on the device, with captions, and with features instead of images unless
+        gradients go through the encoder."""
+        config, objective = self.config, self.config.objective
         report_skipped(skipped, self.skipped_seen)
-        if pictures is None:
+        if images is None:
             return Batch([])
-        batch = Batch(indices, pictures.to(self.device, non_blocking=True))
+        images = images.to(self.device, non_blocking=True)
         if not self.self_critical:
+            count, seed = self.captions_per_image, config.run.seed
             captions = [
-                draw_rows(
-                    self.rows_of_tokens[index],
-                    config.captions_per_image,
-                    seed_of("captions", config.seed, self.epoch, index),
-                )
+                draw_rows(self.tokens_by_image[index], count, seed_of("captions", seed, self.epoch, index))
                 for index in indices
             ]
-            # The decoder wants images with long captions first: while it is cheap to sort them.
+            # The decoder sorts images by their longest caption, longest first; here, before the features exist, it is
+            # cheaper.
             order = sorted(range(len(indices)), key=lambda i: -max(map(len, captions[i])))
-            batch.indices, batch.pictures = [indices[i] for i in order], batch.pictures[order]
-            batch.tokens = pad([row for i in order for row in captions[i]])
+            indices, images = [indices[i] for i in order], images[order]
+            tokens = pad([row for i in order for row in captions[i]])
+            tokens, targets = tokens[:, :-1], tokens[:, 1:]
         frozen = not any(parameter.requires_grad for parameter in self.model.encoder.parameters())
-        if frozen or self.self_critical or config.scheduled_sampling:
-            features = self.features(batch.pictures)
-            batch.pictures = features if frozen else batch.pictures
+        if frozen or self.self_critical or objective.scheduled_sampling:
+            features = self.features(images)
+            images = features if frozen else images
+        row_weights, reward = None, 0.0
+        sample_seed = seed_of("samples", config.run.seed, self.steps_done)  # an image has the same in any process
         if self.self_critical:
-            decoder = self.model.decoder
-            batch.tokens, batch.row_weights, figures = self.self_critical(decoder, features, indices, self.generator)
-            batch.reward = figures["reward"] * len(batch.tokens)
-        elif config.scheduled_sampling:
-            probability = config.scheduled_sampling * self.steps_done / (config.epochs * self.steps)
-            tokens = batch.tokens.to(self.device)
-            batch.inputs = mix_tokens(self.model.decoder, features, tokens, probability, self.generator)[:, :-1]
-        return batch
+            decoder = self.model.decoder.for_inference(table=False)
+            tokens, row_weights, metrics = self.self_critical(decoder, features, indices, sample_seed)
+            tokens, targets = tokens[:, :-1], tokens[:, 1:]
+            row_weights, reward = row_weights.to(self.model.decoder.word_output.weight), metrics["reward"] * len(tokens)
+        elif objective.scheduled_sampling:
+            decoder = self.model.decoder.for_inference(table=False)
+            probability = objective.scheduled_sampling * self.steps_done / (config.run.epochs * self.steps)
+            seeds = [(sample_seed, index) for index in indices]
+            tokens = sample_inputs(decoder, features, tokens.to(self.device), probability, seeds)
+        return Batch(indices, images, tokens, targets, row_weights, reward)
 
     @torch.no_grad()
-    def features(self, pictures: Tensor) -> Tensor:
-        """images uint8 [B,3,S,S], or their features from a cache -> features [B,P,D], as in evaluation."""
-        if pictures.is_floating_point():
-            return self.model.encoder.repeat_cells(pictures.float())
+    def features(self, images: Tensor) -> Tensor:
+        """Images uint8 [B,3,S,S], or their features from a cache -> features [B,P,D], as in evaluation."""
+        if images.is_floating_point():
+            return images.float()
         encoder = self.model.encoder.eval()
         with self.autocast():
-            features = encoder(pictures)
+            features = encoder(images)
         encoder.train(self.model.training)
         return features
 
     def autocast(self) -> torch.autocast:
-        precision = self.config.precision
+        """The context in which models compute in the run's precision."""
+        precision = self.config.run.precision
         return torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "float32")
 
-    def train_step(self, losses: nn.Module, step_batches: Sequence[Batch]) -> None:
-        """One step of the optimizer: the loss is that of all its batches, and of all processes, together."""
-        config = self.config
+    def train_step(self, model: nn.Module, step_batches: Sequence[Batch]) -> None:
+        """One step of the optimizer. Its loss is that of all batches of the step, and of all processes, together."""
         words, rows = sum(batch.words for batch in step_batches), sum(batch.rows for batch in step_batches)
-        words, rows = distributed.total([words, rows])
+        words, rows = distributed.all_reduce_sum([words, rows])
         if not rows:
             return
         factor = self.schedule.factor(self.steps_done)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        penalty = 0.0 if self.self_critical else config.attention_penalty
+        objective = self.config.objective
+        label_smoothing = 0.0 if self.self_critical else objective.label_smoothing
+        penalty = 0.0 if self.self_critical else objective.attention_penalty
         self.optimizer.zero_grad(set_to_none=True)
         terms = []  # of each batch
         for number, batch in enumerate(step_batches, start=1):
-            with distributed.gradients_stay(losses, number < len(step_batches)):
+            is_last = number == len(step_batches)
+            with contextlib.nullcontext() if is_last else distributed.no_sync(model):
                 with self.autocast():
-                    found = losses(batch)
-                loss = found["words"] / words + penalty * found["attention"] / rows
-                self.scaler.scale(loss * distributed.size()).backward()  # the processes' gradients are averaged
-            terms.append(torch.stack([found[name].detach() for name in TERMS]))
+                    losses = model(
+                        batch.images,
+                        batch.tokens,
+                        batch.targets,
+                        label_smoothing=label_smoothing,
+                        row_weights=batch.row_weights,
+                        losses_only=True,
+                    )
+                loss = losses.words / words + penalty * losses.attention / rows
+                # The processes' gradients are averaged, and should be summed.
+                self.scaler.scale(loss * distributed.size()).backward()
+            terms.append(torch.stack(losses).detach())
         self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.model.parameters(), config)
-        sums = self.agree(step_batches, torch.stack(terms).tolist(), norm.item())
+        norm = clip_gradients(self.model.parameters(), self.config.optimizer)
+        sums = self.sum_terms(step_batches, torch.stack(terms).tolist(), norm.item())
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not self.model:
@@ -241,73 +293,92 @@ class Trainer:
         self.words, self.rows = self.words + int(words), self.rows + int(rows)
         self.sums = {name: self.sums[name] + value for name, value in sums.items()}
         if distributed.is_main():
-            rates = (group["lr"] for group in self.optimizer.param_groups)
+            decoder, encoder = self.optimizer.param_groups
             scalars = {
                 "loss/words": sums["words"] / words,
                 "loss/attention": sums["attention"] / rows,
-                **dict(zip(("learning_rate/decoder", "learning_rate/encoder"), rates, strict=True)),
+                "learning_rate/decoder": decoder["lr"],
+                "learning_rate/encoder": encoder["lr"],
                 "gradient_norm": norm,
-                **({"reward": sums["reward"] / rows} if self.self_critical else {}),
             }
-            self.watch.step(self.steps_done, scalars)
+            if self.self_critical:
+                scalars["reward"] = sums["reward"] / rows
+            self.logger.log_step(self.steps_done, scalars)
 
-    def agree(self, step_batches: Sequence[Batch], terms: Sequence[Sequence[float]], norm: float) -> dict[str, float]:
-        """The loss's terms, of each batch in this process -> their sums, and the rewards', over batches and processes.
-        Raises UserError in all processes if one of them, or the gradients' norm, is no number: what comes of the step
-        is not kept."""
+    def sum_terms(
+        self, step_batches: Sequence[Batch], terms: Sequence[Sequence[float]], norm: float
+    ) -> dict[str, float]:
+        """The terms of the loss for each batch of this process -> their sums over batches and processes, and the sum of
+        the rewards.
+
+        Raises UserError in all processes if one of the terms, or the norm of the gradients, is not finite. The caller
+        then keeps nothing of this step.
+        """
         bad = [batch for batch, values in zip(step_batches, terms, strict=True) if not all(map(math.isfinite, values))]
-        if not bad and not math.isfinite(norm) and not self.scaler.is_enabled():  # a scaler looks at them itself
+        if not bad and not math.isfinite(norm) and not self.scaler.is_enabled():  # a scaler checks the gradients itself
             bad = step_batches
         rewards = sum(batch.reward for batch in step_batches)
-        *sums, count = distributed.total([*map(sum, zip(*terms, strict=True)), rewards, len(bad)])
+        *sums, count = distributed.all_reduce_sum([*map(sum, zip(*terms, strict=True)), rewards, len(bad)])
         if count:
             examples = self.splits["train"]
-            names = distributed.gathered([examples[index].name for batch in bad for index in batch.indices])
+            names = distributed.all_gather([examples[index].name for batch in bad for index in batch.indices])
             raise UserError(
-                f"the loss or its gradient is no finite number in epoch {self.epoch + 1}, step {self.step + 1}, at the "
-                f"images {', '.join(names)}; the last checkpoint, from before that, is kept; look at these images and "
-                "their captions, or try a new run with a lower --learning-rate"
+                f"the loss or its gradient is not finite in epoch {self.epoch + 1}, step {self.step + 1}, at the "
+                f"images {', '.join(names)}; the last checkpoint, from before this step, is kept; check these images "
+                "and their captions, or try a new run with a lower learning rate"
             )
         return dict(zip((*TERMS, "reward"), sums, strict=True))
 
     def validate(self) -> dict[str, float]:
-        """Caption the validation images and score the captions, in rank 0; the other processes wait. Being asked to
-        stop breaks it off, and the run goes on from here."""
-        figures = None
+        """Caption the validation images and score the captions, in rank 0, while the other processes wait. A signal
+        interrupts it, and a resumed run starts with it."""
+        metrics = None
         if distributed.is_main():
-            with contextlib.suppress(Stopped), self.interruption.raised():
-                scores, _ = evaluate(
-                    [self.average], self.splits["val"], self.config, (), self.caches.get("val"), self.skipped_seen
-                )
-                figures = scores.figures()
-        figures = distributed.from_main(figures)
-        if figures is None:
-            raise Stopped(self.interruption.number or signal.SIGTERM)
-        return figures
+            with contextlib.suppress(Stopped), self.signals.raising():
+                metrics = self.validation_metrics()
+        metrics = distributed.broadcast(metrics)
+        if metrics is None:
+            raise Stopped(self.signals.signum or signal.SIGTERM)
+        return metrics
 
-    def end_epoch(self, figures: dict[str, float]) -> None:
-        """Log, keep the model if it is the best so far, write the checkpoint, and last draw, which is slow."""
+    def validation_metrics(self) -> dict[str, float]:
+        """The metrics of the model's captions of the validation images."""
+        self.average.eval()  # this also drops what was prepared from earlier weights
+        with tqdm(total=len(self.splits["val"]), desc="captioning", unit="image", leave=False) as bar:
+            scores, _ = evaluate(
+                self.average,
+                self.splits["val"],
+                self.config.search,
+                batch_size=self.config.data.batch_size,
+                workers=self.workers,
+                features=self.caches.get("val"),
+                progress=bar.update,
+                skipped_seen=self.skipped_seen,
+            )
+        return scores.corpus()
+
+    def end_epoch(self, metrics: dict[str, float]) -> None:
+        """Log the epoch, keep the model if it is the best so far, write the checkpoint, and draw last: it is slow."""
         decoder, encoder = self.optimizer.param_groups
-        rates = {
-            "learning_rate": decoder["lr"],
-            **({"encoder_learning_rate": encoder["lr"]} if encoder["params"] else {}),
-        }
-        self.rate({"epoch": self.epoch + 1, **self.means(), **rates, "seconds": round(self.seconds, 1), **figures})
+        rates = {"learning_rate": decoder["lr"]}
+        if encoder["params"]:
+            rates["encoder_learning_rate"] = encoder["lr"]
+        self.rate({"epoch": self.epoch + 1, **self.means(), **rates, "seconds": round(self.seconds, 1), **metrics})
         self.epoch, self.step = self.epoch + 1, 0
         self.start_sums()
         self.save_checkpoint()
-        if distributed.is_main() and self.watch.wants_pictures and not self.interruption.number:
-            self.watch.pictures(self.captioned())
+        if distributed.is_main() and self.logger.wants_captions and not self.signals.signum:
+            self.logger.log_captions(self.captioned())
 
     def rate(self, line: dict[str, float]) -> None:
-        """Log the figures of an epoch, 0 before any, and keep the model if it is the best so far."""
-        # Where the first figure cannot tell models apart (CIDEr is 0 for a single image), the next one decides.
-        self.schedule.epoch_ended([line[name] for name in (self.config.best_by, "BLEU-4", "ROUGE-L")])
+        """Log an epoch, 0 before the first one, and keep the model if it is the best so far."""
+        # Where the first metric cannot distinguish models (CIDEr is 0 for a single image), the next one decides.
+        self.schedule.epoch_ended([line[name] for name in (self.config.run.best_by, "BLEU-4", "ROUGE-L")])
         if distributed.is_main():
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
             if self.schedule.epochs_without_gain == 0:
                 self.average.save_pretrained(self.output)
-            self.watch.epoch(line)
+            self.logger.log_epoch(line)
 
     def captioned(self) -> list[tuple[Image.Image, Caption]]:
         """Four validation images with the captions that the model gives them now."""
@@ -317,7 +388,7 @@ class Trainer:
                 images.append(example.image())
             if len(images) == 4:
                 break
-        captions = self.average.caption(images, self.config.search, suppressed=self.config.suppressed.split())
+        captions = self.average.caption(images, dataclasses.replace(self.config.search, n_best=1))
         return list(zip(images, captions, strict=True))
 
     def save_checkpoint(self) -> None:
@@ -331,28 +402,35 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "images": len(self.splits["train"]),
-            **{name: getattr(self, name) for name in PLACE},
+            "epoch": self.epoch,
+            "step": self.step,
+            "sums": self.sums,
+            "words": self.words,
+            "rows": self.rows,
+            "seconds": self.seconds,
         }
         checkpoint.save(self.output, state)
 
     def load_checkpoint(self) -> None:
-        """Take the state that was written last. Raises UserError for a file that is damaged or does not fit."""
-        state = distributed.from_main(checkpoint.load(self.output) if distributed.is_main() else None)
+        """Restore the state that was written last. Raises UserError for a file that is damaged or does not fit."""
+        state = distributed.broadcast(checkpoint.load(self.output) if distributed.is_main() else None)
         try:
             if state["images"] != len(self.splits["train"]):
-                raise ValueError(f"the data had {state['images']} training images, and has {len(self.splits['train'])}")
-            for name in ("model", "optimizer", "schedule", "scaler"):
-                getattr(self, name).load_state_dict(state[name])
+                raise ValueError(f"the data had {state['images']} training images, now {len(self.splits['train'])}")
+            self.model.load_state_dict(state["model"])
             if self.average is not self.model:
                 self.average.load_state_dict(state["average"])
-            for name in PLACE:
-                setattr(self, name, state[name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.epoch, self.step, self.sums = state["epoch"], state["step"], state["sums"]
+            self.words, self.rows, self.seconds = state["words"], state["rows"], state["seconds"]
         except (KeyError, ValueError, RuntimeError) as error:
             raise checkpoint.unusable(self.output, error) from error
 
 
 def in_groups(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` items one after the other; the last one may be shorter."""
+    """Lists of `size` consecutive items; the last one may be shorter."""
     items = iter(items)
     while group := list(islice(items, size)):
         yield group

@@ -10,9 +10,9 @@ import torchvision
 from test_datasets import photograph, write_coco
 from test_fuzz import SAMPLES
 
+from attncap.cli.data import CELLS, CHANNELS, convert
 from attncap.config import ModelConfig
 from attncap.data import read_dataset
-from attncap.data.__main__ import CELLS, CHANNELS, convert
 from attncap.data.tokenizer import tokenize
 from attncap.data.vocabulary import Vocabulary
 

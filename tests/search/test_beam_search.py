@@ -3,10 +3,8 @@
 import copy
 import dataclasses
 import functools
-import gc
 import itertools
 import math
-import weakref
 from collections import Counter
 
 import pytest
@@ -17,11 +15,12 @@ from torch import Tensor
 
 from attncap.config import ModelConfig
 from attncap.errors import CallError, UserError
-from attncap.models import Decoder
-from attncap.ops import IMPLEMENTATIONS
-from attncap.search import Hypothesis, SearchConfig, beam_search
+from attncap.models.decoder import LSTMDecoder
+from attncap.search.beam_search import Hypothesis
+from attncap.search.beam_search import beam_search as search_with_processors
 from attncap.search.beams import Search
-from attncap.search.decoder_step import DecoderStep
+from attncap.search.config import SearchConfig
+from attncap.search.processors import SuppressTokens
 
 PAD, START, END, UNK = range(4)
 P = 5
@@ -29,22 +28,32 @@ P = 5
 SIZES = [(6, 4, 8, 7), (5, 3, 9, 4)]
 BIASES = {"ends seldom": -2.0, "ends sometimes": 1.0, "ends soon": 4.0}  # added to <end>'s logit
 
-both_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+both_backends = pytest.mark.parametrize("backend", ["native", "torch"])
 
 
 def make_decoder(
-    which: int = 0, V: int = 9, end_bias: float = 0.0, output_layer: str = "deep", implementation: str = "native"
-) -> Decoder:
+    which: int = 0, V: int = 9, end_bias: float = 0.0, output_layer: str = "deep", backend: str = "native"
+) -> LSTMDecoder:
     """A decoder in float64 with random weights, large enough that words depend on the picture."""
     torch.manual_seed(which)
     A, E, H, D = SIZES[which]
     config = ModelConfig(attention_size=A, embedding_size=E, hidden_size=H, output_layer=output_layer)
-    decoder = Decoder(config, D, V, implementation).double().eval()
+    decoder = LSTMDecoder(config, D, V, backend).double().eval()
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(3)
         decoder.word_output.bias[END] += end_bias
     return decoder
+
+
+def beam_search(
+    decoders: LSTMDecoder | list[LSTMDecoder], features, config: SearchConfig, suppressed=(UNK,), seeds=None
+) -> list[list[Hypothesis]]:
+    """A search of decoders prepared for inference (with backend "torch" they are the models themselves)."""
+    decoders = decoders if isinstance(decoders, list) else [decoders]
+    prepared = [decoder.for_inference() for decoder in decoders]
+    rules = [SuppressTokens(tuple(suppressed))]
+    return search_with_processors(prepared, features, config, rules, seeds=seeds, backend=decoders[0].backend)
 
 
 def make_features(B: int, which: int = 0, seed: int = 7) -> Tensor:
@@ -54,18 +63,17 @@ def make_features(B: int, which: int = 0, seed: int = 7) -> Tensor:
 class Truth:
     """What decoders write for one image, by running whole captions again under teacher forcing in float64."""
 
-    def __init__(self, decoders: list[Decoder], features: list[Tensor]):
+    def __init__(self, decoders: list[LSTMDecoder], features: list[Tensor]):
         self.decoders, self.features = decoders, features
         self.run = functools.cache(self.run)  # of the words alone
 
     @torch.no_grad()
     def run(self, words: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """The next word's log-probabilities [V], and the attention [len(words),P] with which the words were written."""
-        tokens = torch.tensor([[START, *words, END]])
-        written = [d(f.unsqueeze(0), tokens) for d, f in zip(self.decoders, self.features, strict=True)]
-        logits = [d.word_output(w.outputs[-1]) for d, w in zip(self.decoders, written, strict=True)]
-        probabilities = torch.stack([x.softmax(0) for x in logits]).mean(0)
-        return probabilities.log(), torch.stack([w.weights[:-1] for w in written]).mean(0)
+        tokens = torch.tensor([[START, *words]])
+        predicted = [d(f.unsqueeze(0), tokens) for d, f in zip(self.decoders, self.features, strict=True)]
+        probabilities = torch.stack([logits[0, -1].softmax(0) for logits, _ in predicted]).mean(0)
+        return probabilities.log(), torch.stack([attention[0, :-1] for _, attention in predicted]).mean(0)
 
     def next_words(self, words: list[int], config: SearchConfig, suppressed: tuple[int, ...]) -> dict[int, float]:
         """The log-probability of every word that may come next."""
@@ -142,13 +150,13 @@ def check_search(
     end_bias=1.0,
     output_layer="deep",
     ensemble=1,
-    implementation="native",
+    backend="native",
     device="cpu",
     B=3,
     **options,
 ):
     """beam_search finds what obvious_search finds."""
-    decoders = [make_decoder(i, V, end_bias, output_layer, implementation).to(device) for i in range(ensemble)]
+    decoders = [make_decoder(i, V, end_bias, output_layer, backend).to(device) for i in range(ensemble)]
     features = [make_features(B, i).to(device) for i in range(ensemble)]
     found = beam_search(decoders, features, config, suppressed)
     assert len(found) == B
@@ -187,22 +195,22 @@ TABLE = [
 ]
 
 
-@both_implementations
+@both_backends
 @pytest.mark.parametrize("output_layer", ["plain", "deep"])
 @pytest.mark.parametrize("end_bias", BIASES.values(), ids=BIASES)
 @pytest.mark.parametrize("method", ["shrink", "fixed"])
 @pytest.mark.parametrize("changes", TABLE, ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
-def test_equals_the_obvious_search(device, implementation, output_layer, end_bias, method, changes):
+def test_equals_the_obvious_search(device, backend, output_layer, end_bias, method, changes):
     fields = dict(method=method, max_length=7) | changes
     options = dict(ensemble=fields.pop("ensemble", 1), suppressed=fields.pop("suppressed", (UNK,)))
-    models = dict(end_bias=end_bias, output_layer=output_layer, implementation=implementation, device=device)
+    models = dict(end_bias=end_bias, output_layer=output_layer, backend=backend, device=device)
     check_search(SearchConfig(**fields), **models, **options)
 
 
-@both_implementations
+@both_backends
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(data=st.data())
-def test_options_together(implementation, data):
+def test_options_together(backend, data):
     groups = data.draw(st.integers(1, 4))
     K = groups * data.draw(st.integers(1, 4))
     max_length = data.draw(st.integers(1, 7))
@@ -223,18 +231,18 @@ def test_options_together(implementation, data):
         tuple(data.draw(st.sets(st.integers(3, 8)))),
         end_bias=data.draw(st.sampled_from(list(BIASES.values()))),
         ensemble=data.draw(st.integers(1, 2)),
-        implementation=implementation,
+        backend=backend,
         B=2,
     )
 
 
-@both_implementations
+@both_backends
 @pytest.mark.parametrize("length_penalty", ["none", "average", 0.7, 2])
 @pytest.mark.parametrize("end_bias", BIASES.values(), ids=BIASES)
-def test_a_fixed_search_stops_without_loss(implementation, length_penalty, end_bias):
+def test_a_fixed_search_stops_without_loss(backend, length_penalty, end_bias):
     """What it finds is what it would find if it never stopped before max_length."""
     config = SearchConfig(beam_size=4, method="fixed", max_length=9, length_penalty=length_penalty, n_best=4)
-    check_search(config, end_bias=end_bias, implementation=implementation, stops_early=False)
+    check_search(config, end_bias=end_bias, backend=backend, stops_early=False)
 
 
 def captions_up_to(length: int, V: int) -> list[tuple[int, ...]]:
@@ -247,14 +255,14 @@ def score_of(truth: Truth, words: tuple[int, ...]) -> float:
     return sum(truth.run(words[:t])[0][word].item() for t, word in enumerate(words))
 
 
-@both_implementations
+@both_backends
 @pytest.mark.parametrize("length_penalty", ["none", "average", 0.7])
 @pytest.mark.parametrize("output_layer", ["plain", "deep"])
-def test_a_wide_beam_finds_all_captions(implementation, length_penalty, output_layer):
+def test_a_wide_beam_finds_all_captions(backend, length_penalty, output_layer):
     """With more beams than captions the search is exhaustive; captions that did not end follow those that did."""
     V, max_length, K = 6, 4, 32
     config = SearchConfig(K, "fixed", max_length, length_penalty=length_penalty, n_best=K)
-    found = beam_search(make_decoder(0, V, 0.0, output_layer, implementation), make_features(2), config)
+    found = beam_search(make_decoder(0, V, 0.0, output_layer, backend), make_features(2), config)
     for of_image, truth in zip(found, truths(V, 0.0, output_layer, 1, 2), strict=True):
         ended = [(words, score_of(truth, (*words, END))) for words in captions_up_to(max_length - 1, V)]
         ended.sort(key=lambda caption: -rank(caption[1], len(caption[0]) + 1, config))
@@ -265,8 +273,8 @@ def test_a_wide_beam_finds_all_captions(implementation, length_penalty, output_l
             check_hypothesis(hypothesis, truth, list(words), score)
 
 
-@both_implementations
-def test_greedy_takes_the_likeliest_word(implementation):
+@both_backends
+def test_greedy_takes_the_likeliest_word(backend):
     [truth] = truths(9, 1.0, "deep", 1, 1)
     words = []
     while len(words) < 7:
@@ -278,17 +286,17 @@ def test_greedy_takes_the_likeliest_word(implementation):
     assert words
     for method in ("shrink", "fixed"):
         config = SearchConfig(beam_size=1, max_length=7, method=method)
-        [[found]] = beam_search(make_decoder(end_bias=1.0, implementation=implementation), make_features(1), config)
+        [[found]] = beam_search(make_decoder(end_bias=1.0, backend=backend), make_features(1), config)
         assert found.tokens == words
 
 
 methods = pytest.mark.parametrize("method", ["shrink", "fixed", "sample"])
 
 
-@both_implementations
+@both_backends
 @methods
-def test_where_nothing_ends_live_beams_are_returned(implementation, method):
-    decoder = make_decoder(end_bias=-1e4, implementation=implementation)
+def test_where_nothing_ends_live_beams_are_returned(backend, method):
+    decoder = make_decoder(end_bias=-1e4, backend=backend)
     config = SearchConfig(beam_size=3, method=method, max_length=5, n_best=3)
     for found, truth in zip(beam_search(decoder, make_features(3), config), truths(9, -1e4, "deep", 1, 3), strict=True):
         assert [len(hypothesis.tokens) for hypothesis in found] == [5, 5, 5]
@@ -297,13 +305,13 @@ def test_where_nothing_ends_live_beams_are_returned(implementation, method):
             check_hypothesis(hypothesis, truth, hypothesis.tokens, score_of(truth, tuple(hypothesis.tokens)))
 
 
-@both_implementations
-def test_live_beams_only_fill_up(implementation):
+@both_backends
+def test_live_beams_only_fill_up(backend):
     """Captions that ended come first, though the live ones' scores are better."""
     filled = 0
     for method in ("shrink", "fixed"):
         config = SearchConfig(beam_size=6, method=method, max_length=2, n_best=6, min_length=1)
-        decoder = make_decoder(end_bias=1.0, implementation=implementation)
+        decoder = make_decoder(end_bias=1.0, backend=backend)
         for found in beam_search(decoder, make_features(3), config):
             has_ended = [len(hypothesis.tokens) < 2 for hypothesis in found]
             assert has_ended == sorted(has_ended, reverse=True) and any(has_ended)
@@ -312,45 +320,45 @@ def test_live_beams_only_fill_up(implementation):
     assert filled > 0
 
 
-@both_implementations
+@both_backends
 @methods
-def test_empty_caption(implementation, method):
-    decoder = make_decoder(end_bias=1e4, implementation=implementation)
+def test_empty_caption(backend, method):
+    decoder = make_decoder(end_bias=1e4, backend=backend)
     config = SearchConfig(beam_size=3, method=method, max_length=5)
     [[found]] = beam_search(decoder, make_features(1), config)
     assert found.tokens == [] and found.attention.shape == (0, P)
     assert found.score == pytest.approx(0, abs=1e-5)
 
 
-@both_implementations
+@both_backends
 @methods
-def test_no_images(implementation, method):
-    decoder = make_decoder(implementation=implementation)
+def test_no_images(backend, method):
+    decoder = make_decoder(backend=backend)
     assert beam_search(decoder, make_features(0), SearchConfig(method=method, max_length=5)) == []
 
 
-@both_implementations
+@both_backends
 @methods
 @pytest.mark.parametrize("no_repeat_ngram", [0, 1])
-def test_where_no_word_is_allowed_the_caption_is_empty(implementation, method, no_repeat_ngram):
+def test_where_no_word_is_allowed_the_caption_is_empty(backend, method, no_repeat_ngram):
     """From the start, or when all words are used up before the caption may end."""
     suppressed = range(UNK, 9) if no_repeat_ngram == 0 else range(UNK, 7)
-    decoder = make_decoder(end_bias=1.0, implementation=implementation)
+    decoder = make_decoder(end_bias=1.0, backend=backend)
     config = SearchConfig(4, method, max_length=7, min_length=4, no_repeat_ngram=no_repeat_ngram, n_best=4)
     for of_image in beam_search(decoder, make_features(3), config, suppressed):
         [found] = of_image
         assert found.tokens == [] and found.score == -math.inf and found.attention.shape == (0, P)
 
 
-@both_implementations
+@both_backends
 @methods
-def test_more_beams_than_words(implementation, method):
-    decoder = make_decoder(V=6, implementation=implementation)
+def test_more_beams_than_words(backend, method):
+    decoder = make_decoder(V=6, backend=backend)
     config = SearchConfig(beam_size=32, method=method, max_length=4, n_best=32)
     for of_image in beam_search(decoder, make_features(2), config):
         assert all(set(hypothesis.tokens) <= {4, 5} for hypothesis in of_image)
     if method != "sample":
-        check_search(config, V=6, implementation=implementation)
+        check_search(config, V=6, backend=backend)
 
 
 def the_same(found: list[Hypothesis], expected: list[Hypothesis]):
@@ -360,7 +368,7 @@ def the_same(found: list[Hypothesis], expected: list[Hypothesis]):
         torch.testing.assert_close(hypothesis.attention, other.attention, rtol=1e-4, atol=1e-5)
 
 
-@both_implementations
+@both_backends
 @pytest.mark.parametrize(
     "fields",
     [
@@ -371,13 +379,13 @@ def the_same(found: list[Hypothesis], expected: list[Hypothesis]):
     ],
     ids=str,
 )
-def test_results_depend_neither_on_the_batch_nor_on_the_place_in_it(device, implementation, fields, monkeypatch):
+def test_results_depend_neither_on_the_batch_nor_on_the_place_in_it(device, backend, fields, monkeypatch):
     """In float32, with captions of very different lengths: finished images are taken out on the way, several times."""
     kept = []
-    keep = Search.keep
-    monkeypatch.setattr(Search, "keep", lambda search, beams, rows: kept.append(len(rows)) or keep(search, beams, rows))
+    select = Search.select
+    monkeypatch.setattr(Search, "select", lambda s, beams, images: kept.append(len(images)) or select(s, beams, images))
     B = 16
-    decoder = make_decoder(V=60, end_bias=3.0, implementation=implementation).float().to(device)
+    decoder = make_decoder(V=60, end_bias=3.0, backend=backend).float().to(device)
     features = make_features(B).float().to(device)
     config = SearchConfig(beam_size=4, max_length=30, n_best=2, no_repeat_ngram=1, **fields)
     together = beam_search(decoder, features, config, seeds=range(B))
@@ -391,117 +399,63 @@ def test_results_depend_neither_on_the_batch_nor_on_the_place_in_it(device, impl
         the_same(alone, together[b])
 
 
-@both_implementations
+@both_backends
 @methods
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_no_numbers_are_named(implementation, method, value):
-    decoder = make_decoder(implementation=implementation)
+def test_weights_that_are_no_numbers_are_named(backend, method, value):
+    decoder = make_decoder(backend=backend)
     with torch.no_grad():
         decoder.word_output.bias[5] = value
-    with pytest.raises(UserError, match="3 of 3 images, the first at place 0 of its batch, is not a number"):
+    with pytest.raises(UserError, match="3 of 3 images is NaN, first at index 0 of the batch"):
         beam_search(decoder, make_features(3), SearchConfig(method=method, max_length=5))
 
 
-@both_implementations
+@both_backends
 @methods
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("end_bias", BIASES.values(), ids=BIASES)
-def test_an_image_that_is_no_number_is_named(device, implementation, method, value, end_bias):
+def test_an_image_that_is_no_number_is_named(device, backend, method, value, end_bias):
     """At its place in the batch, though others were taken out of it before."""
-    decoder = make_decoder(implementation=implementation, end_bias=end_bias).float().to(device)
+    decoder = make_decoder(backend=backend, end_bias=end_bias).float().to(device)
     features = make_features(6).float().to(device)
     features[4, 2, 1] = value
-    with pytest.raises(UserError, match="1 of 6 images, the first at place 4 of its batch, is not a number"):
+    with pytest.raises(UserError, match="1 of 6 images is NaN, first at index 4 of the batch"):
         beam_search(decoder, features, SearchConfig(method=method, max_length=5))
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(method="shrnk"), "--method shrnk: choose shrink, fixed or sample"),
-        (dict(length_penalty="avg"), "--length-penalty avg: choose none, average or a number"),
-        (dict(beam_size=0), "--beam-size 0: must be from 1 to 32"),
-        (dict(beam_size=33), "--beam-size 33: must be from 1 to 32"),
-        (dict(max_length=0), "--min-length 0: must be below --max-length 0"),
-        (dict(min_length=-1), "--min-length -1: must be below"),
-        (dict(min_length=7, max_length=7), "--min-length 7: must be below --max-length 7"),
-        (dict(n_best=0), "--n-best 0: must be from 1 to --beam-size 5"),
-        (dict(n_best=6), "--n-best 6: must be from 1 to --beam-size 5"),
-        (dict(groups=0), "--groups 0: must divide --beam-size 5"),
-        (dict(groups=2), "--groups 2: must divide --beam-size 5"),
-        (dict(groups=5, method="sample"), "--groups: samples are not searched in groups"),
-        (dict(length_penalty=-0.1), "--length-penalty -0.1: must be from 0 to 10"),
-        (dict(length_penalty=math.nan), "--length-penalty nan: must be from 0 to 10"),
-        (dict(temperature=0.0), "--temperature 0.0: must be from 0.001 to 1000"),
-        (dict(temperature=math.nan), "--temperature nan: must be from 0.001 to 1000"),
-        (dict(top_p=0.0), "--top-p 0.0: must be above 0 and at most 1"),
-        (dict(top_p=1.1), "--top-p 1.1: must be above 0 and at most 1"),
-        (dict(diversity=-0.5), "--diversity -0.5: must be at least 0"),
-        (dict(diversity=math.nan), "--diversity nan: must be at least 0"),
-        (dict(no_repeat_ngram=-1), "--no-repeat-ngram -1: must be at least 0"),
-        (dict(top_k=-1), "--top-k -1: must be at least 0"),
-        (dict(sample_seed=-1), "--sample-seed -1: must be at least 0"),
+        (dict(method="shrnk"), "method='shrnk': choose 'shrink', 'fixed' or 'sample'"),
+        (dict(length_penalty="avg"), "length_penalty='avg': choose 'none', 'average' or a number"),
+        (dict(beam_size=0), "beam_size=0: must be from 1 to 32"),
+        (dict(beam_size=33), "beam_size=33: must be from 1 to 32"),
+        (dict(max_length=0), "min_length=0: must be at least 0 and below max_length=0"),
+        (dict(min_length=-1), "min_length=-1: must be at least 0 and below"),
+        (dict(min_length=7, max_length=7), "min_length=7: must be at least 0 and below max_length=7"),
+        (dict(n_best=0), "n_best=0: must be from 1 to beam_size=5"),
+        (dict(n_best=6), "n_best=6: must be from 1 to beam_size=5"),
+        (dict(groups=0), "groups=0: must divide beam_size=5"),
+        (dict(groups=2), "groups=2: must divide beam_size=5"),
+        (dict(groups=5, method="sample"), "groups=5: sampling has no groups"),
+        (dict(length_penalty=-0.1), "length_penalty=-0.1: must be from 0 to 10"),
+        (dict(length_penalty=math.nan), "length_penalty=nan: must be from 0 to 10"),
+        (dict(temperature=0.0), "temperature=0.0: must be from 0.001 to 1000"),
+        (dict(temperature=math.nan), "temperature=nan: must be from 0.001 to 1000"),
+        (dict(top_p=0.0), "top_p=0.0: must be above 0 and at most 1"),
+        (dict(top_p=1.1), "top_p=1.1: must be above 0 and at most 1"),
+        (dict(diversity=-0.5), "diversity=-0.5: must be at least 0"),
+        (dict(diversity=math.nan), "diversity=nan: must be at least 0"),
+        (dict(no_repeat_ngram=-1), "no_repeat_ngram=-1: must be at least 0"),
+        (dict(top_k=-1), "top_k=-1: must be at least 0"),
+        (dict(sample_seed=-1), "sample_seed=-1: must be at least 0"),
     ],
     ids=str,
 )
 def test_settings_that_do_not_go_together(fields, message):
     with pytest.raises(CallError) as error:
-        beam_search(make_decoder(), make_features(1), SearchConfig(**fields))
+        SearchConfig(**fields)
     assert message in str(error.value)
-
-
-def train(decoder: Decoder, optimizer_class=torch.optim.SGD, **options):
-    optimizer = optimizer_class(decoder.parameters(), lr=0.5, **options)
-    features = make_features(2).to(decoder.score_weight.dtype)
-    decoder(features, torch.tensor([[1, 4, 5, 2]] * 2)).outputs.sin().sum().backward()
-    optimizer.step()
-
-
-def load(decoder: Decoder):
-    decoder.load_state_dict({name: value.flip(0) for name, value in decoder.state_dict().items()})
-
-
-def replace(decoder: Decoder):
-    for parameter in decoder.parameters():
-        parameter.data = parameter.data.flip(0)
-
-
-def train_fused(decoder: Decoder):
-    train(decoder, torch.optim.AdamW, fused=True)
-
-
-def scale(decoder: Decoder):
-    for parameter in decoder.parameters():
-        parameter.data.mul_(1.1)
-
-
-CHANGES = [train, train_fused, load, replace, scale, Decoder.float, Decoder.bfloat16]
-
-
-@both_implementations
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_changed_weights_are_noticed(implementation, change):
-    decoder, config = make_decoder(end_bias=-2.0, implementation=implementation), SearchConfig(max_length=7)
-
-    def found(decoder: Decoder) -> list[Hypothesis]:
-        return beam_search(decoder, make_features(4).to(decoder.score_weight.dtype), config)
-
-    before = [of_image[0].score for of_image in found(decoder)]
-    assert DecoderStep.of(decoder) is DecoderStep.of(decoder)
-    change(decoder)
-    after = found(decoder)
-    assert [of_image[0].score for of_image in after] != before
-    for of_image, expected in zip(after, found(copy.deepcopy(decoder)), strict=True):
-        the_same(of_image, expected)
-
-
-def test_a_search_keeps_no_decoder_alive():
-    decoder = make_decoder()
-    beam_search(decoder, make_features(1), SearchConfig(max_length=3))
-    gone = weakref.ref(decoder)
-    del decoder
-    gc.collect()
-    assert gone() is None
 
 
 def filtered(log_probs: dict[int, float], config: SearchConfig) -> dict[int, float]:
@@ -545,11 +499,11 @@ FILTERS = [
 ]
 
 
-@both_implementations
+@both_backends
 @pytest.mark.parametrize("fields", FILTERS, ids=str)
-def test_first_words_are_drawn_from_the_distribution(implementation, fields):
+def test_first_words_are_drawn_from_the_distribution(backend, fields):
     config = SearchConfig(32, "sample", max_length=2, n_best=32, **fields)
-    found, truth = draw(config, implementation=implementation)
+    found, truth = draw(config, backend=backend)
     first = Counter((*hypothesis.tokens, END)[0] for of_image in found for hypothesis in of_image)
     check_frequencies(first, filtered(truth.next_words([], config, (UNK,)), config), 32 * 128)
 
@@ -580,12 +534,12 @@ def test_beams_of_a_sample_are_independent():
     check_frequencies(Counter(tuple(sorted(pair)) for pair in firsts), pairs, 4000)
 
 
-@both_implementations
+@both_backends
 @pytest.mark.parametrize("fields", [dict(), dict(temperature=1.5, top_k=3, top_p=0.7, no_repeat_ngram=2)], ids=str)
-def test_samples_have_the_scores_of_their_words(implementation, fields):
+def test_samples_have_the_scores_of_their_words(backend, fields):
     """Before top_k and top_p."""
     config = SearchConfig(4, "sample", max_length=6, n_best=4, length_penalty="average", **fields)
-    found, truth = draw(config, images=8, implementation=implementation)
+    found, truth = draw(config, images=8, backend=backend)
     plain = dataclasses.replace(config, no_repeat_ngram=0)
     for of_image in found:
         ranks = []
@@ -614,7 +568,7 @@ def test_ensemble_of_other_vocabularies_or_images():
 def test_autocast_changes_nothing(dtype, output_layer):
     """Also where a decoder's first search is under autocast: what is kept for the next one is as without."""
 
-    def search(decoder: Decoder) -> list[list[tuple[list[int], float]]]:
+    def search(decoder: LSTMDecoder) -> list[list[tuple[list[int], float]]]:
         found = beam_search(decoder, make_features(3), SearchConfig())
         return [[(hypothesis.tokens, hypothesis.score) for hypothesis in of_image] for of_image in found]
 
@@ -637,11 +591,11 @@ def test_whole_numbers_and_another_default_dtype():
     assert [of_image[0].tokens for of_image in found] == [of_image[0].tokens for of_image in expected]
 
 
-@both_implementations
+@both_backends
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_short_types(dtype, implementation):
+def test_short_types(dtype, backend):
     """Scores are those of the found words under teacher forcing, but for rounding."""
-    decoder = make_decoder(V=30, end_bias=-1.0, implementation=implementation).to(dtype)
+    decoder = make_decoder(V=30, end_bias=-1.0, backend=backend).to(dtype)
     decoders, features = [copy.deepcopy(decoder).double()], make_features(4)
     for picture, [found] in zip(features, beam_search(decoder, features, SearchConfig(max_length=8)), strict=True):
         truth = Truth(decoders, [picture.to(dtype).double()])
@@ -655,23 +609,14 @@ def test_short_types(dtype, implementation):
     [
         ((2, P, 3), [], r"takes features \[B, P, \d+\] of at least one cell, not \[2, 5, 3\]"),
         ((2, 0, SIZES[0][3]), [], "at least one cell"),
-        ((2, P, SIZES[0][3]), [-1], "suppressed word -1 is none of the 9 words"),
-        ((2, P, SIZES[0][3]), [9], "suppressed word 9 is none of the 9 words"),
+        ((2, P, SIZES[0][3]), [-1], "token -1 of a processor is not among the 9 words"),
+        ((2, P, SIZES[0][3]), [9], "token 9 of a processor is not among the 9 words"),
     ],
     ids=str,
 )
 def test_features_and_words_that_do_not_fit(shape, suppressed, message):
     with pytest.raises(ValueError, match=message):
         beam_search(make_decoder(), torch.zeros(shape), SearchConfig(), suppressed)
-
-
-def test_graphs_of_old_weights_are_let_go():
-    decoder = make_decoder()
-    old = DecoderStep.of(decoder)
-    old.graphs["a search"] = "its graphs"
-    assert DecoderStep.of(decoder) is old and old.graphs
-    train(decoder)
-    assert DecoderStep.of(decoder) is not old and not old.graphs
 
 
 def test_the_end_cannot_be_suppressed():

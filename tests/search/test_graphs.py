@@ -13,11 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attncap.errors import UserError
-from attncap.search import Hypothesis, SearchConfig, graphs
-from attncap.search.beam_search import _trace_back
+from attncap.models.decoder import Decoder
+from attncap.search import graphs
+from attncap.search.beam_search import Hypothesis, _trace_back
 from attncap.search.beams import Search
-from attncap.search.decoder_step import DecoderStep
-from attncap.search.graphs import FEWEST, SEGMENT, SearchGraphs, tensors
+from attncap.search.config import SearchConfig
+from attncap.search.graphs import MIN_IMAGES, SEGMENT, GraphCache, SearchGraphs, tensors
+from attncap.search.processors import SuppressTokens
+
+RULES = [SuppressTokens((UNK,))]
 
 LOOKS = {f"aten::{name}" for name in ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select")}
 
@@ -91,34 +95,34 @@ def test_one_stream_for_the_captures_of_a_device(monkeypatch):
     assert graph.pool is cuda.CUDAGraph().pool()
 
 
-def make_step(device: str, end_bias: float) -> DecoderStep:
-    return DecoderStep.of(make_decoder(V=60, end_bias=end_bias).float().to(device))
+def prepared(device: str, end_bias: float) -> Decoder:
+    return make_decoder(V=60, end_bias=end_bias).float().to(device).for_inference()
 
 
 @torch.inference_mode()
-def plainly(step: DecoderStep, config: SearchConfig, features: Tensor) -> tuple[list[list[Hypothesis]], Tensor]:
+def plainly(decoder: Decoder, config: SearchConfig, features: Tensor) -> tuple[list[list[Hypothesis]], Tensor]:
     """Step after step for all images: what is found, and how many images are live after each step [T,B]."""
-    search, trail, live = Search([step], config, [UNK]), [], []
-    beams = search.start([features], ())
+    search, steps, live = Search([decoder], config, RULES, features.device), [], []
+    beams = search.start([features])
     for t in range(config.max_length):
-        beams, of_step = search.advance(beams, t)
-        trail.append(of_step)
+        beams, step = search.advance(beams, t)
+        steps.append(step)
         live.append(search.is_live(beams))
-    return _trace_back(trail, beams, config, len(features)), torch.stack(live).cpu()
+    return _trace_back(steps, beams, config, len(features)), torch.stack(live).cpu()
 
 
 @torch.inference_mode()
 def check(searches: SearchGraphs, features: Tensor, expected: list[list[Hypothesis]], live: Tensor) -> list[int]:
     """What is found in graphs is what is expected; returns the number of images in every segment."""
-    trail, beams = searches.run(features)
-    found = _trace_back(trail, beams, searches.search.config, len(features))
+    steps, beams = searches.run(features)
+    found = _trace_back(steps, beams, searches.search.config, len(features))
     for of_image, of_other in zip(found, expected, strict=True):
         the_same(of_image, of_other)
-    sizes = [len(step.images) for step in trail[::SEGMENT]]
+    sizes = [len(step.images) for step in steps[::SEGMENT]]
     for segment, size in enumerate(sizes[2:], 2):  # the host knows what was live before the segment before it
         alive = int(live[(segment - 1) * SEGMENT - 1].sum())
         assert 0 < alive <= size and size in (sizes[segment - 1], 8, 16, 32)
-        assert size <= FEWEST or size < 4 * alive
+        assert size <= MIN_IMAGES or size < 4 * alive
     return sizes
 
 
@@ -135,9 +139,9 @@ def check(searches: SearchGraphs, features: Tensor, expected: list[list[Hypothes
 def test_images_that_are_done_leave(capture, fields):
     """In batches that take every way through the graphs, and come to what they already are captured from elsewhere."""
     config = SearchConfig(4, max_length=6 * SEGMENT - 3, n_best=3, **fields)
-    step = make_step(capture, end_bias=3.0)
+    decoder = prepared(capture, end_bias=3.0)
     features = make_features(600).float().to(capture)
-    expected, live = plainly(step, config, features)
+    expected, live = plainly(decoder, config, features)
     order = live.sum(dim=0).argsort(stable=True)
     shorter, longer = order[:300], order[300:]
     random = torch.Generator().manual_seed(0)
@@ -146,13 +150,14 @@ def test_images_that_are_done_leave(capture, fields):
         batch = torch.cat([longer[len(longer) - count :], shorter[: 64 - count]])
         batches.append(batch[torch.randperm(64, generator=random)])
     with torch.inference_mode():
-        searches = SearchGraphs(step, config, [UNK], features[:64])
+        searches = SearchGraphs(decoder, config, RULES, features[:64])
     ways = set()
     for batch in [*batches, *batches[::-1]]:
         sizes = check(searches, features[batch], [expected[b] for b in batch], live[:, batch])
         ways |= set(itertools.pairwise(sizes))
-    for (size, _), beams in searches.beams.items():  # features are kept once for a size
-        assert beams.memories is searches.memories[size]
+    for (size, _), beams in searches.beams.items():  # features and keys are kept once for a size
+        [state], [kept_features, kept_keys, *_] = beams.states, searches.kept[size]
+        assert state.features is kept_features and state.keys is kept_keys
     assert {(64, 64), (64, 32), (64, 16), (64, 8)} <= ways and any(fewer < size < 64 for size, fewer in ways)
 
 
@@ -161,47 +166,47 @@ def test_images_that_are_done_leave(capture, fields):
 def test_what_is_not_needed_is_not_captured(capture, B, end_bias, segments):
     """All that is captured is used; that all is done is known a segment late."""
     config = SearchConfig(4, max_length=4 * SEGMENT)
-    step, features = make_step(capture, end_bias), make_features(B).float().to(capture)
+    decoder, features = prepared(capture, end_bias), make_features(B).float().to(capture)
     with torch.inference_mode():
-        searches = SearchGraphs(step, config, [UNK], features)
-    expected = plainly(step, config, features)
+        searches = SearchGraphs(decoder, config, RULES, features)
+    expected = plainly(decoder, config, features)
     for _ in range(2):
         assert check(searches, features, *expected) == [B] * segments
     assert list(searches.graphs) == [(B, segment) for segment in range(segments)]
 
 
 def test_a_search_shorter_than_a_segment(capture):
-    step, features = make_step(capture, 0.0), make_features(9).float().to(capture)
+    decoder, features = prepared(capture, 0.0), make_features(9).float().to(capture)
     for max_length in (1, 2, 5):
         config = SearchConfig(4, max_length=max_length, n_best=4)
         with torch.inference_mode():
-            searches = SearchGraphs(step, config, [UNK], features)
-        assert check(searches, features, *plainly(step, config, features)) == [9]
+            searches = SearchGraphs(decoder, config, RULES, features)
+        assert check(searches, features, *plainly(decoder, config, features)) == [9]
 
 
 @pytest.mark.parametrize("place", [0, 40, 63])
 def test_an_image_that_is_no_number_stays_to_the_end(capture, place):
-    step, features = make_step(capture, end_bias=3.0), make_features(64).float().to(capture)
+    decoder, features = prepared(capture, end_bias=3.0), make_features(64).float().to(capture)
     config = SearchConfig(4, max_length=5 * SEGMENT, no_repeat_ngram=1)
     with torch.inference_mode():
-        searches = SearchGraphs(step, config, [UNK], features)
+        searches = SearchGraphs(decoder, config, RULES, features)
         features[place, 2, 1] = torch.nan
-        trail, beams = searches.run(features)
-    assert len(trail) == config.max_length and len(beams.images) == 8 and place in beams.images
-    with pytest.raises(UserError, match=f"1 of 64 images, the first at place {place} of its batch, is not a number"):
-        _trace_back(trail, beams, config, 64)
+        steps, beams = searches.run(features)
+    assert len(steps) == config.max_length and len(beams.images) == 8 and place in beams.images
+    with pytest.raises(UserError, match=f"1 of 64 images is NaN, first at index {place} of the batch"):
+        _trace_back(steps, beams, config, 64)
 
 
 def test_graphs_are_kept_for_shapes_and_settings(capture, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
-    step = make_step(capture, end_bias=5.0)
+    monkeypatch.setattr(graphs, "MAX_SEARCHES", 2)
+    decoder, cache = prepared(capture, end_bias=5.0), GraphCache()
 
     def of(B: int, **settings) -> SearchGraphs:
         with torch.inference_mode():
             features = make_features(B).float().to(capture)
-            return SearchGraphs.of(step, SearchConfig(4, max_length=9, **settings), [UNK], features)
+            return cache.of(decoder, SearchConfig(4, max_length=9, **settings), RULES, features)
 
     first = of(3)
     assert of(3) is first and of(4) is not first and of(3) is first
-    assert of(3, n_best=2) is not first  # all others go
-    assert len(step.graphs) == 1 and of(3) is not first
+    assert of(3, n_best=2) is not first  # all others are dropped
+    assert len(cache.searches) == 1 and of(3) is not first

@@ -1,4 +1,4 @@
-"""Training commands in processes of their own that start in no time: one that has imported everything forks them."""
+"""Training commands in processes of their own that start quickly: a server that has imported everything forks them."""
 
 import json
 import os
@@ -16,13 +16,13 @@ QUICK = [*TINY, *"--beam-size 1 --dropout 0.3 --augment --epochs 3 --captions-pe
 
 SERVER = """
 import json, os, signal, sys
-from attncap import command, train
+from attncap.cli import train
 from attncap.metrics import java
-from attncap.training import recipes, trainer, watch
+from attncap.training import run, run_logger, trainer
 java.find_java = lambda: None
-train.save_attention = lambda *_: None  # drawing takes longer than these runs
-watch.draw_curves = lambda *_: b""
-watch._open_board = lambda *_: None
+run.save_attention = lambda *_: None  # drawing takes longer than these runs
+run_logger.draw_curves = lambda *_: b""
+run_logger._open_board = lambda *_: None
 for line in sys.stdin:
     order = json.loads(line)
     if "wait" in order:
@@ -36,7 +36,7 @@ for line in sys.stdin:
         os.environ.update(order["environment"])
         sys.argv = ["train", *order["arguments"]]
         exec(order["before"])
-        command.run("train", train.main, recipes.load("flickr8k"), "")
+        train.run("python -m attncap.train", sys.argv[1:])
     print(pid, flush=True)
 """
 
@@ -48,7 +48,7 @@ class Running:
     log: Path
 
     def status(self) -> int:
-        """Exit status, negative for a signal, when the process has ended."""
+        """Wait for the process to end. Its exit status, negative for a signal."""
         return self.server.ask({"wait": self.pid})
 
     def text(self) -> str:
@@ -56,7 +56,7 @@ class Running:
 
 
 class Server:
-    """Starts training commands. Leave with `close`."""
+    """Starts training commands. `close` ends it."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -64,7 +64,7 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},  # several at once, and small
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # several run at once, on small models
         )
 
     def ask(self, order: dict) -> int:
@@ -73,7 +73,7 @@ class Server:
         return int(self.process.stdout.readline())
 
     def start(self, log: Path, arguments: list, before: str = "", **environment: object) -> Running:
-        """`before` is run in the new process ahead of the command."""
+        """`before` is Python code that the new process runs before the command."""
         order = {
             "log": str(log),
             "arguments": [str(argument) for argument in arguments],
@@ -83,7 +83,7 @@ class Server:
         return Running(self, self.ask(order), log)
 
     def start_processes(self, count: int, log: Path, arguments: list, before: str = "") -> list[Running]:
-        """As torchrun would, on one machine; each process logs to a file of its own."""
+        """Like torchrun on one machine; each process logs to a file of its own."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -99,7 +99,7 @@ class Server:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that this one has started and that still run."""
+    """The processes that the process `pid` has started and that are still running."""
     found = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
     return [other for other in found if is_running(other) and _stat(other)[1] == str(pid)]
 
@@ -109,7 +109,7 @@ def is_running(pid: int) -> bool:
 
 
 def _stat(pid: int) -> list[str]:
-    """Its state and its parent, as /proc tells; X for one that is gone."""
+    """Its state and its parent, from /proc; the state is X for a process that is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     except OSError:
@@ -121,7 +121,7 @@ def checkpoint(folder: Path) -> dict:
 
 
 def flatten(state: object, name: str = "") -> dict[str, object]:
-    """Nested dicts and lists -> their leaves by name."""
+    """Nested dicts and lists -> their leaves, by path."""
     if isinstance(state, dict | list | tuple):
         entries = state.items() if isinstance(state, dict) else enumerate(state)
         return {key: leaf for part, value in entries for key, leaf in flatten(value, f"{name}/{part}").items()}
@@ -129,7 +129,7 @@ def flatten(state: object, name: str = "") -> dict[str, object]:
 
 
 def assert_same_state(one: dict, other: dict) -> None:
-    """Bit for bit, but for the seconds an epoch took."""
+    """Bit for bit, apart from the seconds that an epoch took."""
     one, other = flatten(one), flatten(other)
     assert one.keys() == other.keys()
     for name, value in one.items():
@@ -140,13 +140,13 @@ def assert_same_state(one: dict, other: dict) -> None:
 
 
 def metrics(folder: Path) -> list[dict]:
-    """The log's lines without what a clock tells."""
+    """The lines of the log without the seconds."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
 def wait_for_checkpoints(run: Path, count: int) -> None:
-    """Until so many more checkpoints are written than there are now, at least the first one."""
+    """Wait until `count` more checkpoints are written than there are now, and at least the first one."""
     path = run / "checkpoint.pt"
     count, last = count + (not path.exists()), path.exists() and path.stat().st_ino
     end = time.monotonic() + 30
@@ -157,7 +157,7 @@ def wait_for_checkpoints(run: Path, count: int) -> None:
 
 
 def assert_gone(pids: list[int]) -> None:
-    """They are given a second, less than torch's own workers take to see that their parent has died."""
+    """Wait for a second at most, which is less than torch's own workers take to notice that their parent has died."""
     for _ in range(100):
         pids = [pid for pid in pids if is_running(pid)]
         if not pids:

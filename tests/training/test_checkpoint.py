@@ -1,6 +1,5 @@
 import json
 import os
-import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -9,7 +8,8 @@ import torch
 from attncap.errors import CallError, UserError
 from attncap.files import atomic_path, remove_temporary, write_atomically
 from attncap.training import checkpoint, recipes
-from attncap.training.interruption import Interruption, Stopped
+from attncap.training.config import training_seed
+from attncap.training.signals import SignalHandler, Stopped
 
 STATE = {"model": {"w": torch.arange(3.0)}, "schedule": {"best": [0.5, 0.25], "lowered": 1.0}, "epoch": 2, "best": None}
 
@@ -22,7 +22,7 @@ def test_what_was_saved_comes_back(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint.pt"]
 
 
-def test_the_old_one_stays_until_the_new_one_is_on_the_disk(tmp_path, monkeypatch):
+def test_the_old_file_stays_until_the_new_one_is_on_the_disk(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, STATE)
     before, events = (tmp_path / "checkpoint.pt").read_bytes(), []
     sync, rename = os.fsync, os.replace
@@ -47,12 +47,12 @@ def test_no_pickle_is_run(tmp_path):
             return os.mkdir, (str(tmp_path / "owned"),)
 
     torch.save({"model": Evil()}, tmp_path / "checkpoint.pt")
-    with pytest.raises(UserError, match="checkpoint.pt: cannot go on from it"):
+    with pytest.raises(UserError, match="checkpoint.pt: cannot continue from it"):
         checkpoint.load(tmp_path)
     assert not (tmp_path / "owned").exists()
 
 
-def test_temporary_files_of_the_dead_are_removed_and_no_others(tmp_path):
+def test_only_temporary_files_of_killed_processes_are_removed(tmp_path):
     with atomic_path(tmp_path / "model.safetensors") as path:
         left = path.name
     for name in (left, ".hidden", "notes.tmp", ".notes.tmp", "model.safetensors"):
@@ -62,39 +62,87 @@ def test_temporary_files_of_the_dead_are_removed_and_no_others(tmp_path):
     remove_temporary(tmp_path / "nowhere")
 
 
-def test_settings_must_be_as_they_were(tmp_path):
+def test_settings_must_be_the_same(tmp_path):
     config = recipes.load("shapes")
-    with pytest.raises(CallError, match="no run to go on with"):
+    with pytest.raises(CallError, match="no run to continue in"):
         checkpoint.check_settings(config, tmp_path)
     write_atomically(tmp_path / "settings.json", json.dumps({"settings": asdict(config)}))
-    free = {"epochs": 99, "resume": True, "workers": 3, "output": "elsewhere", "device": "cpu", "data": "moved"}
-    checkpoint.check_settings(replace(config, **free), tmp_path)
-    with pytest.raises(CallError, match=r"--batch-size 3 \(was 16\), --accumulate 2 \(was 1\)$"):
-        checkpoint.check_settings(replace(config, batch_size=3, accumulate=2), tmp_path)
+    free = {"epochs": 99, "resume": True, "workers": 3, "output": "elsewhere", "device": "cpu"}
+    moved = replace(config, run=replace(config.run, **free), data=replace(config.data, path="moved"))
+    checkpoint.check_settings(moved, tmp_path)
+    other = replace(config, data=replace(config.data, batch_size=3), optimizer=replace(config.optimizer, accumulate=2))
+    with pytest.raises(CallError, match=r"data\.batch_size=3 \(was 16\), optimizer\.accumulate=2 \(was 1\)$"):
+        checkpoint.check_settings(other, tmp_path)
 
 
-def test_the_command_to_go_on_with(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "my photos", "--epochs", "3"])
-    expected = "-m attncap.train --data 'my photos' --epochs 3 --resume"
-    assert checkpoint.how_to_go_on() == f"python {expected}"
-    sys.argv.append("--resume")
-    assert checkpoint.how_to_go_on() == f"python {expected}"
-    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
-        monkeypatch.setenv(name, value)
-    assert checkpoint.how_to_go_on() == f"torchrun --nproc-per-node 4 {expected}"
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert checkpoint.how_to_go_on() == f"torchrun --nnodes 2 --nproc-per-node 4 ... {expected}"
+# What a version before the settings were nested wrote for a run of the recipe shapes.
+FLAT = {
+    "search": {"beam_size": 5, "method": "shrink", "max_length": 50, "length_penalty": "none"},
+    "suppressed": "<unk>",
+    "batch_size": 16,
+    "workers": None,
+    "device": "auto",
+    "implementation": "native",
+    "debug": False,
+    "data": "shapes",
+    "recipe": "shapes",
+    "output": None,
+    "objective": "cross-entropy",
+    "epochs": 4,
+    "captions_per_image": 2,
+    "optimizer": "adamw",
+    "learning_rate": 0.001,
+    "encoder_learning_rate": 0.001,
+    "schedule": "cosine",
+    "label_smoothing": 0.0,
+    "attention_penalty": 0.0,
+    "augment": False,
+    "encoder_weights": "none",
+    "fine_tune_from": "all",
+    "min_count": 1,
+    "seed": 7,
+    "resume": False,
+    "model": {
+        "encoder": "resnet18",
+        "encoder_layer": "layer2",
+        "image_size": 64,
+        "attention_size": 128,
+        "embedding_size": 128,
+        "hidden_size": 256,
+        "dropout": 0.1,
+    },
+}
 
 
-@pytest.mark.parametrize(("number", "status"), [(2, 130), (15, 143)])
-def test_a_signal_is_noted_or_raised(number, status):
-    with Interruption() as interruption:
-        os.kill(os.getpid(), number)
-        assert interruption.number == number
-        with pytest.raises(Stopped) as stopped, interruption.raised():
-            raise AssertionError("asked before, so nothing is begun")
+def test_settings_of_older_versions(tmp_path):
+    """They were flat, apart from those of the model and, later, of the search."""
+    write_atomically(tmp_path / "settings.json", json.dumps({"settings": FLAT, "versions": {}}))
+    shapes = recipes.load("shapes")
+    config = replace(shapes, run=replace(shapes.run, seed=7, resume=True))
+    checkpoint.check_settings(config, tmp_path)
+    assert training_seed(tmp_path) == 7
+    others = {
+        "run.backend=torch (was native)": {"run": replace(config.run, backend="torch")},
+        "search.suppressed=[] (was ['<unk>'])": {"search": replace(config.search, suppressed=())},
+        "search.temperature=2.0 (was 1.0)": {"search": replace(config.search, temperature=2.0)},
+        "optimizer.learning_rate=0.1 (was 0.001)": {"optimizer": replace(config.optimizer, learning_rate=0.1)},
+        "encoder.learning_rate=0.1 (was 0.001)": {"encoder": replace(config.encoder, learning_rate=0.1)},
+        "model.encoder=vgg16 (was resnet18)": {"model": replace(config.model, encoder="vgg16")},
+        "schedule.name=constant (was cosine)": {"schedule": replace(config.schedule, name="constant")},
+    }
+    for message, change in others.items():
+        with pytest.raises(CallError) as raised:
+            checkpoint.check_settings(replace(config, **change), tmp_path)
+        assert str(raised.value).endswith(f"began with other settings: {message}")
+
+
+@pytest.mark.parametrize(("signum", "status"), [(2, 130), (15, 143)])
+def test_a_signal_is_noted_or_raised(signum, status):
+    with SignalHandler() as signals:
+        os.kill(os.getpid(), signum)
+        assert signals.signum == signum
+        with pytest.raises(Stopped) as stopped, signals.raising():
+            raise AssertionError("the signal came before, so the block does not begin")
         assert stopped.value.code == status
-    with Interruption() as interruption, pytest.raises(Stopped), interruption.raised():
-        os.kill(os.getpid(), number)
+    with SignalHandler() as signals, pytest.raises(Stopped), signals.raising():
+        os.kill(os.getpid(), signum)

@@ -1,4 +1,4 @@
-"""A run on each device, in each precision, is that in float32 on the CPU, but for rounding."""
+"""A run on each device, in each precision, is the one in float32 on the CPU, apart from rounding."""
 
 import pytest
 from conftest import TINY, make_flickr8k
@@ -15,7 +15,7 @@ ROUNDING = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}  # share of the 
 
 @pytest.fixture(scope="module")
 def start(server, tmp_path_factory):
-    """Starts a run on the data of this module, and returns its folder when it has ended well."""
+    """Starts a run on the data of this module, and returns its folder when it has succeeded."""
     data = make_flickr8k(tmp_path_factory.mktemp("devices") / "data")
 
     def run(*arguments, processes: int = 0):
@@ -62,7 +62,7 @@ def test_one_of_several_processes(start, expected, device):
     ],
 )
 def test_other_ways_to_train(start, expected, device, arguments):
-    """They run to the end, and the losses are numbers."""
+    """They run to the end, and the losses are finite."""
     start_from = ["--start-from", expected] if "scst" in arguments else []
     lines = metrics(start("--device", device, *arguments.split(), *start_from))[-2:]
     assert all(abs(line["loss_words"]) < 10 for line in lines)

@@ -12,8 +12,8 @@ from conftest import TINY, make_flickr8k
 from running import assert_gone, checkpoint, children, metrics, wait_for_checkpoints
 from safetensors.torch import load_file
 
-# No batch norm, which normalises by each process's share, and nothing that is drawn: what is left is rounding. Batches
-# of 5 are split 3 + 2, those of the last step 2 + 1.
+# No batch norm, which normalises by each process's share, and nothing random: only rounding can differ. Batches of 5 are
+# split 3 + 2, those of the last step 2 + 1.
 SETTINGS = [
     *TINY,
     *"--encoder squeezenet1_1 --encoder-layer features.7 --image-size 64 --grid 3 --captions-per-image 1".split(),
@@ -22,7 +22,7 @@ SETTINGS = [
 ]
 
 
-DOUBLE = "import torch; torch.set_default_dtype(torch.float64)"  # so that rounding can be told from anything else
+DOUBLE = "import torch; torch.set_default_dtype(torch.float64)"  # so that rounding can be distinguished from other differences
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def alone(server, data, tmp_path_factory):
 
 
 def assert_same_run(one, other):
-    """But for rounding in double precision, which Adam enlarges where a gradient is nearly 0."""
+    """Apart from rounding in double precision, which Adam amplifies where a gradient is nearly 0."""
     for name, value in checkpoint(one)["model"].items():
         torch.testing.assert_close(checkpoint(other)["model"][name], value, rtol=0, atol=1e-10, msg=name)
     for line, expected in zip(metrics(other), metrics(one), strict=True):
@@ -63,7 +63,7 @@ def test_two_processes_are_as_one(server, data, alone, tmp_path):
 
 
 def test_one_process_asked_to_stop_stops_all(server, data, alone, tmp_path):
-    """And the run goes on with another number of processes."""
+    """And the run continues with another number of processes."""
     arguments = ["--data", data, *SETTINGS, "--output", tmp_path / "run"]
     processes = server.start_processes(2, tmp_path / "log", [*arguments, "--workers", 1], DOUBLE)
     wait_for_checkpoints(tmp_path / "run", 0)
@@ -72,7 +72,7 @@ def test_one_process_asked_to_stop_stops_all(server, data, alone, tmp_path):
     os.kill(processes[1].pid, signal.SIGTERM)
     assert [process.status() for process in processes] == [143, 143], [process.text() for process in processes]
     assert_gone(readers)
-    told = "attncap: stopped; go on with: torchrun --nproc-per-node 2 -m attncap.train"
+    told = "attncap: stopped; continue with: torchrun --nproc-per-node 2 -m attncap.train"
     assert [process.text().count(told) for process in processes] == [1, 0]
     assert checkpoint(tmp_path / "run")["epoch"] < 2
     processes = server.start_processes(3, tmp_path / "log", [*arguments, "--resume"], DOUBLE)
@@ -88,7 +88,7 @@ FAULTS = {
         "    trainer.update_average = fail",
         "the disk of machine 7 is full",
     ),
-    "a loss that is no number": (
+    "a loss that is NaN": (
         "if os.environ['RANK'] == '1':\n"
         "    whole = trainer.Trainer.prepare\n"
         "    def spoiled(self, indices, pictures, errors):\n"
@@ -98,7 +98,7 @@ FAULTS = {
         "    trainer.Trainer.prepare = spoiled",
         "023.png",
     ),
-    "rank 0 finds a run in the folder": ("", "holds a run already"),
+    "rank 0 finds a run in the folder": ("", "already contains a run"),
 }
 
 
@@ -117,7 +117,7 @@ def test_one_error_ends_all_processes_with_one_message(server, data, tmp_path, f
 
 
 def test_torchrun(data, alone, tmp_path):
-    """As one calls it; SIGTERM to the launcher, which sends it to all processes and to their readers."""
+    """As a user calls it. SIGTERM goes to the launcher, which sends it to all processes and to their workers."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "attncap.train"]
     command += [*map(str, ["--data", data, "--output", tmp_path / "run"]), *SETTINGS, "--epochs", "1000"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -128,7 +128,7 @@ def test_torchrun(data, alone, tmp_path):
         readers = [child for process in processes for child in children(process)]
     launcher.send_signal(signal.SIGTERM)
     _, errors = launcher.communicate(timeout=25)  # after 30 seconds torchrun kills what is left
-    assert errors.count("attncap: stopped; go on with: torchrun --nproc-per-node 2") == 1, errors
+    assert errors.count("attncap: stopped; continue with: torchrun --nproc-per-node 2") == 1, errors
     assert "DataLoader worker" not in errors and "attncap: error" not in errors
     assert len(processes) == 2 and len(readers) == 2
     assert_gone([*processes, *readers])

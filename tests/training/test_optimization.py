@@ -11,7 +11,7 @@ from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError
 from attncap.models.losses import caption_losses
 from attncap.search.decoder_step import DecoderStep
-from attncap.training.config import TrainConfig
+from attncap.training.config import EncoderConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from attncap.training.optimization import Schedule, clip_gradients, make_optimizer, update_average
 
 SMALL = ModelConfig(
@@ -32,7 +32,9 @@ def model():
 
 @pytest.mark.parametrize("first, count", [("none", 0), ("layer2", 15), ("layer2.1", 6)])
 def test_two_groups(model, first, count):
-    config = TrainConfig(fine_tune_from=first, learning_rate=0.3, encoder_learning_rate=0.2)
+    config = TrainConfig(
+        encoder=EncoderConfig(fine_tune_from=first, learning_rate=0.2), optimizer=OptimizerConfig(learning_rate=0.3)
+    )
     optimizer = make_optimizer(config, model)
     decoder, encoder = optimizer.param_groups
     assert list(map(id, decoder["params"])) == list(map(id, model.decoder.parameters()))
@@ -41,9 +43,9 @@ def test_two_groups(model, first, count):
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw"])
-def test_captions_are_written_with_the_weights_after_a_step(model, kind):
+def test_captions_use_the_weights_after_a_step(model, kind):
     model = copy.deepcopy(model)
-    optimizer = make_optimizer(TrainConfig(optimizer=kind), model)
+    optimizer = make_optimizer(TrainConfig(optimizer=OptimizerConfig(name=kind)), model)
     old = DecoderStep.of(model.decoder)
     for parameter in model.decoder.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -54,13 +56,13 @@ def test_captions_are_written_with_the_weights_after_a_step(model, kind):
 
 def test_no_such_layer(model):
     with pytest.raises(CallError, match="--fine-tune-from layer9: no such layer"):
-        make_optimizer(TrainConfig(fine_tune_from="layer9"), model)
+        make_optimizer(TrainConfig(encoder=EncoderConfig(fine_tune_from="layer9")), model)
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw"])
 def test_two_steps_by_hand(model, kind):
     """Adam with its usual constants; weight decay in the gradient (adam) or beside it (adamw)."""
-    config = TrainConfig(optimizer=kind, learning_rate=0.01, weight_decay=0.1)
+    config = TrainConfig(optimizer=OptimizerConfig(name=kind, learning_rate=0.01, weight_decay=0.1))
     model = copy.deepcopy(model)
     optimizer = make_optimizer(config, model)
     weight = model.decoder.score_weight
@@ -80,10 +82,11 @@ def test_two_steps_by_hand(model, kind):
     assert key.equal(model.decoder.key.weight)  # no gradient: no step, no decay
 
 
-def test_what_is_frozen_at_first_has_its_place_in_the_optimizer(model):
-    """An encoder that is trained from the second epoch on: nothing of it moves before, and a state saved before loads
-    after."""
-    config, model = TrainConfig(fine_tune_from="layer2", fine_tune_after=1), copy.deepcopy(model)
+def test_parameters_that_are_frozen_at_first_are_in_the_optimizer(model):
+    """An encoder that is trained from the second epoch on: its weights do not change before, and an optimizer state saved
+    before loads after."""
+    config = TrainConfig(encoder=EncoderConfig(fine_tune_from="layer2", fine_tune_after=1))
+    model = copy.deepcopy(model)
     optimizer = make_optimizer(config, model)
     model.encoder.fine_tune("none")
     before = copy.deepcopy(model.encoder.state_dict())
@@ -109,19 +112,18 @@ def test_what_is_frozen_at_first_has_its_place_in_the_optimizer(model):
 
 
 def test_cosine_after_a_warm_up():
-    schedule = Schedule(TrainConfig(epochs=10, warmup=0.1), steps_per_epoch=20)  # 20 steps up, 180 down
+    schedule = Schedule(ScheduleConfig(warmup=0.1), epochs=10, steps_per_epoch=20)  # 20 steps up, 180 down
     rates = [schedule.factor(step) for step in range(200)]
     assert rates[:21] == pytest.approx([(step + 1) / 21 for step in range(21)])
     assert rates[20:] == pytest.approx([(1 + math.cos(math.pi * step / 180)) / 2 for step in range(180)])
     assert rates[110] == pytest.approx(0.5) and 0 < rates[199] < 1e-4
-    without = Schedule(TrainConfig(epochs=10, warmup=0.0), steps_per_epoch=20)
+    without = Schedule(ScheduleConfig(warmup=0.0), epochs=10, steps_per_epoch=20)
     assert without.factor(0) == 1 and without.factor(100) == pytest.approx(0.5)
 
 
 def test_constant():
-    schedule = Schedule(
-        TrainConfig(epochs=10, warmup=0.05, schedule="constant", plateau_patience=1), steps_per_epoch=20
-    )
+    config = ScheduleConfig(name="constant", warmup=0.05, plateau_patience=1)
+    schedule = Schedule(config, epochs=10, steps_per_epoch=20)
     rates = [schedule.factor(step) for step in (0, 4, 9, 10, 150, 199)]
     assert rates == pytest.approx([1 / 11, 5 / 11, 10 / 11, 1, 1, 1])
     for rating in (3.0, 1.0, 2.0):
@@ -130,7 +132,7 @@ def test_constant():
 
 
 def ratings(seed: int) -> list[float]:
-    """60 epochs with long stretches without gain, and with equals."""
+    """60 epochs with long stretches without improvement, and with equal ratings."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randint(0, 6, (60,), generator=generator)
     return [1 + int(n) + (epoch // 25) * 2 for epoch, n in enumerate(noise.tolist())]
@@ -138,10 +140,10 @@ def ratings(seed: int) -> list[float]:
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("patience", [1, 3, 8])
-def test_plateau_as_torch_has_it(seed, patience):
-    """`ReduceLROnPlateau` waits for one epoch more than its patience."""
-    config = TrainConfig(epochs=60, schedule="plateau", warmup=0.0, plateau_patience=patience, plateau_factor=0.7)
-    schedule = Schedule(config, steps_per_epoch=3)
+def test_plateau_is_that_of_torch(seed, patience):
+    """`ReduceLROnPlateau` waits one epoch longer than its patience."""
+    config = ScheduleConfig(name="plateau", warmup=0.0, plateau_patience=patience, plateau_factor=0.7)
+    schedule = Schedule(config, epochs=60, steps_per_epoch=3)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, mode="max", factor=0.7, patience=patience - 1, threshold=0.0, eps=0.0
@@ -154,10 +156,10 @@ def test_plateau_as_torch_has_it(seed, patience):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_plateau_and_stop_as_the_tutorial_has_them(seed):
-    """Its train.py asks before each epoch whether to stop (20 epochs without gain) and whether to lower the rates."""
-    config = TrainConfig(epochs=60, schedule="plateau", warmup=0.0, plateau_patience=8, plateau_factor=0.8, patience=20)
-    schedule = Schedule(config, steps_per_epoch=1)
+def test_plateau_and_early_stopping_are_those_of_the_tutorial(seed):
+    """Its train.py decides before each epoch whether to stop (20 epochs without gain) and whether to lower the rates."""
+    config = ScheduleConfig(name="plateau", warmup=0.0, plateau_patience=8, plateau_factor=0.8, patience=20)
+    schedule = Schedule(config, epochs=60, steps_per_epoch=1)
     best, since, rate, stopped = 0.0, 0, 1.0, False
     for epoch, rating in enumerate(ratings(seed)):
         stopped = since == 20
@@ -175,8 +177,7 @@ def test_plateau_and_stop_as_the_tutorial_has_them(seed):
 
 def test_plateau_by_hand():
     """Lowered before the 10th and the 18th epoch, ended after the 21st."""
-    config = TrainConfig(epochs=120, schedule="plateau", warmup=0.0, patience=20)
-    schedule = Schedule(config, steps_per_epoch=1)
+    schedule = Schedule(ScheduleConfig(name="plateau", warmup=0.0, patience=20), epochs=120, steps_per_epoch=1)
     rates = []
     for epoch in range(120):
         rates.append(schedule.factor(epoch))
@@ -186,8 +187,8 @@ def test_plateau_by_hand():
     assert rates == pytest.approx([1.0] * 9 + [0.8] * 8 + [0.64] * 4)
 
 
-def test_ratings_of_several_figures():
-    schedule = Schedule(TrainConfig(patience=2), steps_per_epoch=1)
+def test_ratings_of_several_metrics():
+    schedule = Schedule(ScheduleConfig(patience=2), epochs=10, steps_per_epoch=1)
     for rating, without in (([0.0, 0.1], 0), ([0.0, 0.2], 0), ([0.0, 0.2], 1), ([0.1, 0.0], 0), ([0.0, 0.9], 1)):
         schedule.epoch_ended(rating)
         assert schedule.epochs_without_gain == without and not schedule.should_stop
@@ -196,11 +197,11 @@ def test_ratings_of_several_figures():
     assert schedule.should_stop
 
 
-def test_a_schedule_goes_on_where_it_was():
-    config = TrainConfig(epochs=60, schedule="plateau", plateau_patience=2, patience=9)
-    whole = Schedule(config, steps_per_epoch=2)
+def test_a_schedule_continues_from_its_state():
+    config = ScheduleConfig(name="plateau", plateau_patience=2, patience=9)
+    whole = Schedule(config, epochs=60, steps_per_epoch=2)
     for epoch, rating in enumerate(ratings(1)):
-        resumed = Schedule(config, steps_per_epoch=2)
+        resumed = Schedule(config, epochs=60, steps_per_epoch=2)
         resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
         for schedule in (whole, resumed):
             schedule.epoch_ended(rating)
@@ -220,10 +221,10 @@ def test_a_schedule_goes_on_where_it_was():
     ],
 )
 def test_clipping_by_hand(clip_norm, clip_value, expected):
-    """Gradients of norm 10 in all; a third parameter has none."""
+    """Gradients with a total norm of 10; a third parameter has none."""
     parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(3))]
     parameters[0].grad, parameters[1].grad = torch.tensor([6.0, 0.0]), torch.tensor([-8.0])
-    norm = clip_gradients(iter(parameters), TrainConfig(clip_norm=clip_norm, clip_value=clip_value))
+    norm = clip_gradients(iter(parameters), OptimizerConfig(clip_norm=clip_norm, clip_value=clip_value))
     assert norm.item() == pytest.approx(10.0)
     for parameter, values in zip(parameters, expected, strict=False):
         torch.testing.assert_close(parameter.grad, torch.tensor(values))
@@ -231,7 +232,7 @@ def test_clipping_by_hand(clip_norm, clip_value, expected):
 
 
 def test_moving_average_by_hand():
-    """At step 0 the average is the weights; at step 10 half of the way is gone, at step 5,000 a two-hundredth."""
+    """At step 0 the average becomes the weights; at step 10 it moves half of the way to them, at step 5,000 a 200th."""
     model, average = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
     for step, value, expected in ((0, 8.0, 8.0), (10, 4.0, 6.0), (5000, 206.0, 7.0)):
         nn.init.constant_(model.weight, value)
@@ -244,8 +245,8 @@ def test_moving_average_by_hand():
 
 
 def test_moving_average_of_a_whole_model(model):
-    """As if every value were averaged by itself; what is frozen stays as it is, to the bit."""
-    config = TrainConfig(fine_tune_from="layer2.1")
+    """The same as averaging every value by itself; frozen weights stay the same, bit for bit."""
+    config = TrainConfig(encoder=EncoderConfig(fine_tune_from="layer2.1"))
     model = copy.deepcopy(model)
     make_optimizer(config, model)
     average = copy.deepcopy(model).eval()

@@ -6,63 +6,83 @@ import pytest
 import torch
 from conftest import TINY
 
-from attncap.command import check_numbers
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError
 from attncap.models.decoder import Decoder
 from attncap.models.losses import caption_losses
 from attncap.training import recipes
-from attncap.training.config import TrainConfig
+from attncap.training.config import (
+    DataConfig,
+    EncoderConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 
-def check(config: TrainConfig) -> None:
-    """As the command does."""
-    check_numbers(config)
-    config.check()
-
-
-def test_every_recipe_is_one():
+def test_every_recipe_loads():
     assert recipes.NAMES == ("coco", "flickr30k", "flickr8k", "shapes", "tutorial")
     for name in recipes.NAMES:
-        recipe = recipes.load(name)
-        assert recipe.recipe == name
-        check(recipe)
+        assert recipes.load(name).run.recipe == name
 
 
 @pytest.mark.parametrize(
-    "settings, flag",
+    "part, settings, message",
     [
-        ({"recipe": "vgg"}, "choose one of coco, flickr30k, flickr8k, shapes, tutorial"),
-        ({"fine_tune_after": -1}, "--fine-tune-after -1"),
-        ({"patience": -1}, "--patience -1"),
-        ({"accumulate": 0}, "--accumulate 0"),
-        ({"clip_value": -0.1}, "--clip-value -0.1"),
-        ({"clip_norm": math.nan}, "--clip-norm nan"),
-        ({"warmup": 1.0}, "--warmup 1.0"),
-        ({"warmup": -0.1}, "--warmup -0.1"),
-        ({"plateau_factor": 0.0}, "--plateau-factor 0.0"),
-        ({"plateau_factor": 1.0}, "--plateau-factor 1.0"),
-        ({"plateau_patience": 0}, "--plateau-patience 0"),
-        ({"scheduled_sampling": 1.5}, "--scheduled-sampling 1.5"),
-        ({"schedule": "plateau", "patience": 8}, "--patience 8"),
-        ({"cache_features": True}, "--no-augment"),
-        ({"cache_features": True, "augment": False, "fine_tune_from": "layer4"}, "--fine-tune-from none"),
-        ({"objective": "scst"}, "--start-from FOLDER"),
-        ({"objective": "scst", "start_from": "runs/one", "samples": 1}, "--samples 1"),
+        (RunConfig, {"recipe": "vgg"}, "choose one of coco, flickr30k, flickr8k, shapes, tutorial"),
+        (RunConfig, {"epochs": 0}, "epochs=0: must be at least 1"),
+        (RunConfig, {"seed": -1}, "seed=-1: must be at least 0"),
+        (RunConfig, {"workers": -1}, "workers=-1: must be at least 0"),
+        (RunConfig, {"precision": "float64"}, "precision='float64': choose float32, bfloat16 or float16"),
+        (RunConfig, {"backend": "cuda"}, "backend='cuda': choose native or torch"),
+        (DataConfig, {"batch_size": 0}, "batch_size=0: must be at least 1"),
+        (DataConfig, {"subwords": -1}, "subwords=-1: must be at least 0"),
+        (DataConfig, {"subwords": 9, "vocabulary": "vocabulary.json"}, "give one of the two"),
+        (EncoderConfig, {"fine_tune_after": -1}, "fine_tune_after=-1"),
+        (EncoderConfig, {"learning_rate": -1.0}, "encoder.learning_rate=-1.0"),
+        (ScheduleConfig, {"patience": -1}, "patience=-1"),
+        (OptimizerConfig, {"name": "sgd"}, "name='sgd': choose adamw or adam"),
+        (OptimizerConfig, {"accumulate": 0}, "accumulate=0"),
+        (OptimizerConfig, {"clip_value": -0.1}, "clip_value=-0.1"),
+        (OptimizerConfig, {"clip_norm": math.nan}, "clip_norm=nan"),
+        (ScheduleConfig, {"warmup": 1.0}, "warmup=1.0: a share of the run, must be below 1"),
+        (ScheduleConfig, {"warmup": -0.1}, "warmup=-0.1"),
+        (ScheduleConfig, {"plateau_factor": 0.0}, "plateau_factor=0.0"),
+        (ScheduleConfig, {"plateau_factor": 1.0}, "plateau_factor=1.0"),
+        (ScheduleConfig, {"plateau_patience": 0}, "plateau_patience=0"),
+        (ScheduleConfig, {"name": "plateau", "patience": 8}, "patience=8"),
+        (ObjectiveConfig, {"scheduled_sampling": 1.5}, "scheduled_sampling=1.5"),
+        (ObjectiveConfig, {"label_smoothing": 1.0}, "label_smoothing=1.0: must be below 1"),
+        (ObjectiveConfig, {"name": "scst", "samples": 1}, "samples=1"),
+        (TrainConfig, {"data": DataConfig(cache_features=True)}, "set augment=False"),
+        (
+            TrainConfig,
+            {
+                "data": DataConfig(cache_features=True, augment=False),
+                "encoder": EncoderConfig(fine_tune_from="layer4"),
+            },
+            "set fine_tune_from='none'",
+        ),
+        (TrainConfig, {"objective": ObjectiveConfig(name="scst")}, "set start_from to its folder"),
     ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )
-def test_settings_that_cannot_be(settings, flag):
+def test_settings_that_are_refused(part, settings, message):
     with pytest.raises(CallError) as raised:
-        check(TrainConfig(**settings))
-    assert flag in str(raised.value)
+        part(**settings)
+    assert message in str(raised.value)
 
 
 def test_settings_at_their_limits():
-    check(TrainConfig(warmup=0.0, scheduled_sampling=1.0, clip_norm=0.0, patience=0, schedule="plateau", samples=2))
-    check(TrainConfig(warmup=0.99, plateau_factor=0.01, patience=9, schedule="plateau", plateau_patience=8))
-    check(TrainConfig(patience=1))  # no plateau, so no patience with it
-    check(TrainConfig(cache_features=True, augment=False))
-    check(TrainConfig(objective="scst", start_from="runs/one"))
+    ScheduleConfig(name="plateau", warmup=0.0, patience=0)
+    ScheduleConfig(name="plateau", warmup=0.99, plateau_factor=0.01, plateau_patience=8, patience=9)
+    ScheduleConfig(patience=1)  # no plateau, so its patience does not matter
+    ObjectiveConfig(scheduled_sampling=1.0, samples=1)
+    OptimizerConfig(clip_norm=0.0)
+    TrainConfig(data=DataConfig(cache_features=True, augment=False))
+    TrainConfig(objective=ObjectiveConfig(name="scst", samples=2), run=RunConfig(start_from="runs/one"))
 
 
 @pytest.mark.parametrize(
@@ -81,25 +101,26 @@ def test_help_shows_the_recipe(attncap, arguments, expected):
     recipe = recipes.load(expected)
     assert status == 0
     assert f"else flickr8k. (default: {expected})" in text
-    assert f"Times every training image is seen. (default: {recipe.epochs})" in text
-    assert f"Words seen less often in the training captions become <unk>. (default: {recipe.min_count})" in text
+    assert f"Number of passes over the training images. (default: {recipe.run.epochs})" in text
+    assert f"in the training captions become <unk>. (default: {recipe.data.min_count})" in text
 
 
-def test_a_recipe_that_is_not_there(attncap, flickr8k):
+def test_an_unknown_recipe(attncap, flickr8k):
     status, _, err = attncap("train", "--data", flickr8k, "--recipe", "vgg")
     assert status == 2
     assert err == (
-        "attncap: error: --recipe vgg: no such recipe; choose one of coco, flickr30k, flickr8k, shapes, tutorial\n"
+        "attncap: error: recipe='vgg': no such recipe; choose one of coco, flickr30k, flickr8k, shapes, tutorial\n"
     )
 
 
-def test_flags_go_before_the_recipe(attncap, flickr8k, tmp_path):
+def test_flags_override_the_recipe(attncap, flickr8k, tmp_path):
     arguments = ["--data", flickr8k, "--recipe", "tutorial", "--output", tmp_path, *TINY, "--epochs", 1]
     assert attncap("train", *arguments)[0] == 0
     settings = json.loads((tmp_path / "settings.json").read_text())["settings"]
-    assert (settings["recipe"], settings["optimizer"], settings["clip_value"]) == ("tutorial", "adam", 5.0)
-    assert settings["model"]["output_layer"] == "plain" and settings["best_by"] == "BLEU-4"
-    assert (settings["epochs"], settings["min_count"], settings["model"]["hidden_size"]) == (1, 1, 32)
+    run, optimizer, model = settings["run"], settings["optimizer"], settings["model"]
+    assert (run["recipe"], optimizer["name"], optimizer["clip_value"]) == ("tutorial", "adam", 5.0)
+    assert model["output_layer"] == "plain" and run["best_by"] == "BLEU-4"
+    assert (run["epochs"], settings["data"]["min_count"], model["hidden_size"]) == (1, 1, 32)
 
 
 def tutorial_loss(p: dict[str, torch.Tensor], features: torch.Tensor, captions: list[list[int]]) -> torch.Tensor:
@@ -147,10 +168,9 @@ def test_the_tutorial_recipe_has_the_tutorials_loss(implementation, seed):
     for row, caption in zip(tokens, captions, strict=True):
         row[: len(caption)] = torch.tensor(caption)
 
-    losses = caption_losses(decoder, features, tokens, recipe.label_smoothing)
-    loss = (
-        losses["words"] / (tokens[:, 1:] != Vocabulary.PAD).sum() + recipe.attention_penalty * losses["attention"] / 4
-    )
+    losses = caption_losses(decoder, features, tokens, recipe.objective.label_smoothing)
+    penalty = recipe.objective.attention_penalty * losses["attention"] / 4
+    loss = losses["words"] / (tokens[:, 1:] != Vocabulary.PAD).sum() + penalty
     gradients = torch.autograd.grad(loss, list(decoder.parameters()))
     parameters = dict(decoder.named_parameters())
     expected = tutorial_loss(parameters, features, captions)
@@ -162,15 +182,18 @@ def test_the_tutorial_recipe_has_the_tutorials_loss(implementation, seed):
 def test_the_tutorial_recipe_trains_as_the_tutorial():
     """Its train.py's constants, by their names there."""
     recipe = recipes.load("tutorial")
-    model = recipe.model
+    model, data, optimizer, schedule = recipe.model, recipe.data, recipe.optimizer, recipe.schedule
     assert (model.embedding_size, model.attention_size, model.hidden_size, model.dropout) == (512, 512, 512, 0.5)
     assert (model.encoder, model.image_size, model.grid) == ("resnet101", 256, 14)
     assert (model.activation, model.output_layer) == ("relu", "plain")
-    assert (recipe.epochs, recipe.batch_size, recipe.captions_per_image, recipe.accumulate) == (120, 32, 1, 1)
-    assert (recipe.optimizer, recipe.weight_decay) == ("adam", 0.0)
-    assert (recipe.learning_rate, recipe.encoder_learning_rate) == (4e-4, 1e-4)  # decoder_lr, encoder_lr
-    assert (recipe.clip_value, recipe.clip_norm, recipe.attention_penalty) == (5.0, 0.0, 1.0)  # grad_clip, alpha_c
-    assert (recipe.schedule, recipe.plateau_factor, recipe.plateau_patience, recipe.patience) == ("plateau", 0.8, 8, 20)
-    assert (recipe.warmup, recipe.label_smoothing, recipe.scheduled_sampling) == (0.0, 0.0, 0.0)
-    assert not recipe.augment and not recipe.average_weights and recipe.fine_tune_from == "none"
-    assert (recipe.min_count, recipe.search.max_length, recipe.best_by) == (6, 50, "BLEU-4")
+    assert (recipe.run.epochs, data.batch_size, data.captions_per_image, optimizer.accumulate) == (120, 32, 1, 1)
+    assert (optimizer.name, optimizer.weight_decay) == ("adam", 0.0)
+    assert (optimizer.learning_rate, recipe.encoder.learning_rate) == (4e-4, 1e-4)  # decoder_lr, encoder_lr
+    assert (optimizer.clip_value, optimizer.clip_norm) == (5.0, 0.0)  # grad_clip
+    assert recipe.objective.attention_penalty == 1.0  # alpha_c
+    assert (schedule.name, schedule.plateau_factor, schedule.plateau_patience) == ("plateau", 0.8, 8)
+    assert (schedule.patience, schedule.warmup) == (20, 0.0)
+    assert (recipe.objective.label_smoothing, recipe.objective.scheduled_sampling) == (0.0, 0.0)
+    assert not data.augment and not recipe.run.average_weights and recipe.encoder.fine_tune_from == "none"
+    assert (data.min_count, recipe.search.max_length, recipe.run.best_by) == (6, 50, "BLEU-4")
+    assert recipe.search.suppressed == ()

@@ -5,17 +5,18 @@ import torch
 
 from attncap.config import ModelConfig
 from attncap.data.vocabulary import Vocabulary
-from attncap.models.decoder import Decoder
+from attncap.models.decoder import LSTMDecoder
 from attncap.models.losses import caption_losses
-from attncap.training.scheduled_sampling import draw_words, mix_tokens
+from attncap.search.sampling import draw, uniform_numbers
+from attncap.training.scheduled_sampling import sample_inputs
 
 V, P, D = 13, 6, 7
 
 
-def make(output_layer="deep", implementation="native", dtype=torch.float64, images=3, rows=2):
+def make(output_layer="deep", backend="native", dtype=torch.float64, images=3, rows=2):
     torch.manual_seed(0)
     config = ModelConfig(attention_size=5, embedding_size=6, hidden_size=8, output_layer=output_layer, dropout=0.5)
-    decoder = Decoder(config, D, V, implementation).to(dtype)
+    decoder = LSTMDecoder(config, D, V, backend).to(dtype)
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.6)
     features = torch.randn(images, P, D, dtype=dtype)
@@ -26,8 +27,14 @@ def make(output_layer="deep", implementation="native", dtype=torch.float64, imag
     return decoder, features, tokens
 
 
-def generator(seed=1):
-    return torch.Generator().manual_seed(seed)
+def sampled(decoder, features, tokens, probability, seed=1):
+    """Captions [N,T] of which the words that are fed, all but the last, went through `sample_inputs`."""
+    inputs = sample_inputs(decoder.for_inference(), features, tokens[:, :-1], probability, seeds(features, seed))
+    return torch.cat([inputs, tokens[:, -1:]], dim=1)
+
+
+def seeds(features, seed=1):
+    return [(seed, image) for image in range(len(features))]
 
 
 @torch.no_grad()
@@ -38,22 +45,23 @@ def write(decoder, image, fed):
     h, c = decoder.initial_h(mean), decoder.initial_c(mean)
     for word in fed:
         embedded = decoder.embedding.weight[word]
-        weights = ((decoder.key(image) + decoder.query(h)).relu() @ decoder.score_weight).softmax(dim=0)
-        context = decoder.gate(h).sigmoid() * (weights @ image)
+        weights = ((decoder.attention.key(image) + decoder.attention.query(h)).relu() @ decoder.attention.score_weight).softmax(dim=0)
+        context = decoder.attention.gate(h).sigmoid() * (weights @ image)
         h, c = decoder.lstm(torch.cat([embedded, context]), (h, c))
     if decoder.deep:
         return decoder.word_output(embedded + decoder.hidden_output(h) + decoder.context_output(context))
     return decoder.word_output(h)
 
 
-def one_by_one(decoder, features, tokens, probability, generator):
-    """`mix_tokens` for one caption and one word at a time."""
-    coins, draws = torch.rand(2, *tokens.shape, generator=generator).tolist()
-    rows = len(tokens) // len(features)
+def one_by_one(decoder, features, tokens, probability, seed):
+    """`sample_inputs` for one caption and one word at a time."""
+    rows, T = len(tokens) // len(features), tokens.shape[1] - 1
+    numbers = uniform_numbers(seeds(features, seed), 2, rows, T).tolist()
+    coins, draws = ([row for of_image in numbers for row in of_image[which]] for which in (0, 1))
     mixed = []
     for n, caption in enumerate(tokens.tolist()):
         fed = [caption[0]]
-        for t in range(1, len(caption)):
+        for t in range(1, T):
             word = caption[t]
             if word not in (Vocabulary.PAD, Vocabulary.END) and coins[n][t] < probability:
                 weights = write(decoder, features[n // rows], fed).exp().tolist()
@@ -61,33 +69,33 @@ def one_by_one(decoder, features, tokens, probability, generator):
                 sums = itertools.accumulate(weights)
                 word = next(i for i, total in enumerate(sums) if total > draws[n][t] * sum(weights))
             fed.append(word)
-        mixed.append(fed)
+        mixed.append([*fed, caption[-1]])
     return torch.tensor(mixed)
 
 
 @pytest.mark.parametrize("output_layer", ["deep", "plain"])
-@pytest.mark.parametrize("implementation", ["native", "torch"])
+@pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("probability", [1.0, 0.4])
-def test_as_one_caption_at_a_time(output_layer, implementation, probability):
+def test_as_one_caption_at_a_time(output_layer, backend, probability):
     """With probability 1 it is sampling freely, but for the lengths."""
-    decoder, features, tokens = make(output_layer, implementation)
+    decoder, features, tokens = make(output_layer, backend)
     for seed in range(5):
-        mixed = mix_tokens(decoder, features, tokens, probability, generator(seed))
-        assert mixed.equal(one_by_one(decoder, features, tokens, probability, generator(seed)))
+        mixed = sampled(decoder, features, tokens, probability, seed)
+        assert mixed.equal(one_by_one(decoder, features, tokens, probability, seed))
         assert not mixed.equal(tokens)
 
 
 def test_with_probability_0_nothing_changes():
     decoder, features, tokens = make()
     before = tokens.clone()
-    assert mix_tokens(decoder, features, tokens, 0.0, generator()).equal(tokens)
-    mix_tokens(decoder, features, tokens, 1.0, generator())
+    assert sampled(decoder, features, tokens, 0.0).equal(tokens)
+    sampled(decoder, features, tokens, 1.0)
     assert tokens.equal(before)
 
 
 def test_lengths_stay():
     decoder, features, tokens = make(images=20, rows=5)
-    mixed = mix_tokens(decoder, features, tokens, 1.0, generator())
+    mixed = sampled(decoder, features, tokens, 1.0)
     for special in (Vocabulary.PAD, Vocabulary.START, Vocabulary.END):
         assert (mixed == special).equal(tokens == special)
 
@@ -96,7 +104,7 @@ def test_words_come_as_often_as_the_model_has_them():
     """The first word of 20,000 captions of one image, then the share of replaced words."""
     decoder, features, _ = make(images=1)
     tokens = torch.tensor([[Vocabulary.START, 4, 5, Vocabulary.END]]).repeat(20_000, 1)
-    mixed = mix_tokens(decoder, features, tokens, 1.0, generator())
+    mixed = sampled(decoder, features, tokens, 1.0)
     logits = write(decoder, features[0], [Vocabulary.START])
     logits[: Vocabulary.END + 1] = -torch.inf
     expected = logits.softmax(dim=0)
@@ -105,56 +113,55 @@ def test_words_come_as_often_as_the_model_has_them():
     assert ((found - expected).abs() < 4 * (expected * (1 - expected) / 20_000).sqrt() + 1e-9).all()
     rare = 3 + int(expected[3:].argmin())  # so that a replaced word is seldom the same
     tokens[:, 1] = rare
-    share = (mix_tokens(decoder, features, tokens, 0.25, generator())[:, 1] != rare).double().mean()
+    share = (sampled(decoder, features, tokens, 0.25)[:, 1] != rare).double().mean()
     assert share.item() == pytest.approx(0.25 * (1 - expected[rare].item()), abs=0.015)
 
 
-def test_the_same_generator_gives_the_same_captions():
+def test_the_same_seeds_give_the_same_captions():
     decoder, features, tokens = make(dtype=torch.float32)
     torch.manual_seed(5)
     first = torch.rand(1)
     torch.manual_seed(5)
-    one, other, third = (mix_tokens(decoder, features, tokens, 1.0, generator(seed)) for seed in (1, 1, 2))
+    one, other, third = (sampled(decoder, features, tokens, 1.0, seed) for seed in (1, 1, 2))
     assert one.equal(other) and not one.equal(third)
     assert torch.rand(1).equal(first)  # torch's own generator was not asked
-    # How much of the generator a call takes does not depend on the probability.
-    a, b = generator(), generator()
-    mix_tokens(decoder, features, tokens, 0.0, a)
-    mix_tokens(decoder, features, tokens, 1.0, b)
-    assert a.get_state().equal(b.get_state())
+    # An image's words depend on its own seed alone, not on the batch.
+    alone = sample_inputs(decoder.for_inference(), features[1:2], tokens[2:4, :-1], 1.0, seeds(features)[1:2])
+    assert alone.equal(one[2:4, :-1])
 
 
 def test_the_ends_of_the_draw():
     """The largest and the smallest draw still give words that have a probability."""
     for size in (6, 9490):
-        logits = torch.randn(64, size, generator=generator())
-        assert draw_words(logits, torch.full((64,), 1 - 2**-24), Vocabulary.UNK).max() < size
-        assert draw_words(logits, torch.zeros(64), Vocabulary.UNK).eq(Vocabulary.UNK).all()
-        logits[:, Vocabulary.UNK] = logits[:, -1] = -torch.inf
-        assert draw_words(logits, torch.full((64,), 1 - 2**-24), Vocabulary.UNK).max() < size - 1
-        assert draw_words(logits, torch.zeros(64), Vocabulary.UNK).eq(Vocabulary.UNK + 1).all()
-        assert draw_words(logits * torch.nan, torch.zeros(64), Vocabulary.UNK).max() < size
+        logits = torch.randn(64, size, generator=torch.Generator().manual_seed(1))
+        zeros = torch.zeros(64, dtype=torch.float64)
+        ones = zeros + 1 - 2**-53
+        assert draw(logits, ones).max() < size and draw(logits, zeros).eq(0).all()
+        logits[:, 0] = logits[:, -1] = -torch.inf
+        assert draw(logits, ones).max() < size - 1 and draw(logits, zeros).eq(1).all()
+        assert draw(logits * torch.nan, zeros).max() < size
 
 
 def test_fed_to_the_loss():
-    """What is fed changes the loss; what is to be predicted stays; no gradient goes through the drawing."""
+    """What is fed changes the loss; the targets stay; no gradient flows through the drawing."""
     decoder, features, tokens = make()
     decoder.eval()
-    mixed = mix_tokens(decoder, features, tokens, 1.0, generator())
-    losses = caption_losses(decoder, features, tokens, inputs=mixed[:, :-1])
+    fed, targets = sampled(decoder, features, tokens, 1.0)[:, :-1], tokens[:, 1:]
+    losses = caption_losses(decoder, features, fed, targets)
     expected = 0.0
-    for n, (caption, fed) in enumerate(zip(tokens.tolist(), mixed.tolist(), strict=True)):
+    for n, (caption, words) in enumerate(zip(tokens.tolist(), fed.tolist(), strict=True)):
         for t in range(1, 1 + caption.index(Vocabulary.END)):
-            expected -= write(decoder, features[n // 2], fed[:t]).log_softmax(dim=0)[caption[t]].item()
-    assert losses["words"].item() == pytest.approx(expected, rel=1e-6)
-    assert losses["words"].item() != pytest.approx(caption_losses(decoder, features, tokens)["words"].item(), rel=1e-3)
-    losses["words"].backward()
+            expected -= write(decoder, features[n // 2], words[:t]).log_softmax(dim=0)[caption[t]].item()
+    assert losses.words.item() == pytest.approx(expected, rel=1e-6)
+    true_words = caption_losses(decoder, features, tokens[:, :-1], targets).words.item()
+    assert losses.words.item() != pytest.approx(true_words, rel=1e-3)
+    losses.words.backward()
     assert decoder.embedding.weight.grad.abs().sum() > 0
 
 
 def test_under_autocast():
-    """Drawn in the weights' own precision, from features that came out of an encoder in half of it."""
+    """Words are drawn in the precision of the weights, from features that came out of an encoder in half of it."""
     decoder, features, tokens = make(dtype=torch.float32)
-    expected = mix_tokens(decoder, features.bfloat16().float(), tokens, 1.0, generator())
+    expected = sampled(decoder, features.bfloat16().float(), tokens, 1.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert mix_tokens(decoder, features.bfloat16(), tokens, 1.0, generator()).equal(expected)
+        assert sampled(decoder, features.bfloat16(), tokens, 1.0).equal(expected)

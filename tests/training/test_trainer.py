@@ -1,4 +1,4 @@
-"""Runs that are ended at any moment, in any way, and gone on with."""
+"""Runs that are ended at any moment, in any way, and resumed."""
 
 import os
 import random
@@ -40,13 +40,13 @@ def data(tmp_path_factory):
     return data
 
 
-# Everything that draws at random or changes in the midst of a run.
+# Everything that is random or changes within a run.
 SETTINGS = [*QUICK, *"--scheduled-sampling 0.5 --fine-tune-after 1 --accumulate 2 --batch-size 4".split()]
 
 
 @pytest.fixture(scope="module")
 def whole(server, data, tmp_path_factory):
-    """A run that nothing ended."""
+    """A run that was not interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     running = server.start(folder / "log", ["--data", data, *SETTINGS, "--output", folder / "run"])
     assert running.status() == 0, running.text()
@@ -56,8 +56,8 @@ def whole(server, data, tmp_path_factory):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
 def test_killed_at_random_moments(server, data, whole, tmp_path, name, workers):
-    """Whenever a run is killed, --resume goes on with it to the same weights, bit for bit, as if nothing had been; and
-    none of its processes is left."""
+    """Whenever a run is killed, --resume continues it to the same weights, bit for bit, as if it had not been
+    interrupted; and none of its processes is left."""
     draw, run, kill = random.Random(f"{name} {workers}"), tmp_path / "run", getattr(signal, name)
     arguments = ["--data", data, *SETTINGS, "--output", run, "--workers", workers]
     places = []
@@ -117,7 +117,7 @@ def test_images_seen_before_the_stop_are_not_read_again(server, data, tmp_path):
 
 
 def test_stopped_while_it_validates(server, data, whole, tmp_path):
-    """The epoch is not trained again, and what a killed process left is swept away."""
+    """The epoch is not trained again, and the temporary files of a killed process are removed."""
     arguments = ["--data", data, *SETTINGS, "--output", tmp_path / "run"]
     slow = (
         "def slow(*_, **__):\n"
@@ -142,7 +142,7 @@ def test_killed_while_it_draws(server, data, tmp_path):
     """The epoch is on the disk before its pictures are drawn, which takes seconds."""
     arguments = ["--data", data, *SETTINGS, "--output", tmp_path / "run"]
     draw = (
-        "watch._open_board = lambda *_: __import__('unittest.mock').mock.MagicMock()\n"
+        "run_logger._open_board = lambda *_: __import__('unittest.mock').mock.MagicMock()\n"
         "trainer.Trainer.captioned = lambda _: os.kill(os.getpid(), signal.SIGKILL)"
     )
     status, text = run(server, tmp_path, arguments, draw)
@@ -164,8 +164,8 @@ def test_a_second_signal_ends_it_at_once(server, data, tmp_path):
     assert running.status() == 130
 
 
-def test_a_loss_that_is_no_number_names_the_images(server, data, tmp_path):
-    """All of the batch, and the checkpoint stays that of before."""
+def test_a_loss_that_is_nan_names_the_images(server, data, tmp_path):
+    """All images of the batch; and the checkpoint stays the one from before."""
     spoil = (
         "step = trainer.Trainer.train_step\n"
         "def noted(self, losses, batches):\n"
@@ -185,8 +185,8 @@ def test_a_loss_that_is_no_number_names_the_images(server, data, tmp_path):
 
 
 def test_self_critical_training_from_a_trained_model(server, data, whole, tmp_path):
-    """Under autocast, stopped and gone on with as any other run. Scheduled sampling has no part in it: the model is fed
-    what it has sampled."""
+    """Under autocast, interrupted and resumed like any other run. Scheduled sampling has no effect: the model is fed what
+    it has sampled."""
     arguments = ["--data", data, *SETTINGS, "--objective", "scst", "--start-from", whole]
     arguments += ["--samples", 3, "--precision", "bfloat16", "--epochs", 2, "--output"]
     status, text = run(server, tmp_path, [*arguments, tmp_path / "one", "--scheduled-sampling", 0])
@@ -206,8 +206,8 @@ def test_self_critical_training_from_a_trained_model(server, data, whole, tmp_pa
 
 
 def test_features_from_the_cache(server, data, tmp_path):
-    """The same run but for half precision; the second one with the cache encodes nothing, and neither does one that
-    goes on, whose encoder is that of its checkpoint."""
+    """The same run apart from half precision. The second run with the cache encodes nothing, and neither does a resumed
+    one, whose encoder is that of its checkpoint."""
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "encoder.pth")
     frozen = ["--fine-tune-from", "none", "--no-augment", "--scheduled-sampling", 0, "--dropout", 0, "--epochs", 2]
     frozen += ["--encoder-weights", tmp_path / "encoder.pth"]
@@ -228,7 +228,7 @@ def test_features_from_the_cache(server, data, tmp_path):
 
 
 def test_early_stopping(server, data, tmp_path):
-    """Nothing is learned, so nothing is gained after the first epoch."""
+    """Nothing is learned, so no epoch after the first is an improvement."""
     still = ["--learning-rate", 0, "--encoder-learning-rate", 0, "--fine-tune-from", "none"]
     arguments = ["--data", data, *SETTINGS, *still, "--epochs", 9, "--patience", 2, "--output", tmp_path / "run"]
     status, text = run(server, tmp_path, arguments)

@@ -1,11 +1,17 @@
-"""Named settings of a run, a file each; a new file here is a new recipe."""
+"""Settings for different kinds of data, a file each; a new file here is a new recipe."""
+
+from __future__ import annotations
 
 import pkgutil
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from attncap.training.config import TrainConfig
 
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
-def load(name: str):
-    """The TrainConfig of the recipe `name`, one of `NAMES`."""
+def load(name: str) -> TrainConfig:
+    """The settings of the recipe `name`, one of `NAMES`."""
     return import_module(f"{__name__}.{name}").RECIPE

@@ -1,32 +1,33 @@
 """COCO, 113,287 images in Karpathy's splits, on a GPU.
 
-Based on github.com/ruotianluo/ImageCaptioning.pytorch: ResNet-101, learning rate 5e-4, words seen more than 5 times,
-scheduled sampling up to 0.25. Its batches are 10 images with 5 captions each; these are larger, to keep a GPU busy.
+Based on github.com/ruotianluo/ImageCaptioning.pytorch: ResNet-101, learning rate 5e-4, words that occur more than 5
+times, scheduled sampling up to 0.25. Its batches are 10 images with 5 captions each; these are larger, to keep a GPU
+busy.
 
 Then self-critical training, with its batches and learning rate:
 
-    python -m attncap.train --recipe coco --data PATH --output runs/scst --objective scst --start-from runs/coco
+    attncap train --recipe coco --data PATH --output runs/scst --objective scst --start-from runs/coco
         --batch-size 10 --learning-rate 5e-5 --fine-tune-from none
 
-Measured: nothing yet. Guessed: batches, epochs, when and how fast the encoder is trained. A GPU before Ampere has no
-bfloat16: give it --precision float16.
+Measured: nothing yet. Guessed: batch size, epochs, and when and how fast the encoder is trained. GPUs older than Ampere
+have no bfloat16: use --precision float16.
 """
 
 from attncap.config import ModelConfig
-from attncap.training.config import TrainConfig
+from attncap.training.config import (
+    DataConfig,
+    EncoderConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
 
 RECIPE = TrainConfig(
-    recipe="coco",
-    epochs=20,
-    batch_size=64,
-    captions_per_image=5,
-    learning_rate=5e-4,
-    encoder_learning_rate=2e-5,
-    fine_tune_from="layer4",
-    fine_tune_after=14,
-    label_smoothing=0.1,
-    scheduled_sampling=0.25,
-    precision="bfloat16",
-    min_count=6,
+    run=RunConfig(recipe="coco", epochs=20, precision="bfloat16"),
+    data=DataConfig(batch_size=64, captions_per_image=5, min_count=6),
     model=ModelConfig(encoder="resnet101", image_size=224, dropout=0.5),
+    encoder=EncoderConfig(fine_tune_from="layer4", fine_tune_after=14, learning_rate=2e-5),
+    objective=ObjectiveConfig(label_smoothing=0.1, scheduled_sampling=0.25),
+    optimizer=OptimizerConfig(learning_rate=5e-4),
 )

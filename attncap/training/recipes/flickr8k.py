@@ -1,26 +1,28 @@
-"""Flickr8k, and other collections of some thousand photographs: what `--data PATH` takes by default.
+"""Flickr8k, and other collections of a few thousand photographs: the default for `--data PATH`.
 
-A ResNet-50 with ImageNet weights, frozen for the first half of the run, while the decoder's gradients would only spoil
-it; then its last stage is trained too.
+A ResNet-50 with ImageNet weights. It is frozen for the first half of the run, when the gradients of an untrained
+decoder would only damage it; then its last stage is trained too.
 
 Measured: with a frozen MobileNetV2 and a smaller decoder, on 700 photographs (README.md, "Your photographs"). Guessed:
-the number of epochs, and when and how fast the encoder is trained. Words seen twice are too rare in so few captions to
-be learned; in larger collections more are.
+the number of epochs, and when and how fast the encoder is trained. In so few captions, words that occur twice are too
+rare to be learned; larger collections have more of them to leave out.
 """
 
 from attncap.config import ModelConfig
-from attncap.training.config import TrainConfig
+from attncap.training.config import (
+    DataConfig,
+    EncoderConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
 
 RECIPE = TrainConfig(
-    recipe="flickr8k",
-    epochs=20,
-    batch_size=8,
-    captions_per_image=5,
-    learning_rate=5e-4,
-    encoder_learning_rate=5e-5,
-    fine_tune_from="layer4",
-    fine_tune_after=10,
-    label_smoothing=0.1,
-    min_count=3,
+    run=RunConfig(recipe="flickr8k", epochs=20),
+    data=DataConfig(batch_size=8, captions_per_image=5, min_count=3),
     model=ModelConfig(encoder="resnet50", image_size=224, dropout=0.5),
+    encoder=EncoderConfig(fine_tune_from="layer4", fine_tune_after=10, learning_rate=5e-5),
+    objective=ObjectiveConfig(label_smoothing=0.1),
+    optimizer=OptimizerConfig(learning_rate=5e-4),
 )

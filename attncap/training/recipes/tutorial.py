@@ -1,48 +1,34 @@
-"""The settings of the tutorial that most people learn this from, github.com/sgrvinod/a-PyTorch-Tutorial-to-Image-
-Captioning (train.py), to compare with it or to go on from what one knows.
+"""The settings of the most widely used tutorial, github.com/sgrvinod/a-PyTorch-Tutorial-to-Image-Captioning (train.py),
+to compare with it, or to continue from what one knows.
 
 All that its train.py sets is set here: sizes, optimizer, learning rates and when they fall, clipping by value, batches
-of 32 captions, the loss (tests/training/test_recipes.py writes it out by hand). The second run that it recommends,
-with the encoder trained, is
+of 32 captions, the loss (tests/training/test_recipes.py writes it out by hand). The second run that it recommends, with
+the encoder trained, is
 
-    python -m attncap.train --recipe tutorial --data PATH --output runs/SECOND --start-from runs/FIRST
-        --fine-tune-from layer2
+    attncap train --recipe tutorial --data PATH --output runs/SECOND --start-from runs/FIRST --fine-tune-from layer2
 
-What differs still: the validation figure that decides is BLEU-4 of captions written freely by beam search, where the
-tutorial's are written after the true words; an epoch shows an image once with one of its captions, where the tutorial's
-shows it with each of its five, so that 8 epochs are fewer steps; captions are cut after 50 words and not left out;
-batch norms of the frozen encoder keep their ImageNet statistics; the last bias of the attention score, on which nothing
-depends, is not there. Not trained to the end yet, so there are no figures.
+The remaining differences: the validation metric that decides is BLEU-4 of captions written freely by beam search, while
+the tutorial's are written after the true words; an epoch shows an image once with one of its captions, while the
+tutorial's shows it with each of its five, so 8 epochs are fewer steps; captions are cut after 50 words instead of left
+out; batch norms of the frozen encoder keep their ImageNet statistics; the last bias of the attention score, on which
+nothing depends, does not exist. Not trained to the end yet, so there are no results.
 """
 
 from attncap.config import ModelConfig
-from attncap.search import SearchConfig
-from attncap.training.config import TrainConfig
+from attncap.search.config import SearchConfig
+from attncap.training.config import (
+    DataConfig,
+    EncoderConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 RECIPE = TrainConfig(
-    recipe="tutorial",
-    epochs=120,
-    batch_size=32,
-    captions_per_image=1,
-    optimizer="adam",
-    learning_rate=4e-4,
-    encoder_learning_rate=1e-4,
-    weight_decay=0.0,
-    warmup=0.0,
-    schedule="plateau",
-    plateau_factor=0.8,
-    plateau_patience=8,
-    patience=20,
-    clip_norm=0.0,
-    clip_value=5.0,
-    label_smoothing=0.0,
-    attention_penalty=1.0,
-    augment=False,
-    average_weights=False,
-    min_count=6,
-    best_by="BLEU-4",
-    suppressed="",
-    search=SearchConfig(max_length=50),
+    run=RunConfig(recipe="tutorial", epochs=120, best_by="BLEU-4", average_weights=False),
+    data=DataConfig(batch_size=32, captions_per_image=1, min_count=6, augment=False),
     model=ModelConfig(
         encoder="resnet101",
         image_size=256,
@@ -54,4 +40,9 @@ RECIPE = TrainConfig(
         output_layer="plain",
         dropout=0.5,
     ),
+    encoder=EncoderConfig(learning_rate=1e-4),
+    objective=ObjectiveConfig(label_smoothing=0.0, attention_penalty=1.0),
+    optimizer=OptimizerConfig(name="adam", learning_rate=4e-4, weight_decay=0.0, clip_norm=0.0, clip_value=5.0),
+    schedule=ScheduleConfig(name="plateau", warmup=0.0, plateau_factor=0.8, plateau_patience=8, patience=20),
+    search=SearchConfig(max_length=50, suppressed=()),
 )

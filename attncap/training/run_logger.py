@@ -1,4 +1,4 @@
-"""What one watches a run by: metrics.jsonl, the picture of its curves, and TensorBoard where it is installed."""
+"""The log of a run: metrics.jsonl, the picture of its curves, and TensorBoard where it is installed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -19,42 +20,48 @@ from attncap.errors import UserError
 from attncap.files import write_atomically
 from attncap.pictures import draw_attention, draw_curves
 
-EVERY = 20  # steps between two points of TensorBoard's curves
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+LOG_EVERY = 20  # steps between two points of TensorBoard's curves
 
 log = logging.getLogger("attncap")
 
 
-class Watch:
-    """The log of a run in the folder `output`: metrics.jsonl has a line an epoch, curves.png shows them, and
-    tensorboard/ has the steps too, where TensorBoard is installed.
+class RunLogger:
+    """Writes the log of a run to the folder `output`: a line per epoch to metrics.jsonl, its curves to curves.png, and,
+    where TensorBoard is installed, the steps too to tensorboard/.
 
-    `epoch` and `step` are those that were done when the checkpoint was written that the run goes on from: what the log
-    has beyond them goes, and the curves go on. `best_by` is the figure that decides which epoch is the best; between
-    equals BLEU-4 and ROUGE-L do, and then the earlier one is.
+    Args:
+        output: folder of the run.
+        best_by: the metric that decides which epoch is marked as the best. Between equal ones BLEU-4 decides, then
+            ROUGE-L, then the earlier epoch is the best.
+        epoch, step: epochs and steps done in the checkpoint that the run continues from. What the log has after them is
+            removed, and the curves continue from there.
     """
 
     def __init__(self, output: Path, best_by: str, epoch: int = 0, step: int = 0):
-        self.output, self.best_by, self.last = output, best_by, step - 1
+        self.output, self.best_by, self.last_step = output, best_by, step - 1
         self.lines = _read(output / "metrics.jsonl", epoch)
         write_atomically(output / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
         self.board = _open_board(output / "tensorboard", step)
 
     @property
-    def wants_pictures(self) -> bool:
-        """Whether there is a place for `pictures`."""
+    def wants_captions(self) -> bool:
+        """Whether `log_captions` has somewhere to show them."""
         return self.board is not None
 
-    def step(self, step: int, scalars: Mapping[str, float | Tensor]) -> None:
-        """Note figures after step number `step`, from 0 on over the whole run. Tensors are asked for their values only
-        in steps that are written, so that a GPU seldom has to wait."""
-        self.last = step
-        if self.board and step % EVERY == 0:
+    def log_step(self, step: int, scalars: Mapping[str, float | Tensor]) -> None:
+        """Log values after step number `step`, which counts from 0 over the whole run. Tensors are read only in steps
+        that are logged, so that a GPU seldom has to wait."""
+        self.last_step = step
+        if self.board and step % LOG_EVERY == 0:
             for name, value in scalars.items():
                 self.board.add_scalar(name, float(value), step)
 
-    def epoch(self, line: Mapping[str, float]) -> None:
-        """Write the figures of an epoch, "epoch" among them, which counts from 1, or is 0 for the model that a run
-        starts from; they are on the disk when this returns."""
+    def log_epoch(self, line: Mapping[str, float]) -> None:
+        """Log the values of an epoch. "epoch" is one of them; it counts from 1, and is 0 for the model that a run
+        starts from. They are on the disk when this returns."""
         self.lines.append(dict(line))
         path = self.output / "metrics.jsonl"
         try:
@@ -66,13 +73,13 @@ class Watch:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         if self.board:
             for name, value in line.items():
-                self.board.add_scalar(f"epoch/{name}", value, self.last)
+                self.board.add_scalar(f"epoch/{name}", value, self.last_step)
             self.board.flush()
 
-    def pictures(self, captioned: Sequence[tuple[Image.Image, Caption]]) -> None:
-        """Show images with their captions in TensorBoard, where `wants_pictures`. It takes seconds to draw them."""
+    def log_captions(self, captioned: Sequence[tuple[Image.Image, Caption]]) -> None:
+        """Show images with their captions and attention in TensorBoard, if `wants_captions`. Drawing takes seconds."""
         picture = np.asarray(Image.open(io.BytesIO(draw_attention(captioned))).convert("RGB"))
-        self.board.add_image("captions", picture, self.last, dataformats="HWC")
+        self.board.add_image("captions", picture, self.last_step, dataformats="HWC")
         self.board.flush()
 
     def close(self) -> None:
@@ -83,6 +90,8 @@ class Watch:
             self.board.close()
 
     def _best(self) -> int:
+        """The index of the best epoch's line."""
+
         def rating(i: int) -> list[float]:
             return [self.lines[i].get(name, 0) for name in (self.best_by, "BLEU-4", "ROUGE-L")]
 
@@ -90,7 +99,7 @@ class Watch:
 
 
 def _read(path: Path, epoch: int) -> list[dict]:
-    """The lines of metrics.jsonl up to that epoch; one that was cut short as it was written is left out."""
+    """The lines of metrics.jsonl up to that epoch. A line that was cut short while it was written is left out."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, LookupError, TypeError):
@@ -100,13 +109,13 @@ def _read(path: Path, epoch: int) -> list[dict]:
     return lines
 
 
-def _open_board(folder: Path, step: int):
+def _open_board(folder: Path, step: int) -> SummaryWriter | None:
     """A SummaryWriter that hides what the folder has from step number `step` on; None without TensorBoard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    except Exception as error:  # with a protobuf that does not fit it, the import raises nearly anything
+    except Exception as error:  # with an incompatible protobuf, the import raises nearly anything
         log.warning("TensorBoard is left out, it cannot be imported: %s", " ".join(str(error).split())[:200])
         return None
     return SummaryWriter(str(folder), purge_step=step)

@@ -1,4 +1,4 @@
-"""Results files scored where there are no images, and figures that Java gives, or fails to."""
+"""Results files scored without images, and the metrics that need Java, which may fail."""
 
 import json
 
@@ -9,8 +9,8 @@ from attncap.errors import UserError
 from attncap.metrics import java
 
 
-def test_evaluate_a_results_file_where_the_images_are_not(attncap, tmp_path):
-    """Karpathy's file alone, as most have it: the figures are those against the same references by themselves."""
+def test_evaluate_a_results_file_without_images(attncap, tmp_path):
+    """With Karpathy's file alone, as most people have it, the metrics are the same as with its references in a file."""
     sentences = {7: ["a dog runs over the grass", "the dog runs"], 8: ["two men play chess", "men in a park"]}
     images = [
         {"filepath": "val2014", "filename": f"{key}.jpg", "cocoid": key, "split": "test",
@@ -53,7 +53,7 @@ def test_meteor_has_an_interval_and_a_difference_and_may_fail(attncap, tmp_path,
         except StopIteration:
             raise UserError("its Java program failed: out of memory") from None
 
-    monkeypatch.setattr(java, "left_out", lambda: {"SPICE": "no Stanford models"})
+    monkeypatch.setattr(java, "unavailable", lambda: {"SPICE": "no Stanford models"})
     monkeypatch.setattr(java, "meteor_statistics", meteor_statistics)
     arguments = ["--predictions", tmp_path / "ours.json", "--references", tmp_path / "references.json"]
     arguments += ["--compare", tmp_path / "theirs.json", "--output", tmp_path / "o.json"]
@@ -65,18 +65,18 @@ def test_meteor_has_an_interval_and_a_difference_and_may_fail(attncap, tmp_path,
     [row, *_] = map(json.loads, (tmp_path / "o.images.jsonl").read_text().splitlines())
     assert row["METEOR"] == 1
 
-    counts = iter([np.array([exact, half, half])])  # and the other one fails
+    counts = iter([np.array([exact, half, half])])  # and it fails for the other system
     status, out, _ = attncap("evaluate", *arguments)
-    assert status == 0 and "difference in METEOR left out: its Java program failed: out of memory." in out
+    assert status == 0 and "difference in METEOR skipped: its Java program failed: out of memory." in out
     report = json.loads((tmp_path / "o.report.json").read_text())
     assert "METEOR" in report["figures"] and "METEOR" not in report["difference"]["figures"]
 
     status, out, err = attncap("evaluate", *arguments)
     report = json.loads((tmp_path / "o.report.json").read_text())
-    assert status == 0 and "METEOR left out: its Java program failed: out of memory" in err
+    assert status == 0 and "METEOR skipped: its Java program failed: out of memory" in err
     assert report["left out"] == {
         "SPICE": "no Stanford models",
         "METEOR": "its Java program failed: out of memory",
     }
     assert "METEOR" not in report["figures"] and "CIDEr" in report["figures"]
-    assert "METEOR left out: its Java program failed: out of memory." in (tmp_path / "o.report.md").read_text()
+    assert "METEOR skipped: its Java program failed: out of memory." in (tmp_path / "o.report.md").read_text()

@@ -10,6 +10,8 @@ from conftest import COLORS, TINY, make_flickr8k
 from safetensors.torch import load_file
 
 from attncap import Captioner
+from attncap.cli.train import given_settings, resume_command
+from attncap.config import ModelConfig
 from attncap.data.vocabulary import Vocabulary
 
 
@@ -22,7 +24,7 @@ def test_training_learns_what_is_in_the_pictures(trained, flickr8k):
     assert figures["BLEU-1"] > 0.9
     assert (trained / "attention.png").stat().st_size > 1000
     settings = json.loads((trained / "settings.json").read_text())
-    assert settings["settings"]["epochs"] == 15 and settings["versions"]["torch"] == torch.__version__
+    assert settings["settings"]["run"]["epochs"] == 15 and settings["versions"]["torch"] == torch.__version__
     # Right colours in pictures it never saw, and the native and the plain path say the same.
     results = json.loads((trained / "results.json").read_text())
     paths = [flickr8k / "Images" / result["image_id"] for result in results]
@@ -43,20 +45,20 @@ def test_resume_continues_as_if_never_stopped(attncap, flickr8k, tmp_path):
     script = (
         "import os, runpy, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
-        "import attncap.evaluate\n"
-        "evaluate, calls = attncap.evaluate.evaluate, []\n"
+        "import attncap.evaluation\n"
+        "evaluate, calls = attncap.evaluation.evaluate, []\n"
         "def interrupted(*arguments, **options):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGINT)\n"
         "    return evaluate(*arguments, **options)\n"
-        "attncap.evaluate.evaluate = interrupted\n"
+        "attncap.evaluation.evaluate = interrupted\n"
         "sys.argv = ['train', *sys.argv[1:]]\n"
         "runpy.run_module('attncap.train', run_name='__main__')\n"
     )
     command = [sys.executable, "-c", script, *arguments, 4, "--output", tmp_path / "parts"]
     stopped = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert stopped.returncode == 130 and "Traceback" not in stopped.stderr
-    assert "stopped; go on with: python -m attncap.train" in stopped.stderr
+    assert "stopped; continue with: python -m attncap.train" in stopped.stderr
     assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 2
     Captioner.from_pretrained(tmp_path / "parts")  # usable as it is
     assert attncap("train", *arguments, 4, "--output", tmp_path / "parts", "--resume")[0] == 0
@@ -80,7 +82,7 @@ def test_ctrl_c_in_the_first_epoch_leaves_a_model(attncap, flickr8k, tmp_path, m
     Captioner.from_pretrained(tmp_path / "run")
     # And --resume does go on, after the step; settings other than the number of epochs must be the same.
     status, _, err = attncap("train", *arguments, "--resume", "--hidden-size", 48, "--seed", 3)
-    assert status == 2 and "--hidden-size 48 (was 32)" in err and "--seed 3 (was 0)" in err
+    assert status == 2 and "model.hidden_size=48 (was 32)" in err and "run.seed=3 (was 0)" in err
     assert attncap("train", *arguments, "--resume")[0] == 0
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -112,18 +114,17 @@ def test_ctrl_c_at_any_moment(attncap, flickr8k, tmp_path):
     assert len((run / "metrics.jsonl").read_text().splitlines()) == done + 1
 
 
-def test_resume_of_a_run_from_before_some_settings(attncap, flickr8k, tmp_path):
+def test_resume_of_a_run_that_older_settings_describe(attncap, flickr8k, tmp_path):
     arguments = ["--data", flickr8k, *TINY, "--output", tmp_path]
     assert attncap("train", *arguments, "--epochs", 1)[0] == 0
     path = tmp_path / "settings.json"
     content = json.loads(path.read_text())
-    search = content["settings"].pop("search")
-    content["settings"] |= {"beam_size": search["beam_size"], "max_length": search["max_length"]}
-    del content["settings"]["suppressed"]
+    del content["settings"]["search"]["temperature"]
+    content["settings"]["search"].pop("prefix")
     path.write_text(json.dumps(content))
     assert attncap("train", *arguments, "--epochs", 2, "--resume")[0] == 0
     status, _, err = attncap("train", *arguments, "--epochs", 3, "--resume", "--temperature", 2.0)
-    assert status == 2 and "--temperature 2.0 (was None)" in err
+    assert status == 2 and "search.temperature=2.0 (was 1.0)" in err
 
 
 def test_broken_images_are_reported_once_and_left_out(attncap, tmp_path):
@@ -140,7 +141,7 @@ def test_broken_images_are_reported_once_and_left_out(attncap, tmp_path):
 def test_a_run_is_not_overwritten(attncap, trained, flickr8k):
     before = (trained / "model.safetensors").read_bytes()
     status, _, err = attncap("train", "--data", flickr8k, "--output", trained, *TINY)
-    assert status == 2 and "holds a run already; go on with --resume" in err
+    assert status == 2 and "already contains a run; resume it, or choose another output folder" in err
     assert (trained / "model.safetensors").read_bytes() == before
 
 
@@ -174,13 +175,13 @@ def test_a_damaged_checkpoint(attncap, flickr8k, tmp_path):
     content = (tmp_path / "checkpoint.pt").read_bytes()
     (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) // 2])
     status, _, err = attncap("train", *arguments, "--resume")
-    assert status == 1 and "checkpoint.pt: cannot go on from it" in err and "Traceback" not in err
+    assert status == 1 and "checkpoint.pt: cannot continue from it" in err and "Traceback" not in err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(attncap, flickr8k, tmp_path):
     arguments = ["--data", flickr8k, "--output", tmp_path / "run", *TINY, "--learning-rate", 1e30, "--clip-norm", 1e30]
     status, _, err = attncap("train", *arguments)
-    assert status == 1 and "try a new run with a lower --learning-rate" in err and "Traceback" not in err
+    assert status == 1 and "try a new run with a lower learning rate" in err and "Traceback" not in err
 
 
 def test_subwords_and_another_runs_vocabulary(attncap, flickr8k, trained, tmp_path):
@@ -202,13 +203,13 @@ def test_subwords_and_another_runs_vocabulary(attncap, flickr8k, trained, tmp_pa
     status, out, _ = attncap(
         *short, "--vocabulary", tmp_path / "pieces/vocabulary.json", "--output", tmp_path / "again"
     )
-    assert status == 0 and "pieces/vocabulary.json: knows 100.00% of the running words" in out
+    assert status == 0 and "pieces/vocabulary.json: covers 100.00% of the words" in out
     again = (tmp_path / "again/vocabulary.json").read_text()
     assert again == (tmp_path / "pieces/vocabulary.json").read_text()
     wordmap = tmp_path / "WORDMAP.json"
     wordmap.write_text('{"picture": 1, "zebra": 2, "a": 3, "<unk>": 4, "<start>": 5, "<end>": 6, "<pad>": 0}')
     status, out, _ = attncap(*short, "--vocabulary", wordmap, "--output", tmp_path / "mapped")
-    assert status == 0 and "WORDMAP.json: knows 57.14% of the running words" in out  # all but a colour and `all`
+    assert status == 0 and "WORDMAP.json: covers 57.14% of the words" in out  # all but a colour and `all`
     assert Vocabulary.load(tmp_path / "mapped/vocabulary.json").words[4:] == ["picture", "zebra", "a"]
 
 
@@ -217,9 +218,13 @@ def test_wrong_vocabularies(attncap, flickr8k, trained, tmp_path):
     for arguments, status, message in (
         (["--vocabulary", tmp_path / "no.json"], 2, "no.json: no such file"),
         (["--vocabulary", trained / "config.json"], 1, 'field "words" should be a list of words'),
-        (["--vocabulary", tmp_path / "foreign.json"], 1, "foreign.json: has no word of the training captions"),
+        (
+            ["--vocabulary", tmp_path / "foreign.json"],
+            1,
+            "foreign.json: contains none of the words of the training captions",
+        ),
         (["--vocabulary", trained / "vocabulary.json", "--subwords", 9], 2, "give one of the two"),
-        (["--subwords", -1], 2, "--subwords -1: must be at least 0"),
+        (["--subwords", -1], 2, "subwords=-1: must be at least 0"),
         (["--suppressed", "<unk> zebra"], 2, "'zebra' cannot be suppressed"),
     ):
         found, _, err = attncap("train", "--data", flickr8k, *TINY, *arguments, "--output", tmp_path / "run")
@@ -228,36 +233,38 @@ def test_wrong_vocabularies(attncap, flickr8k, trained, tmp_path):
 
 
 def test_flags_that_contradict_the_model_to_start_from(attncap, flickr8k, trained, tmp_path):
-    """Only those that were given do, also where they are the recipe's own; and one error tells all."""
+    """Only flags that are given can, even if they only repeat the recipe; one error names them all."""
     start = ["train", "--data", flickr8k, "--device", "cpu", "--start-from", trained, "--output", tmp_path / "run"]
-    contradictions = {
-        "--hidden-size 512": "(it has 32)",  # the recipe's
-        "--encoder=vgg16": "(it has resnet18)",
-        "--encoder_layer layer2": "(it has layer1)",
-        "--dropout 0.25": "(it has 0.0)",
-        "--encoder-weights default": "(it has its own)",
-        "--min-count 3 --subwords 25": "(gives 29 words, others than the 10 that it has)",
-    }
-    flags = " ".join(contradictions).split()
-    status, _, err = attncap(*start, *flags, "--attention-size", 16)
-    told = ", ".join(f"{flag.replace('=', ' ')} {has}" for flag, has in contradictions.items())
-    expected = f"--start-from {trained}: the model there is another: {told}; leave these flags out"
+    flags = "--encoder=vgg16 --encoder_layer layer2 --hidden-size 512 --dropout 0.25 --encoder-weights default "
+    flags += "--min-count 3 --subwords 25 --attention-size 16"  # 512 is the recipe's; 16 is the model's
+    status, _, err = attncap(*start, *flags.split())
+    differences = ", ".join(
+        [
+            "encoder=vgg16 (it has resnet18)",
+            "encoder_layer=layer2 (it has layer1)",
+            "hidden_size=512 (it has 32)",
+            "dropout=0.25 (it has 0.0)",
+            "encoder.weights=default (it has its own)",
+            "min_count=3, subwords=25 (gives 29 words; it has 10 other ones)",
+        ]
+    )
+    expected = f"{trained}: the model to start from differs from the settings: {differences}; leave these settings out"
     assert status == 2 and err.splitlines()[-1] == f"attncap: error: {expected}"
     (tmp_path / "words.json").write_text(json.dumps({"words": [*Vocabulary.SPECIALS, *"abcdef", "picture"]}))
     status, _, err = attncap(*start, "--vocabulary", tmp_path / "words.json")
-    assert status == 2 and f"--vocabulary {tmp_path / 'words.json'} (gives 11 words, others than the" in err
+    assert status == 2 and f"vocabulary={tmp_path / 'words.json'} (gives 11 words; it has 10 other ones)" in err
     assert not (tmp_path / "run").exists()
 
 
 def test_flags_that_agree_with_the_model_to_start_from(attncap, flickr8k, trained, tmp_path):
-    """And others that the recipe alone has, of 512 units and ResNet-50, are not the user's."""
+    """The recipe has other values, 512 units and ResNet-50, which the user did not ask for."""
     arguments = ["train", "--data", flickr8k, "--start-from", trained, "--output", tmp_path / "run"]
     arguments += "--device cpu --fine-tune-from none --epochs 1 --encoder resnet18 --hidden-size=32".split()
     arguments += ["--encoder-weights", "none", "--min-count", 1, "--vocabulary", trained / "vocabulary.json"]
     assert attncap(*arguments)[0] == 0
     settings = json.loads((tmp_path / "run/settings.json").read_text())["settings"]["model"]
-    assert settings == json.loads((trained / "config.json").read_text())
-    # A run that began with flags that were not looked at goes on.
+    assert ModelConfig(**settings) == ModelConfig.load(trained / "config.json")
+    # The model is not compared with the flags again when the run is resumed.
     assert attncap(*arguments, "--resume", "--epochs", 2, "--attention-size", 48)[0] == 0
 
 
@@ -269,3 +276,28 @@ def test_a_model_that_no_epoch_betters_is_kept(attncap, flickr8k, trained, tmp_p
     assert (before["epoch"], after["epoch"]) == (0, 1) and after["CIDEr"] < before["CIDEr"]
     start, kept = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "run"))
     assert all(value.equal(kept[name]) for name, value in start.items())
+
+
+def test_settings_that_flags_name():
+    arguments = "--data encoder --encoder=vgg16 --encoder_weights none --learning-rate 1 --objective scst --resume -h"
+    assert given_settings(arguments.split()) == {
+        "data.path",
+        "model.encoder",
+        "encoder.weights",
+        "optimizer.learning_rate",
+        "objective.name",
+        "run.resume",
+    }
+
+
+def test_the_command_that_resumes_a_run():
+    arguments = ["--data", "my photos", "--epochs", "3"]
+    expected = "--data 'my photos' --epochs 3 --resume"
+    assert resume_command("attncap train", arguments, {}) == f"attncap train {expected}"
+    assert resume_command("attncap train", [*arguments, "--resume"], {}) == f"attncap train {expected}"
+    processes = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    launched = f"-m attncap.train {expected}"
+    assert resume_command("attncap train", arguments, processes) == f"torchrun --nproc-per-node 4 {launched}"
+    processes["WORLD_SIZE"] = "8"
+    command = resume_command("attncap train", arguments, processes)
+    assert command == f"torchrun --nnodes 2 --nproc-per-node 4 ... {launched}"

@@ -1,0 +1,42 @@
+"""From examples to captions."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from attncap.captioner import Caption, Captioner, Ensemble
+from attncap.data import CaptionedImage, report_skipped
+from attncap.data.feature_cache import FeatureCache
+from attncap.data.loader import Pictures, batches
+from attncap.search.config import SearchConfig
+
+
+def caption_examples(
+    model: Captioner | Ensemble,
+    examples: Sequence[CaptionedImage],
+    search: SearchConfig | None = None,
+    *,
+    batch_size: int = 32,
+    workers: int = 0,
+    features: FeatureCache | None = None,
+    progress: Callable[[int], object] | None = None,
+    skipped_seen: set[tuple[str, str]] | None = None,
+) -> Iterator[tuple[CaptionedImage, list[Caption]]]:
+    """Each example with its captions, best first, `search.n_best` of them, in the order of `examples`. Images that
+    cannot be read are reported and left out.
+
+    Args:
+        search: the default settings if None.
+        batch_size: images that go through the model together.
+        workers: processes that read images; 0 reads them in this process.
+        features: the examples' features, which saves encoding the images.
+        progress: called after each batch with the number of examples in it.
+        skipped_seen: what was reported already, see `report_skipped`.
+    """
+    search = search or SearchConfig()
+    pictures = Pictures(examples, model.config.image_size) if features is None else features
+    for indices, batch, skipped in batches(pictures, batch_size, workers):
+        report_skipped(skipped, skipped_seen)
+        if batch is not None:
+            captions = model.caption_batch(batch, search)
+            yield from ((examples[i], found) for i, found in zip(indices, captions, strict=True))
+        if progress is not None:
+            progress(len(indices) + len(skipped))

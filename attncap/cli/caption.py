@@ -1,0 +1,99 @@
+"""Write a caption for every image.
+
+attncap caption photo.jpg folder/ --model runs/shapes
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from attncap.cli import command
+from attncap.data import Example, report_skipped
+from attncap.data.images import find_images
+from attncap.data.readers import coco
+from attncap.errors import CallError, UserError
+
+
+@dataclass(kw_only=True)
+class CaptionConfig(command.CaptioningConfig):
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Image files, and folders that are searched for images.
+    COCO's JSON files, e.g. image_info_test2017.json, stand for their images, which are then named by their ids."""
+    model: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """Folder of a trained model, as `attncap train` writes it.
+    Several (--model A --model B) are an ensemble: the probabilities of the words are averaged."""
+    format: Literal["text", "jsonl"] = "text"
+    """Print `path: caption`, or one JSON object per line.
+    With --n-best, the captions of an image are printed best first."""
+    attention_dir: str | None = None
+    """Folder for a picture of each caption: its words, each with the places the model attended to."""
+
+
+def run(prog: str, arguments: Sequence[str]) -> None:
+    command.run(main, CaptionConfig, __doc__, prog, arguments)
+
+
+def main(config: CaptionConfig) -> None:
+    if not config.model:
+        raise CallError("give --model, the folder of a trained model")
+    examples = find_examples(config.images)
+    if not examples:
+        raise CallError(f"no images in {', '.join(config.images)}; give image files, or folders that contain some")
+
+    from tqdm import tqdm
+
+    from attncap.captioner import Captioner, Ensemble
+    from attncap.captioning import caption_examples
+    from attncap.devices import find_device, find_workers
+    from attncap.pictures import save_attention
+
+    device = find_device(config.device)
+    models = [Captioner.from_pretrained(folder, device=device, backend=config.backend) for folder in config.model]
+    model = models[0] if len(models) == 1 else Ensemble(models)
+    written = 0
+    with tqdm(total=len(examples), desc="captioning", unit="image", leave=False) as bar:
+        captioned = caption_examples(
+            model,
+            examples,
+            config.search,
+            batch_size=config.batch_size,
+            workers=find_workers(config.workers, device),
+            progress=bar.update,
+        )
+        with contextlib.closing(captioned):
+            for example, captions in captioned:
+                for caption in captions:
+                    if config.format == "text":
+                        tqdm.write(f"{example.name}: {caption.text}")
+                    else:
+                        score = caption.score if math.isfinite(caption.score) else None  # -inf: no word was allowed
+                        line = {"image": example.name, "caption": caption.text, "score": score}
+                        tqdm.write(json.dumps(line, ensure_ascii=False))
+                if config.attention_dir is not None:
+                    picture = Path(config.attention_dir) / f"{written:06d}-{example.path.stem}.png"
+                    save_attention(picture, [(example.image(), captions[0])])
+                written += 1
+    if not written:
+        raise UserError("none of the images could be read")
+
+
+def find_examples(paths: Sequence[str]) -> list[Example]:
+    """The images that the arguments name. Raises CallError for a path that does not exist, and UserError for a JSON
+    file that is not COCO's."""
+    examples = []
+    for path in paths:
+        if path.lower().endswith(".json"):
+            if not Path(path).is_file():
+                raise CallError(f"{path}: no such file")
+            found, missing = coco.read_images(Path(path))
+            report_skipped(missing)
+            examples += found
+        else:
+            examples += [Example(name=str(image), captions=(), path=image) for image in find_images([path])]
+    return examples

@@ -1,0 +1,81 @@
+"""Settings of a search."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from attncap.config import MAX_BEAMS, check_at_least, check_choices
+from attncap.errors import CallError
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The search: how captions are found."""
+
+    beam_size: int = 5
+    """Beams per image: partial captions followed at the same time. 1 is greedy search; at most 32."""
+    method: Literal["shrink", "fixed", "sample"] = "shrink"
+    """shrink: a finished beam is removed, and the width shrinks (Show, Attend and Tell).
+    fixed: the width stays the same, until no beam can beat the finished captions.
+    sample: every beam draws its words at random."""
+    max_length: int = 50
+    """Maximum number of steps; each adds a word or ends the caption."""
+    min_length: int = 0
+    """Minimum number of words in a caption."""
+    length_penalty: Literal["none", "average"] | float = "none"
+    """What a finished caption's score is divided by before captions are compared.
+    none: nothing. average: its length.
+    A number alpha: ((5 + length) / 6) ** alpha (Wu et al. 2016, equation 14). The length includes the end."""
+    no_repeat_ngram: int = 0
+    """No sequence of this many words occurs twice in a caption. 0: no limit."""
+    temperature: float = 1.0
+    """The logits are divided by this; for an ensemble, the logarithms of the mean probabilities."""
+    n_best: int = 1
+    """Captions per image, best first. At most the beam size."""
+    groups: int = 1
+    """Diverse beam search: groups of beams, each discouraged from the words that earlier groups chose.
+    Must divide the beam size (Vijayakumar et al. 2016)."""
+    diversity: float = 0.5
+    """Diverse beam search: subtracted from a score for each earlier group's beam that chose the same word in that step.
+    It stays in the score. The end is not counted as a word, so groups may end with the same caption."""
+    top_k: int = 0
+    """sample: draw from this many of the most likely words only. 0: from all."""
+    top_p: float = 1.0
+    """sample: draw only from the most likely words that together have this probability."""
+    sample_seed: int = 0
+    """sample: random seed. What is drawn for an image depends on the seed and the image alone."""
+    suppressed: tuple[str, ...] = ("<unk>",)
+    """Words that never occur in a caption. "" suppresses none.
+    For a subword vocabulary, pieces as they are written in vocabulary.json."""
+    prefix: str = ""
+    """Words that every caption starts with."""
+
+    def __post_init__(self) -> None:
+        """Split `suppressed` into words. Raises CallError for values that are out of range or contradict each other."""
+        parts = (self.suppressed,) if isinstance(self.suppressed, str) else self.suppressed
+        object.__setattr__(self, "suppressed", tuple(word for part in parts for word in part.split()))
+        check_choices(self)
+        if isinstance(self.length_penalty, str) and self.length_penalty not in ("none", "average"):
+            raise CallError(f"length_penalty={self.length_penalty!r}: choose none, average or a number")
+        if not 1 <= self.beam_size <= MAX_BEAMS:
+            raise CallError(f"beam_size={self.beam_size}: must be from 1 to {MAX_BEAMS}")
+        if not 0 <= self.min_length < self.max_length:
+            raise CallError(f"min_length={self.min_length}: must be below max_length={self.max_length}, and at least 0")
+        if not 1 <= self.n_best <= self.beam_size:
+            raise CallError(f"n_best={self.n_best}: must be from 1 to beam_size={self.beam_size}")
+        if self.groups < 1 or self.beam_size % self.groups:
+            raise CallError(f"groups={self.groups}: must divide beam_size={self.beam_size}")
+        if self.groups > 1 and self.method == "sample":
+            raise CallError(f"groups={self.groups}: method='sample' has no groups; leave out one of the two")
+        if isinstance(self.length_penalty, float | int) and not 0 <= self.length_penalty <= 10:
+            raise CallError(f"length_penalty={self.length_penalty}: must be from 0 to 10")
+        if not 1e-3 <= self.temperature <= 1e3:
+            raise CallError(f"temperature={self.temperature}: must be from 0.001 to 1000")
+        if not 0 < self.top_p <= 1:
+            raise CallError(f"top_p={self.top_p}: must be above 0 and at most 1")
+        check_at_least(self, 0, "no_repeat_ngram", "diversity", "top_k", "sample_seed")
+
+    def divisor(self, length: int) -> float:
+        """What the score of a caption of `length` words, including the end, is divided by."""
+        if self.length_penalty == "none":
+            return 1.0
+        return float(length) if self.length_penalty == "average" else ((5 + length) / 6) ** self.length_penalty

@@ -1,0 +1,153 @@
+"""A whole run: from the settings to the data, the vocabulary, the model and the trainer, and at the end the test."""
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from attncap.captioner import Captioner
+from attncap.data import Splits, open_dataset
+from attncap.data.vocabulary import Vocabulary
+from attncap.devices import find_workers
+from attncap.errors import CallError, UserError
+from attncap.evaluation import evaluate, results, summary
+from attncap.files import remove_temporary, write_atomically
+from attncap.pictures import save_attention
+from attncap.report import as_text
+from attncap.training import checkpoint, distributed
+from attncap.training.config import TrainConfig
+from attncap.training.trainer import Trainer
+from attncap.versions import versions
+
+
+def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()) -> None:
+    """Train a model as the settings say, and write it with its log to `config.run.output`. Where several processes
+    share a run, each calls this, inside `distributed.process_group`.
+
+    Args:
+        config: all settings.
+        device: this process's.
+        given: settings that the caller chose, e.g. "model.hidden_size", in contrast to those of a recipe: only these
+            can contradict the model that `start_from` names.
+
+    Raises Stopped after Ctrl-C and SIGTERM, when the state of the run is written, CallError and UserError.
+    """
+    output = Path(config.run.output or Path("runs") / Path(config.data.path).resolve().stem)
+    start, asked = None, config
+    if config.run.start_from:
+        start = Captioner.from_pretrained(config.run.start_from, backend=config.run.backend)
+        config = dataclasses.replace(config, model=start.config)
+    if distributed.is_main():
+        check_output(config, output)
+    with distributed.log_on_main_only():
+        splits = open_dataset(config.data.path, config.run.seed)
+    for split, examples in splits.items():
+        if not examples:
+            raise UserError(f"{config.data.path}: no images for the {split} split; at least three images are needed")
+    captions = [caption for example in splits["train"] for caption in example.captions]
+    if start and not config.run.resume:
+        check_start(asked, start, given, captions)
+    vocabulary = start.vocabulary if start else find_vocabulary(config, captions)
+    vocabulary.suppress(config.search.suppressed)  # a word that does not exist is an error now, not after an epoch
+    torch.manual_seed(config.run.seed)
+    # The weights of a resumed run come from its checkpoint.
+    weights = "none" if config.run.resume else config.encoder.weights
+    model = (start or Captioner(config.model, vocabulary, weights, config.run.backend)).to(device)
+    trainer = Trainer(config, model, splits, output)
+    if config.run.resume:
+        trainer.load_checkpoint()
+    if config.data.cache_features:
+        trainer.cache_features()
+    if not config.run.resume and distributed.is_main():
+        settings = {"settings": dataclasses.asdict(config), "versions": versions()}
+        write_atomically(output / "settings.json", json.dumps(settings, indent=2) + "\n")
+        trainer.save_checkpoint()
+    if distributed.is_main():
+        sizes = ", ".join(f"{len(examples)} {split}" for split, examples in splits.items())
+        where = f"{device}, {distributed.size()} processes" if distributed.size() > 1 else device
+        print(f"{config.data.path}: {sizes} images, {len(model.vocabulary)} words; {where}; writing to {output}")
+    with trainer.signals:
+        trainer.fit()
+        if distributed.is_main():
+            with trainer.signals.raising():
+                test(config, splits, captions, output, device)
+
+
+def check_output(config: TrainConfig, output: Path) -> None:
+    """Raises CallError unless the folder has no run yet, or, to resume it, one with the same settings. Removes files
+    that a killed process left half written."""
+    if config.run.resume:
+        checkpoint.check_settings(config, output)
+    elif any((output / name).exists() for name in (checkpoint.NAME, "model.safetensors")):
+        raise CallError(f"{output} already contains a run; resume it, or choose another output folder")
+    remove_temporary(output)
+
+
+def check_start(config: TrainConfig, start: Captioner, given: Collection[str], captions: Sequence[str]) -> None:
+    """Raises CallError where settings that were given ask for another model than the one that `start_from` names."""
+    differences = []
+    for setting in dataclasses.fields(config.model):
+        value, has = getattr(config.model, setting.name), getattr(start.config, setting.name)
+        if f"model.{setting.name}" in given and value != has:
+            differences.append(f"{setting.name}={value} (it has {has})")
+    if "encoder.weights" in given and config.encoder.weights != "none":
+        differences.append(f"encoder.weights={config.encoder.weights} (it has its own)")
+    if words := [name for name in ("min_count", "vocabulary", "subwords") if f"data.{name}" in given]:
+        vocabulary, of_start = find_vocabulary(config, captions), start.vocabulary
+        if (vocabulary.words, vocabulary.merges) != (of_start.words, of_start.merges):
+            values = ", ".join(f"{name}={getattr(config.data, name)}" for name in words)
+            differences.append(f"{values} (gives {len(vocabulary)} words; it has {len(of_start)} other ones)")
+    if differences:
+        raise CallError(
+            f"{config.run.start_from}: the model to start from differs from the settings: {', '.join(differences)}; "
+            "leave these settings out"
+        )
+
+
+def find_vocabulary(config: TrainConfig, captions: Sequence[str]) -> Vocabulary:
+    """The vocabulary of the file that the settings name, or else one built from the training captions. Raises CallError
+    and UserError."""
+    path = config.data.vocabulary
+    if path is None:
+        return Vocabulary.build(captions, config.data.min_count, config.data.subwords)
+    if not Path(path).is_file():
+        raise CallError(f"{path}: no such file, for the vocabulary")
+    vocabulary = Vocabulary.load(path)
+    ids = Counter(i for caption in captions for i in vocabulary.encode(caption, sys.maxsize)[1:-1])
+    if ids.total() == ids[Vocabulary.UNK]:
+        raise UserError(f"{path}: contains none of the words of the training captions")
+    known = 1 - ids[Vocabulary.UNK] / ids.total()
+    if distributed.is_main():
+        print(f"{path}: covers {known:.2%} of the words in the training captions")
+    return vocabulary
+
+
+def test(config: TrainConfig, splits: Splits, training: Sequence[str], output: Path, device: torch.device) -> None:
+    """Caption the test images with the best model. Writes the metrics, the captions, and a picture of the attention.
+    `training` are the training captions, which the report compares the model's with."""
+    model = Captioner.from_pretrained(output, device=device, backend=config.run.backend)
+    with tqdm(total=len(splits["test"]), desc="captioning", unit="image", leave=False) as bar:
+        scores, captions = evaluate(
+            model,
+            splits["test"],
+            config.search,
+            batch_size=config.data.batch_size,
+            workers=find_workers(config.run.workers, device),
+            progress=bar.update,
+        )
+    write_atomically(output / "test.json", json.dumps(scores.corpus(), indent=2) + "\n")
+    write_atomically(output / "results.json", json.dumps(results(captions), indent=1) + "\n")
+    report = summary(scores, captions, model.vocabulary, training)
+    print(f"test split, beam size {config.search.beam_size}\n{as_text(report)}")
+    names = list(captions)[:4]
+    images = [example.image() for example in splits["test"] if example.name in names]
+    shown = model.caption(images, dataclasses.replace(config.search, n_best=1))
+    for name, caption in zip(names, shown, strict=True):
+        print(f"{name}: {caption.text}")
+    save_attention(output / "attention.png", list(zip(images, shown, strict=True)))
+    print(f"where the model attended: {output / 'attention.png'}")
