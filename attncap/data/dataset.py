@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image
 
@@ -17,13 +17,13 @@ from attncap.data.images import open_image
 if TYPE_CHECKING:
     from attncap.data.shapes import Scene
 
-MAX_WARNINGS = 10  # for one reason, in one call of `report_skipped`
+MAX_WARNINGS = 10  # with the same reason, in one call of `report_skipped`
 
 log = logging.getLogger("attncap")
 
 
 class CaptionedImage(Protocol):
-    """An image of a data set and its captions. Anything with these five members can be trained on and scored."""
+    """An image of a data set and its captions. Anything with these members can be trained on, captioned and scored."""
 
     @property
     def name(self) -> str:
@@ -31,11 +31,11 @@ class CaptionedImage(Protocol):
 
     @property
     def captions(self) -> Sequence[str]:
-        """None for an image that is only to be captioned."""
+        """Empty for an image that is only to be captioned."""
 
     @property
     def scene(self) -> Scene | None:
-        """What the image shows, where that is known exactly: for `shapes`. None for photographs."""
+        """The objects in the image, where a data set knows them exactly, as `shapes` does; None for photographs."""
 
     def image(self) -> Image.Image:
         """RGB and upright. Raises ImageError where the image cannot be read."""
@@ -69,15 +69,16 @@ class Example:
         return json.dumps([path, status.st_size, status.st_mtime_ns])
 
 
-class Skipped(NamedTuple):
+@dataclass(frozen=True)
+class Skipped:
     """An item that was left out."""
 
-    index: int | None  # in the sequence that was being read; None for what never became part of one
+    index: int | None  # of an image in its data set; None for what was left out when the data set was read
     name: str  # the file, or a short description: "line 3 of captions.txt"
     reason: str
 
 
-Splits = dict[str, Sequence[CaptionedImage]]
+Splits = Mapping[str, Sequence[CaptionedImage]]
 """The images under "train", "val" and "test"."""
 
 
@@ -116,5 +117,5 @@ def first_of(names: Sequence[object]) -> str:
 
 
 def one_line(name: object) -> str:
-    """Names come from files and may hold anything."""
+    """Names come from files and may contain anything."""
     return " ".join(str(name).split())[:300]

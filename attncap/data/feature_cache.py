@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -83,7 +84,7 @@ class FeatureCache(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Tensor | Skipped]:
         location = self.locations[index]
         if isinstance(location, Skipped):
-            return index, location._replace(index=index)
+            return index, replace(location, index=index)
         path, row = location
         return index, self.features[path][row]
 
@@ -147,7 +148,7 @@ def _find(folder: Path) -> dict[str, tuple[Path, int]]:
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > 3600:
                 path.unlink()
-    locations = {}
+    locations: dict[str, tuple[Path, int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:

@@ -41,7 +41,8 @@ def open_image(source: str | os.PathLike | bytes | BinaryIO | Image.Image | np.n
     Raises ImageError, one line with the file and the reason, when the file is missing, empty, cut short, not an image,
     or larger than Pillow's MAX_IMAGE_PIXELS; CallError for anything else that is given as an image.
 
-    Threads may call this at once: it changes nothing global. So Pillow's warnings about odd metadata are not silenced.
+    Several threads may call this at once: it changes no global state. So it does not silence Pillow's warnings about
+    odd metadata either.
     """
     if isinstance(source, np.ndarray):
         return to_rgb(_from_array(source))

@@ -1,4 +1,4 @@
-"""From examples to batches of tensors."""
+"""From images of a data set to batches of tensors."""
 
 import ctypes
 import multiprocessing

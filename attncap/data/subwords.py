@@ -24,7 +24,7 @@ def learn(counts: Mapping[str, int], pieces: int, min_count: int) -> tuple[list[
     `tokenizers`.
     """
     library = _library()
-    letters = Counter()
+    letters: Counter[str] = Counter()
     for word, count in counts.items():
         for letter in _utf8(MARK + word):
             letters[letter] += count

@@ -151,4 +151,4 @@ class Vocabulary:
         if len(set(ids.values())) != len(ids):
             [(number, count)] = Counter(ids.values()).most_common(1)
             raise UserError(f"{path}: {count} words have the id {number}; make the WORDMAP again")
-        return [*cls.SPECIALS, *sorted(ids.keys() - set(cls.SPECIALS), key=ids.get)]
+        return [*cls.SPECIALS, *sorted(ids.keys() - set(cls.SPECIALS), key=lambda word: ids[word])]

@@ -1,11 +1,16 @@
 import json
 import logging
 import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from attncap.data import Skipped, open_dataset, read_dataset, report_skipped
+from attncap import errors
+from attncap.data import Example, Skipped, open_dataset, read_dataset, report_skipped
 from attncap.data.dataset import MAX_WARNINGS
 from attncap.data.readers import coco
 from attncap.data.readers.splits import draw_splits
@@ -223,6 +228,35 @@ def test_flickr8k_empty_captions_are_reported(flickr8k, caplog):
     assert caplog.messages == [f"skipped: {line}: the caption is empty" for line in lines]
 
 
+def test_identity_changes_with_the_file(tmp_path):
+    example = Example("1", (), tmp_path / "1.jpg")
+    missing = example.identity()
+    photograph(example.path)
+    before = example.identity()
+    example.path.write_bytes(b"other")
+    assert len({missing, before, example.identity(), Example("2", (), tmp_path / "2.jpg").identity()}) == 4
+    assert Example("1", ("a dog",), tmp_path / "." / "1.jpg").identity() == example.identity()
+    assert example.scene is None and Example("1", (), Path("\0")).identity()
+
+
+def test_data_sets_are_read_without_torch_and_images_without_torchvision(flickr8k):
+    """In a new process. The package itself is replaced by an empty one, so that only attncap.data is tested."""
+    script = (
+        "import sys, types\n"
+        "package = types.ModuleType('attncap')\n"
+        "package.__path__ = [sys.argv[1]]\n"
+        "sys.modules['attncap'] = package\n"
+        "from attncap.data import read_dataset, vocabulary, feature_size\n"
+        "example = read_dataset(sys.argv[2], 0).splits['train'][0]\n"
+        "example.image(), example.identity()\n"
+        "assert not {'torch', 'torchvision', 'pycocotools'} & sys.modules.keys()\n"
+        "from attncap.data.loader import Pictures\n"
+        "assert Pictures([example], 8)[0][1].shape == (3, 8, 8) and 'torchvision' not in sys.modules\n"
+    )
+    package = Path(errors.__file__).parent
+    subprocess.run([sys.executable, "-c", script, package, flickr8k], check=True)
+
+
 def test_what_is_skipped_is_reported_once_and_many_share_a_line(caplog):
     missing = [Skipped(None, f"{i}.jpg", "the file does not exist") for i in range(MAX_WARNINGS + 1)]
     report_skipped([*missing, Skipped(3, "a\nb.jpg", "the file is empty")])
@@ -233,7 +267,7 @@ def test_what_is_skipped_is_reported_once_and_many_share_a_line(caplog):
     caplog.clear()
     seen = set()
     for epoch in range(2):
-        report_skipped([item._replace(index=epoch) for item in missing[:2]], seen)
+        report_skipped([replace(item, index=epoch) for item in missing[:2]], seen)
     assert caplog.messages == [f"skipped: {i}.jpg: the file does not exist" for i in range(2)]
 
 

@@ -85,7 +85,7 @@ def test_shapes(describe):
 
 
 def content(splits, root):
-    """What examples hold, but for their names."""
+    """The examples without their names."""
     return {
         split: [(e.path.resolve().relative_to(root), e.captions) for e in examples]
         for split, examples in splits.items()

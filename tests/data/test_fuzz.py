@@ -30,7 +30,7 @@ FUZZ = settings(
 
 @pytest.fixture(params=SAMPLES)
 def sample(request, tmp_path):
-    """A file of captions beside the images it names, and what it holds."""
+    """A file of captions beside the images it names, and the file's content."""
     if SAMPLES[request.param] is None:
         folder = request.param.split("_")[-1].removesuffix(".json")
         path = write_coco(tmp_path, folder, range(3)).rename(tmp_path / request.param)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_datasets import failure, names, photograph, write_coco
 
-from attncap.data import open_dataset, read_dataset
+from attncap.data import Skipped, open_dataset, read_dataset
 
 
 def captions(splits):
@@ -121,7 +121,7 @@ def test_coco_images_without_captions(tmp_path):
         dataset = read_dataset(given, 0)
         assert names(dataset.splits) == {"train": [], "val": [], "test": ["0", "2"]}
         path_of_missing = str(tmp_path / "test2017" / "000000000001.jpg")
-        assert dataset.missing == [(None, path_of_missing, "the file does not exist")]
+        assert dataset.missing == [Skipped(None, path_of_missing, "the file does not exist")]
     assert failure(path) == f"{path}: has no captions; its images can be captioned: python -m attncap.caption {path}"
 
 

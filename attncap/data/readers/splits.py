@@ -38,7 +38,7 @@ def given_splits(examples: Sequence[Example], split_of: Mapping[str, str]) -> Sp
     splits: dict[str, list[Example]] = {"train": [], "val": [], "test": []}
     for example in examples:
         splits[split_of[example.name]].append(example)
-    return dict(splits)
+    return splits
 
 
 def keep_existing(

@@ -122,7 +122,7 @@ def read_table(path: Path) -> tuple[dict[str, list[str]], dict[str, str], list[S
 
 
 def _csv_rows(path: Path, text: str) -> Rows:
-    header = re.match(r"[^\r\n]*", text)[0]
+    header = re.split(r"[\r\n]", text, maxsplit=1)[0]
     delimiter = next((mark for mark in "|\t;" if mark in header), ",")
     # In Flickr30k's file quotation marks are part of the captions.
     quoting = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
@@ -189,7 +189,7 @@ def _listed_splits(
 ) -> tuple[Splits, list[Skipped]]:
     """The splits of the lists, and the names in them that have no captions."""
     by_name = {example.name: example for example in examples}
-    splits: Splits = {}
+    splits: dict[str, list[Example]] = {}
     skipped = []
     owner: dict[str, Path] = {}
     for split, source in lists.items():
