@@ -8,7 +8,7 @@ from PIL import Image
 from attncap import CallError, Captioner, UserError
 from attncap.config import ModelConfig
 from attncap.data.vocabulary import Vocabulary
-from attncap.search import SearchConfig, beam_search
+from attncap.search import SearchConfig
 
 
 @pytest.fixture(scope="module")
