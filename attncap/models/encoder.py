@@ -81,10 +81,8 @@ class Encoder(nn.Module):
         else:
             inside = [name.startswith(f"{first}.") for name in names]
             if not any(inside):
-                layers = dict.fromkeys(".".join(name.split(".")[:2]) for name in names)
-                raise CallError(
-                    f'fine_tune_from="{first}": no such layer; choose all, none or one of {", ".join(layers)}'
-                )
+                layers = ", ".join(dict.fromkeys(".".join(name.split(".")[:-1][:2]) for name in names))
+                raise CallError(f'fine_tune_from="{first}": no such layer; choose all, none or one of {layers}')
             start = inside.index(True)
         for index, parameter in enumerate(self.backbone.parameters()):
             parameter.requires_grad_(index >= start)
@@ -112,12 +110,16 @@ def _build(name: str) -> nn.Module:
     # normalisation of their own, which torchvision does inside the network.
     extra = {"init_weights": False, "transform_input": True} if name in ("googlenet", "inception_v3") else {}
     backbone = torchvision.models.get_model(name, weights=None, **extra)
+    # DenseNet applies its last ReLU, which gives the grid, as a function; MNASNet refuses weights that come without the
+    # metadata of a torch file. The same networks as plain sequences of modules do neither.
     if isinstance(backbone, torchvision.models.DenseNet):
-        # The same network, with modules for the functions of its forward: the last ReLU gives the grid.
-        functions = {"relu": nn.ReLU(inplace=True), "avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
-        modules = {"features": backbone.features, **functions, "classifier": backbone.classifier}
-        backbone = nn.Sequential(OrderedDict(modules))
-    return backbone
+        modules = {"features": backbone.features, "relu": nn.ReLU(inplace=True)}
+    elif isinstance(backbone, torchvision.models.MNASNet):
+        modules = {"layers": backbone.layers}
+    else:
+        return backbone
+    modules |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "classifier": backbone.classifier}
+    return nn.Sequential(OrderedDict(modules))
 
 
 class _Reached(Exception):
@@ -126,6 +128,13 @@ class _Reached(Exception):
     def __init__(self, output: Tensor):
         super().__init__()
         self.output = output
+
+
+class _Unused(nn.Module):
+    """In the place of a module whose output the grid does not depend on. Most of these never run."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.clone()  # what follows may work in place
 
 
 def _stop(module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -147,7 +156,7 @@ class _Call(NamedTuple):
 
 def _cut(backbone: nn.Module, name: str, layer: str | None, image_size: int) -> str:
     """End the backbone's forward, in place, at `layer` (None: the last grid before the pooling). Modules that do not
-    contribute to its output become identities; the others are registered in the order in which they run. Returns the
+    contribute to its output lose their weights; the others are registered in the order in which they run. Returns the
     name of the module whose output is the grid. Raises CallError if there is none."""
     calls: list[_Call] = []  # in the order in which they end
     started: dict[str, int] = {}  # modules, and the modules that contain them, in the order in which they start
@@ -250,7 +259,7 @@ def _prune(backbone: nn.Module, parameters: set[str], order: dict[str, int], pre
     for name, child in sorted(children, key=lambda item: order.get(prefix + item[0], len(order))):
         names = [path for path, _ in child.named_parameters(f"{prefix}{name}")]
         if names and parameters.isdisjoint(names):
-            child = nn.Identity()
+            child = _Unused()
         else:
             _prune(child, parameters, order, f"{prefix}{name}.")
         delattr(backbone, name)
@@ -300,6 +309,6 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: cannot read the weights: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(
-            f"{path}: is not a state dict (names and tensors); save one with torch.save(model.state_dict(), path)"
+            f"{path}: not a state dict of names and tensors; write it with torch.save(model.state_dict(), path)"
         )
     return state

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import make_flickr8k
 
 from attncap import Captioner, UserError
