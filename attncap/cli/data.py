@@ -71,7 +71,7 @@ def describe(dataset: Dataset) -> str:
     import numpy as np
     from tqdm import tqdm
 
-    from attncap.data.feature_cache import size_in_words
+    from attncap.data.feature_size import size_in_words
 
     splits = dataset.splits
     lengths, counts = [], Counter()

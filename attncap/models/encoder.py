@@ -20,7 +20,8 @@ from attncap.errors import CallError, UserError
 
 
 class Encoder(nn.Module):
-    """images uint8 [B,3,S,S] -> features float32 [B,P,D] of the P cells of a square grid, row by row.
+    """images uint8 [B,3,S,S] -> features [B,P,D] of the P cells of a square grid, row by row; float32, or the dtype
+    that the encoder was cast to.
 
     Args:
         name: a torchvision classification backbone (`torchvision.models.list_models`).
@@ -50,7 +51,7 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        images = (images / 255 - self.mean) / self.std
+        images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         try:
             self.backbone(images.contiguous(memory_format=torch.channels_last))
         except _Reached as reached:
