@@ -18,11 +18,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from attncap.errors import CallError, UserError
 from attncap.files import read_json, write_atomically
 
-MAX_BEAMS = 32  # of an image; the limit of csrc/beam_search_step
+MAX_BEAMS = 32  # of an image; kMaxBeams, csrc/beam_search_step/beam_search_step.h
 FORMAT_VERSION = 1  # of config.json
 MODEL_TYPE = "attention-lstm"
-
-MAX_BEAMS = 32  # of the kernels: kMaxBeams, csrc/beam_search_step/beam_search_step.h
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
-"""The versions of the packages that a result depends on, read without importing them."""
+"""The versions of the packages that a result depends on."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = (
-    "torch",
     "attncap",
     "torchvision",
     "numpy",
@@ -18,8 +17,11 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """The version of Python and of each package; "not installed" for a package that is missing."""
-    found = {"python": platform.python_version()}
+    """The version of Python and of each package; "not installed" for a package that is missing. Imports torch, whose
+    version names its build (CPU, CUDA)."""
+    import torch
+
+    found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in PACKAGES:
         try:
             found[package] = version(package)

@@ -12,8 +12,8 @@ from conftest import TINY, make_flickr8k
 from running import assert_gone, checkpoint, children, metrics, wait_for_checkpoints
 from safetensors.torch import load_file
 
-# No batch norm, which normalises by each process's share, and nothing random: only rounding can differ. Batches of 5 are
-# split 3 + 2, those of the last step 2 + 1.
+# No batch norm, which normalises by each process's share, and nothing random: only rounding can differ. Batches of 5
+# are split 3 + 2, those of the last step 2 + 1.
 SETTINGS = [
     *TINY,
     *"--encoder squeezenet1_1 --encoder-layer features.7 --image-size 64 --grid 3 --captions-per-image 1".split(),
@@ -22,7 +22,8 @@ SETTINGS = [
 ]
 
 
-DOUBLE = "import torch; torch.set_default_dtype(torch.float64)"  # so that rounding can be distinguished from other differences
+# In double precision, rounding can be distinguished from other differences.
+DOUBLE = "import torch; torch.set_default_dtype(torch.float64)"
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +92,9 @@ FAULTS = {
     "a loss that is NaN": (
         "if os.environ['RANK'] == '1':\n"
         "    whole = trainer.Trainer.prepare\n"
-        "    def spoiled(self, indices, pictures, errors):\n"
-        "        batch = whole(self, indices, pictures, errors)\n"
-        "        if '023.png' in [self.splits['train'][i].name for i in indices]: batch.pictures *= float('nan')\n"
+        "    def spoiled(self, indices, images, skipped):\n"
+        "        batch = whole(self, indices, images, skipped)\n"
+        "        if '023.png' in [self.splits['train'][i].name for i in indices]: batch.images *= float('nan')\n"
         "        return batch\n"
         "    trainer.Trainer.prepare = spoiled",
         "023.png",

@@ -220,6 +220,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def test_nothing_slow_is_imported_before_it_is_needed():
-    script = "import sys, attncap.training.run_logger; print({'matplotlib', 'tensorboard', 'tensorflow'} & sys.modules.keys())"
+    slow = {"matplotlib", "tensorboard", "tensorflow"}
+    script = f"import sys, attncap.training.run_logger; print({slow} & sys.modules.keys())"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout == "set()\n"

@@ -172,7 +172,7 @@ def test_a_loss_that_is_nan_names_the_images(server, data, tmp_path):
         "    if self.step == 2:\n"
         "        names = [self.splits['train'][i].name for i in batches[1].indices]\n"
         "        open(sys.argv[-1] + '/names', 'w').write(', '.join(names))\n"
-        "        batches[1].pictures = batches[1].pictures.float() * float('nan')\n"
+        "        batches[1].images = batches[1].images.float() * float('nan')\n"
         "    step(self, losses, batches)\n"
         "trainer.Trainer.train_step = noted\n" + EACH_STEP
     )
@@ -185,8 +185,8 @@ def test_a_loss_that_is_nan_names_the_images(server, data, tmp_path):
 
 
 def test_self_critical_training_from_a_trained_model(server, data, whole, tmp_path):
-    """Under autocast, interrupted and resumed like any other run. Scheduled sampling has no effect: the model is fed what
-    it has sampled."""
+    """Under autocast, interrupted and resumed like any other run. Scheduled sampling has no effect: the model is fed
+    what it has sampled."""
     arguments = ["--data", data, *SETTINGS, "--objective", "scst", "--start-from", whole]
     arguments += ["--samples", 3, "--precision", "bfloat16", "--epochs", 2, "--output"]
     status, text = run(server, tmp_path, [*arguments, tmp_path / "one", "--scheduled-sampling", 0])
