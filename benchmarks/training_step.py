@@ -80,7 +80,8 @@ def tutorial(decoder: LSTMDecoder, features: Tensor, tokens: Tensor) -> Tensor:
     alphas = features.new_zeros(len(tokens), max(lengths), features.shape[1])
     for t in range(max(lengths)):
         rows = sum(length > t for length in lengths)
-        hidden = torch.relu(decoder.attention.key(features[:rows]) + decoder.attention.query(h[:rows]).unsqueeze(1))  # [N,P,A]
+        query = decoder.attention.query(h[:rows]).unsqueeze(1)
+        hidden = torch.relu(decoder.attention.key(features[:rows]) + query)  # [N,P,A]
         weights = F.linear(hidden, decoder.attention.score_weight.unsqueeze(0)).squeeze(2).softmax(dim=1)
         context = (features[:rows] * weights.unsqueeze(2)).sum(dim=1)
         context = torch.sigmoid(decoder.attention.gate(h[:rows])) * context

@@ -37,8 +37,10 @@ def test_every_kind_of_image_gives_the_same(model, flickr8k):
     path = flickr8k / "Images" / "001.png"
     image = Image.open(path)
     resized = np.array(image.resize((32, 32), Image.Resampling.BILINEAR))
-    sources = [path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), path.open("rb"), image, np.array(image)]
-    captions = [model.caption(source) for source in sources] + model.caption(torch.from_numpy(resized).permute(2, 0, 1)[None])
+    content = path.read_bytes()
+    sources = [path, str(path), content, io.BytesIO(content), path.open("rb"), image, np.array(image)]
+    captions = [model.caption(source) for source in sources]
+    captions += model.caption(torch.from_numpy(resized).permute(2, 0, 1)[None])
     assert {caption.text for caption in captions} == {captions[0].text} and "green" in captions[0].text
     assert model.caption([]) == [] and model.caption(torch.empty(0, 3, 32, 32, dtype=torch.uint8)) == []
 
@@ -120,7 +122,8 @@ def test_errors_in_their_place(model, flickr8k, tmp_path):
 
 def test_features(model, flickr8k):
     paths = paths_of(flickr8k, 3)
-    pixels = torch.stack([torch.from_numpy(np.array(Image.open(p).resize((32, 32), 2))).permute(2, 0, 1) for p in paths])
+    arrays = [np.array(Image.open(path).resize((32, 32), Image.Resampling.BILINEAR)) for path in paths]
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
     with torch.no_grad():
         features = model.encoder(pixels)
     for settings in (dict(), dict(n_best=2), dict(method="sample")):
@@ -287,7 +290,8 @@ def decoder_parameters():
 @pytest.fixture(scope="module")
 def random_model():
     torch.manual_seed(0)
-    config = ModelConfig("resnet18", "layer1", 32, attention_size=8, embedding_size=8, hidden_size=16, activation="tanh")
+    sizes = dict(attention_size=8, embedding_size=8, hidden_size=16)
+    config = ModelConfig("resnet18", "layer1", 32, activation="tanh", **sizes)
     model = Captioner(config, Vocabulary([*Vocabulary.SPECIALS, *"abcdefghij"])).eval()
     with torch.no_grad():
         for parameter in model.decoder.parameters():

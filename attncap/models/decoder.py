@@ -184,8 +184,8 @@ def check_rows(tokens: Tensor, features: Tensor) -> None:
 
 def _rename_old_weights(decoder: LSTMDecoder, state: dict, prefix: str, *_) -> None:
     """Models saved before the attention became a module of its own."""
-    for name in list(state):
-        if name.removeprefix(prefix).split(".")[0] in ("key", "query", "gate", "score_weight") and name.startswith(prefix):
+    for part in ("key", "query", "gate", "score_weight"):
+        for name in [name for name in state if name.startswith(prefix + part)]:
             state[f"{prefix}attention.{name.removeprefix(prefix)}"] = state.pop(name)
 
 

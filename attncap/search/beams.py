@@ -123,9 +123,10 @@ class Search:
         config, (B, J), G = self.config, beams.scores.shape, self.config.groups
         logits, temperature = self.process(logits, beams.history)
         banned, penalties = self.repeated(beams.history)
+        min_length = max((rule.length for rule in self.processors if isinstance(rule, MinLength)), default=0)
         options = dict(
             end=Vocabulary.END,
-            end_allowed=t not in self.forced and all(t >= r.length for r in self.processors if isinstance(r, MinLength)),
+            end_allowed=t >= min_length and t not in self.forced,
             shrink=config.method == "shrink",
             suppressed=self.forced.get(t, self.suppressed),
             temperature=temperature,

@@ -50,7 +50,9 @@ def draw(log_probs: Tensor, uniform: Tensor, top_k: int = 0, top_p: float = 1.0)
     return (drawn if words is None else words.gather(1, drawn)).squeeze(1)
 
 
-def sample_captions(decoder: Decoder, features: Tensor, seeds: Sequence[Sequence[int]], K: int, max_length: int) -> Tensor:
+def sample_captions(
+    decoder: Decoder, features: Tensor, seeds: Sequence[Sequence[int]], K: int, max_length: int
+) -> Tensor:
     """K captions for each image, drawn word by word from the decoder's own distribution; only <pad> and <start> are
     never drawn.
 

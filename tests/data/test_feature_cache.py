@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_flickr8k
 
 from attncap import Captioner, UserError
+from attncap.cli.data import CELLS, CHANNELS
 from attncap.config import ModelConfig
 from attncap.data import Skipped, feature_cache, read_dataset
-from attncap.cli.data import CELLS, CHANNELS
 from attncap.data.feature_cache import FeatureCache
 from attncap.data.feature_size import size_in_words
 from attncap.data.loader import Pictures, batches

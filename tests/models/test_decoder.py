@@ -37,7 +37,8 @@ def by_the_equations(decoder: LSTMDecoder, features: np.ndarray, tokens: list[in
         scores = []
         for cell in features:  # equation 4
             x = linear("attention.key", cell) + linear("attention.query", h)
-            scores.append(w["attention.score_weight"] @ (np.tanh(x) if decoder.attention.activation == "tanh" else np.maximum(x, 0)))
+            x = np.tanh(x) if decoder.attention.activation == "tanh" else np.maximum(x, 0)
+            scores.append(w["attention.score_weight"] @ x)
         weights = np.exp(scores) / np.exp(scores).sum()  # equation 5
         context = sigmoid(linear("attention.gate", h)) * (weights @ features)  # equation 13 and section 4.2.1
         x = np.concatenate([word, context])

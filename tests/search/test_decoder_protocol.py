@@ -1,5 +1,5 @@
-"""Everything that writes captions needs a decoder's start, step and select, and nothing else of it: shown with a decoder
-that has no attention, no LSTM and no parameters."""
+"""Everything that writes captions needs a decoder's start, step and select, and nothing else: shown with a decoder that
+has no attention, no LSTM and no parameters."""
 
 import itertools
 import math
@@ -154,7 +154,8 @@ def test_self_critical_training():
     from attncap.data.vocabulary import Vocabulary
 
     vocabulary = Vocabulary([*Vocabulary.SPECIALS, *"abcd"])
-    tokens, weights, metrics = SelfCritical(vocabulary, [["a b"], ["c d a"]], 4, 5)(Bigrams(), make_features(2), [0, 1], 0)
+    scst = SelfCritical(vocabulary, [["a b"], ["c d a"]], samples=4, max_length=5)
+    tokens, weights, metrics = scst(Bigrams(), make_features(2), [0, 1], seed=0)
     assert len(tokens) == len(weights) == 8 and metrics["reward"] >= 0
     assert weights.view(2, 4).sum(dim=1).abs().max() < 1e-9
 

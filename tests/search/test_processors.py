@@ -12,6 +12,7 @@ from attncap.search.config import SearchConfig
 from attncap.search.processors import ForcedPrefix, MinLength, NoRepeatNgram, SuppressTokens
 
 V = 9
+RULES = [SuppressTokens((UNK, 5, 6)), MinLength(3), NoRepeatNgram(1), NoRepeatNgram(2), ForcedPrefix((5, 6))]
 methods = pytest.mark.parametrize("method", ["shrink", "fixed", "sample"])
 both_backends = pytest.mark.parametrize("backend", ["native", "torch"])
 
@@ -37,7 +38,8 @@ def test_rules_by_hand():
     no_repeat = NoRepeatNgram(2)(log_probs.clone(), history)
     assert (no_repeat == -math.inf).nonzero().tolist() == [[0, 6], [1, 4]]
     assert NoRepeatNgram(4)(log_probs.clone(), history).equal(log_probs)
-    assert (SuppressTokens((3, END, 8))(log_probs.clone(), history)[0] == -math.inf).nonzero().flatten().tolist() == [3, 8]
+    suppressed = SuppressTokens((3, END, 8))(log_probs.clone(), history)
+    assert (suppressed[0] == -math.inf).nonzero().flatten().tolist() == [3, 8]
     assert MinLength(3)(log_probs.clone(), history).equal(log_probs)
     assert (MinLength(4)(log_probs.clone(), history) == -math.inf).nonzero().tolist() == [[0, END], [1, END]]
     forced = ForcedPrefix((7, 7, 7, 5))(log_probs.clone(), history)
@@ -47,9 +49,7 @@ def test_rules_by_hand():
 
 @methods
 @both_backends
-@pytest.mark.parametrize(
-    "rule", [SuppressTokens((UNK, 5, 6)), MinLength(3), NoRepeatNgram(1), NoRepeatNgram(2), ForcedPrefix((5, 6))], ids=str
-)
+@pytest.mark.parametrize("rule", RULES, ids=str)
 def test_called_or_known_a_rule_is_the_same(method, backend, rule):
     """In the fused op, and called with log-probabilities: the same captions and scores."""
     config = SearchConfig(beam_size=4, method=method, max_length=7, n_best=4)
@@ -65,7 +65,8 @@ def test_forced_words_come_first_and_count(method, backend):
     """Also words that are suppressed otherwise; their log-probabilities are in the score."""
     config = SearchConfig(beam_size=3, method=method, max_length=6, n_best=3)
     decoder, features = make_decoder(end_bias=1.0, backend="torch"), make_features(4)
-    for image, found in zip(features, search(config, [SuppressTokens((UNK, 7)), ForcedPrefix((7, 4))], backend), strict=True):
+    rules = [SuppressTokens((UNK, 7)), ForcedPrefix((7, 4))]
+    for image, found in zip(features, search(config, rules, backend), strict=True):
         truth = Truth([decoder], [image])
         for hypothesis in found:
             assert hypothesis.tokens[:2] == [7, 4] and 7 not in hypothesis.tokens[2:]

@@ -70,8 +70,8 @@ def test_two_steps_by_hand(model, kind):
 
 
 def test_parameters_that_are_frozen_at_first_are_in_the_optimizer(model):
-    """An encoder that is trained from the second epoch on: its weights do not change before, and an optimizer state saved
-    before loads after."""
+    """An encoder that is trained from the second epoch on: its weights do not change before, and an optimizer state
+    saved before loads after."""
     config = TrainConfig(encoder=EncoderConfig(fine_tune_from="layer2", fine_tune_after=1))
     model = copy.deepcopy(model)
     optimizer = make_optimizer(config, model)
@@ -144,7 +144,7 @@ def test_plateau_is_that_of_torch(seed, patience):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_plateau_and_early_stopping_are_those_of_the_tutorial(seed):
-    """Its train.py decides before each epoch whether to stop (20 epochs without gain) and whether to lower the rates."""
+    """Its train.py decides before each epoch whether to stop (20 epochs without gain), and to lower the rates."""
     config = ScheduleConfig(name="plateau", warmup=0.0, plateau_patience=8, plateau_factor=0.8, patience=20)
     schedule = Schedule(config, epochs=60, steps_per_epoch=1)
     best, since, rate, stopped = 0.0, 0, 1.0, False

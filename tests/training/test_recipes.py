@@ -134,7 +134,9 @@ def tutorial_loss(p: dict[str, torch.Tensor], features: torch.Tensor, captions: 
         for word, following in zip(caption[:-1], caption[1:], strict=True):
             query = p["attention.query.weight"] @ h + p["attention.query.bias"]
             scores = [
-                p["attention.score_weight"] @ (p["attention.key.weight"] @ cell + p["attention.key.bias"] + query).clamp(min=0) for cell in image
+                p["attention.score_weight"]
+                @ (p["attention.key.weight"] @ cell + p["attention.key.bias"] + query).clamp(min=0)
+                for cell in image
             ]
             total = sum(score.exp() for score in scores)
             alpha = torch.stack([score.exp() / total for score in scores])

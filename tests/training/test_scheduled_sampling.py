@@ -45,7 +45,9 @@ def write(decoder, image, fed):
     h, c = decoder.initial_h(mean), decoder.initial_c(mean)
     for word in fed:
         embedded = decoder.embedding.weight[word]
-        weights = ((decoder.attention.key(image) + decoder.attention.query(h)).relu() @ decoder.attention.score_weight).softmax(dim=0)
+        weights = (
+            (decoder.attention.key(image) + decoder.attention.query(h)).relu() @ decoder.attention.score_weight
+        ).softmax(dim=0)
         context = decoder.attention.gate(h).sigmoid() * (weights @ image)
         h, c = decoder.lstm(torch.cat([embedded, context]), (h, c))
     if decoder.deep:
