@@ -18,6 +18,8 @@ from typing import Literal
 from attncap.errors import UserError
 from attncap.files import write_atomically
 
+MAX_BEAMS = 32  # most beams per image in a search; the kernels' limit, kMaxBeams in beam_search_step.h
+
 
 @dataclass
 class ModelConfig:

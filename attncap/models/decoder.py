@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attncap.config import ModelConfig
 from attncap.data.vocabulary import Vocabulary
-from attncap.ops import IMPLEMENTATIONS
+from attncap.ops import BACKENDS
 
 
 class Memory(NamedTuple):
@@ -43,7 +43,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, feature_size: int, vocabulary_size: int, implementation: str = "native"):
         super().__init__()
         attention, embedding, hidden = config.attention_size, config.embedding_size, config.hidden_size
-        self.ops = IMPLEMENTATIONS[implementation]
+        self.ops = BACKENDS[implementation]
         self.activation = config.activation
         self.key = nn.Linear(feature_size, attention)
         self.query = nn.Linear(hidden, attention)
@@ -100,7 +100,7 @@ class Decoder(nn.Module):
             torch.cat([torch.zeros_like(lstm.bias_hh), self.query.bias, self.gate.bias]),
             context_weight,
             self.score_weight,
-            images=images,
+            batch_sizes=images,
             activation=self.activation,
         )
         if K > 1:  # captions of an image that are shorter than its longest went along

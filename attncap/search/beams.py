@@ -115,7 +115,7 @@ class Search:
             last_length_penalty=config.divisor(config.max_length),
         )
         if G == 1:
-            penalties = dict(penalty_words=banned, penalties=amounts)
+            penalties = dict(penalty_tokens=banned, penalties=amounts)
             chosen = self.ops.beam_search_step(logits, beams.scores, beams.finished[:, 0], **penalties, **options)
             return chosen._replace(finished=chosen.finished.unsqueeze(1))
         j = J // G  # beams of a group
@@ -134,7 +134,7 @@ class Search:
                 values,
                 beams.scores[:, g * j : (g + 1) * j],
                 beams.finished[:, g],
-                penalty_words=words,
+                penalty_tokens=words,
                 penalties=penalties,
                 **options,
             )

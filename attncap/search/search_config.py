@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from attncap.config import MAX_BEAMS
 from attncap.errors import CallError
-from attncap.ops.beam_search_step import MOST_BEAMS
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class SearchConfig:
             raise CallError(f"--method {self.method}: choose shrink, fixed or sample")
         if isinstance(self.length_penalty, str) and self.length_penalty not in ("none", "average"):
             raise CallError(f"--length-penalty {self.length_penalty}: choose none, average or a number")
-        if not 1 <= self.beam_size <= MOST_BEAMS:
-            raise CallError(f"--beam-size {self.beam_size}: must be from 1 to {MOST_BEAMS}")
+        if not 1 <= self.beam_size <= MAX_BEAMS:
+            raise CallError(f"--beam-size {self.beam_size}: must be from 1 to {MAX_BEAMS}")
         if not 0 <= self.min_length < self.max_length:
             raise CallError(f"--min-length {self.min_length}: must be below --max-length {self.max_length}")
         if not 1 <= self.n_best <= self.beam_size:

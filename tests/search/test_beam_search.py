@@ -18,7 +18,7 @@ from torch import Tensor
 from attncap.config import ModelConfig
 from attncap.errors import CallError, UserError
 from attncap.models import Decoder
-from attncap.ops import IMPLEMENTATIONS
+from attncap.ops import BACKENDS
 from attncap.search import Hypothesis, SearchConfig, beam_search
 from attncap.search.beams import Search
 from attncap.search.decoder_step import DecoderStep
@@ -29,7 +29,7 @@ P = 5
 SIZES = [(6, 4, 8, 7), (5, 3, 9, 4)]
 BIASES = {"ends seldom": -2.0, "ends sometimes": 1.0, "ends soon": 4.0}  # added to <end>'s logit
 
-both_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+both_implementations = pytest.mark.parametrize("implementation", BACKENDS)
 
 
 def make_decoder(

@@ -14,7 +14,7 @@ from attncap.data.tokenizer import tokenize
 from attncap.data.vocabulary import Vocabulary
 from attncap.models import Decoder
 from attncap.models.losses import caption_losses
-from attncap.ops import IMPLEMENTATIONS
+from attncap.ops import BACKENDS
 from attncap.training.self_critical import SelfCritical, advantages, sample_captions
 
 PAD, START, END, UNK = range(4)
@@ -55,7 +55,7 @@ def padded(captions, T):
     return torch.tensor([[*caption, *[PAD] * (T - len(caption))] for caption in captions])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", BACKENDS)
 def test_captions_are_drawn_as_often_as_teacher_forcing_says(implementation):
     decoder, features, K = make_decoder(implementation=implementation).eval(), make_features(2), 20000
     tokens = sample_captions(decoder, features, K, 2, torch.Generator().manual_seed(0))
