@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attncap.data.vocabulary import Vocabulary
 from attncap.models.decoder import Decoder, State
-from attncap.ops import IMPLEMENTATIONS
+from attncap.ops import BACKENDS
 from attncap.ops.beam_search_step import BeamSearchStep
 from attncap.search.config import SearchConfig
 from attncap.search.processors import ForcedPrefix, LogitsProcessor, MinLength, NoRepeatNgram, SuppressTokens
@@ -58,7 +58,7 @@ class Search:
         with_attention: bool = True,
     ):
         self.decoders, self.config, self.with_attention = decoders, config, with_attention
-        self.ops = IMPLEMENTATIONS[backend]
+        self.ops = BACKENDS[backend]
         V = decoders[0].vocabulary_size
         self.suppressed = torch.zeros(V, dtype=torch.bool, device=device)
         self.suppressed[[Vocabulary.PAD, Vocabulary.START]] = True
