@@ -1,9 +1,9 @@
-"""Builds the native libraries: finds torch's headers and nvcc, drives CMake, says what it built.
+"""Builds the native libraries: finds torch's headers and nvcc, runs CMake and reports what was built.
 
-Environment:
+Environment variables:
   CXX                         the C++ compiler
-  ATTNCAP_CUDA                1: a missing nvcc is an error; 0: no CUDA; else if nvcc is found
-  ATTNCAP_CUDA_ARCHITECTURES  CMake's list, such as "80;90"; else 75 to 90 and PTX for newer ones
+  ATTNCAP_CUDA                1: build the CUDA library, or fail; 0: do not; unset: build it if a working nvcc is found
+  ATTNCAP_CUDA_ARCHITECTURES  in CMake's syntax, such as "80;90"; by default 75 to 90, and PTX for newer GPUs
 """
 
 import importlib.util
@@ -25,10 +25,10 @@ SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
 
 
 def find_torch() -> tuple[Path, str] | None:
-    """The folder and version of an installed torch >= 2.10, without importing it.
+    """The directory and version of an installed torch >= 2.10, without importing it.
 
-    pip's build isolation hides the environment's packages from import, yet site-packages is still
-    known; taking the headers from there saves downloading torch a second time.
+    pip's build isolation hides the packages of the environment from `import`, but the path of site-packages is still
+    known. Using the torch there avoids downloading it a second time.
     """
     spec = importlib.util.find_spec("torch")
     folder = Path(spec.origin).parent if spec else SITE_PACKAGES / "torch"
@@ -51,15 +51,15 @@ def find_nvcc() -> Path | None:
 
 def find_tool(name: str) -> str:
     tool = shutil.which(name) or shutil.which(name, path=os.path.dirname(sys.executable))
-    return tool or sys.exit(f"attncap: {name} was not found; install it with: pip install {name}")
+    return tool or sys.exit(f"attncap: {name} was not found. Install it with: pip install {name}")
 
 
 def check_compiler() -> None:
     names = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
     if not any(map(shutil.which, names)):
         sys.exit(
-            f"attncap: no C++20 compiler was found (tried {', '.join(names)}); install one (on "
-            "Debian or Ubuntu: apt install g++) or name yours in the environment variable CXX."
+            f"attncap: no C++ compiler was found (tried {', '.join(names)}). Install one that supports C++20 (on "
+            "Debian or Ubuntu: apt install g++) or set the environment variable CXX to yours."
         )
 
 
@@ -67,26 +67,27 @@ def check_python() -> None:
     headers = sysconfig.get_paths()["include"]
     if not (Path(headers) / "Python.h").is_file():
         sys.exit(
-            f"attncap: no Python.h in {headers}; install its headers (on Debian or Ubuntu: apt install python3-dev)."
+            f"attncap: {headers} has no Python.h. Install Python's headers (on Debian or Ubuntu: apt install "
+            "python3-dev)."
         )
 
 
 class BuildLibraries(build_ext):
-    """Builds with CMake and leaves the libraries and build.json in attncap/lib."""
+    """Builds with CMake and puts the libraries and build.json into attncap/lib."""
 
     def run(self) -> None:
         check_compiler()
         check_python()
-        torch, torch_version = find_torch() or sys.exit("attncap: the build needs torch>=2.10.")
+        torch, torch_version = find_torch() or sys.exit("attncap: the build needs torch>=2.10. Install it first.")
         wanted = os.environ.get("ATTNCAP_CUDA")
         nvcc = None if wanted == "0" else find_nvcc()
         searched = "no nvcc in CUDA_HOME, PATH, /usr/local/cuda or NVIDIA's pip packages"
         if wanted == "1" and not nvcc:
-            sys.exit(f"attncap: ATTNCAP_CUDA=1 asks for the CUDA library, but there is {searched}.")
+            sys.exit(f"attncap: ATTNCAP_CUDA=1 requires the CUDA library, but there is {searched}.")
 
         options = {
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
-            "Python_EXECUTABLE": sys.executable,  # the CIDEr-D scorer's
+            "Python_EXECUTABLE": sys.executable,  # for the CIDEr-D scorer
             "TORCH_DIR": torch,
             "TORCH_VERSION": torch_version,
             "ATTNCAP_CUDA": "ON" if nvcc else "OFF",
@@ -96,16 +97,16 @@ class BuildLibraries(build_ext):
             options["CMAKE_CUDA_COMPILER"] = nvcc
         if architectures := os.environ.get("ATTNCAP_CUDA_ARCHITECTURES"):
             options["CMAKE_CUDA_ARCHITECTURES"] = architectures
-        # Always in the source tree: python run there finds this attncap before the installed one.
+        # In the source tree, since Python started there imports this attncap instead of the installed one.
         libraries = ROOT.resolve() / "attncap" / "lib"
         shutil.rmtree(libraries, ignore_errors=True)
         done = self.build_with_cmake(options, libraries)
-        if not done and nvcc and wanted != "1":  # an nvcc that does not work takes only CUDA away
-            left_out = f"{nvcc} failed; pip install -v . shows why"
+        if not done and nvcc and wanted != "1":  # nvcc does not work: build without CUDA
+            left_out = f"the build with {nvcc} failed; pip install -v . shows why"
             options |= {"ATTNCAP_CUDA": "OFF", "ATTNCAP_CUDA_LEFT_OUT": left_out}
             done, nvcc = self.build_with_cmake(options, libraries), None
         if not done:
-            sys.exit("attncap: the build failed; the compiler says why above (with pip install -v .)")
+            sys.exit("attncap: the build failed. The compiler's output is above (with pip install -v .)")
         if not (self.editable_mode or self.inplace):
             shutil.copytree(libraries, Path(self.build_lib) / "attncap" / "lib", dirs_exist_ok=True)
 
@@ -114,7 +115,7 @@ class BuildLibraries(build_ext):
         if nvcc:
             print("attncap: built the CUDA library ({nvcc}, {cuda_architectures})".format(**built))
         else:
-            print("attncap: left out the CUDA library: {cuda_left_out}".format(**built))
+            print("attncap: did not build the CUDA library: {cuda_left_out}".format(**built))
 
     def build_with_cmake(self, options: dict[str, object], libraries: Path) -> bool:
         cmake, build = find_tool("cmake"), self.build_temp
@@ -129,14 +130,14 @@ class BuildLibraries(build_ext):
         )
 
     def get_outputs(self) -> list[str]:
-        return []  # the base class would name a Python extension module
+        return []  # the base class would list a Python extension module
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
 
 
 setup(
-    ext_modules=[Extension("attncap.lib", sources=[])],  # makes the wheel this platform's
+    ext_modules=[Extension("attncap.lib", sources=[])],  # makes the wheel platform-specific
     cmdclass={"build_ext": BuildLibraries},
     setup_requires=[] if find_torch() else ["torch>=2.10"],
 )

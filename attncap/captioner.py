@@ -110,8 +110,8 @@ class _CaptionMethods:
         attention: bool = True,
         **settings,
     ) -> list:
-        """Caption a batch of images from their features, float [B,P,D] as the encoder makes them (for an ensemble, a list
-        with those of each model); everything else as in `caption`. Returns a list."""
+        """Caption a batch of images from their features, float [B,P,D] as the encoder makes them (for an ensemble, a
+        list with those of each model); everything else as in `caption`. Returns a list."""
         search = _search_config(search, settings)
         given = [features] if isinstance(features, Tensor) else list(features)
         if len(given) != len(self.models):

@@ -22,6 +22,8 @@ MAX_BEAMS = 32  # of an image; kMaxBeams, csrc/beam_search_step/beam_search_step
 FORMAT_VERSION = 1  # of config.json
 MODEL_TYPE = "attention-lstm"
 
+MAX_BEAMS = 32  # most beams per image in a search; the kernels' limit, kMaxBeams in beam_search_step.h
+
 
 @dataclass(frozen=True)
 class ModelConfig:

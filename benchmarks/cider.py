@@ -1,4 +1,4 @@
-"""CIDEr-D: the C++ scorer beside pycocoevalcap's, on random captions. Scores are checked, then timed, on the CPU.
+"""CIDEr-D: the C++ scorer compared with pycocoevalcap's, on random captions. Scores are checked, then timed.
 
 python benchmarks/cider.py
 """
@@ -19,20 +19,21 @@ from attncap.metrics.cider import CiderD, cider
 @dataclass
 class Config:
     captions: int = 5000
-    """One an image."""
+    """Predicted captions, one per image."""
     references: int = 5
-    """Of each image."""
+    """References per image."""
     vocabulary: int = 5000
-    """Words; the k-th most frequent one comes 1 / k times as often as the first."""
+    """Different words. The k-th most frequent one is 1 / k times as frequent as the first."""
     threads: tuple[int, ...] = (1, 2)
-    """Of the C++ scorer, from ids."""
+    """Numbers of threads of the C++ scorer."""
     rounds: int = 3
     """Timed calls of each provider."""
     output: Path = Path(__file__).parent / "results"
+    """Directory for the results."""
 
 
 def make_captions(config: Config) -> tuple[list[list[str]], list[list[list[str]]]]:
-    """Predictions and references: 8 to 14 words; a prediction is a reference with every fourth word another."""
+    """Predictions and references of 8 to 14 words. A prediction is a reference with a quarter of its words replaced."""
     rng = random.Random(0)
     words = [f"word{k}" for k in range(1, config.vocabulary + 1)]
     weights = np.cumsum(1 / np.arange(1, config.vocabulary + 1)).tolist()
@@ -41,7 +42,7 @@ def make_captions(config: Config) -> tuple[list[list[str]], list[list[list[str]]
         return rng.choices(words, cum_weights=weights, k=count)
 
     references = [[draw(rng.randint(8, 14)) for _ in range(config.references)] for _ in range(config.captions)]
-    predictions = [[draw(1)[0] if rng.random() < 0.25 else word for word in of_image[0]] for of_image in references]
+    predictions = [[draw(1)[0] if rng.random() < 0.25 else word for word in refs[0]] for refs in references]
     return predictions, references
 
 

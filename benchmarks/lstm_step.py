@@ -1,4 +1,4 @@
-"""lstm_step: the native kernels beside plain PyTorch, eager and compiled. Results are checked, then timed.
+"""lstm_step: the native kernels compared with plain PyTorch, eager and compiled. Results are checked, then timed.
 
 python benchmarks/lstm_step.py                     # CPU
 python benchmarks/lstm_step.py --device cuda
@@ -23,19 +23,20 @@ from attncap.ops import lstm_step, lstm_step_reference
 class Config:
     device: Literal["cpu", "cuda"] = "cpu"
     rows: tuple[int, ...] = (5, 40, 160)
-    """N = R: beams of all images, 5 an image."""
+    """Numbers of rows N = R: the beams of all images, 5 per image."""
     hidden: int = 512
-    """H."""
+    """Hidden size, H."""
     embedding: int = 512
-    """E, of the deep output layer; the step is also timed without it, E = 0, as the plain one needs it."""
+    """Embedding size E, for the deep output layer. The step is also timed with E = 0, for the plain output layer."""
     vocabulary: int = 9490
-    """V."""
+    """Vocabulary size, V."""
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
     calls: int = 50
-    """Calls that are timed together: one takes some microseconds."""
+    """Calls that are timed together, since one takes only microseconds."""
     rounds: int = 15
     """Timed groups of calls of each provider."""
     output: Path = Path(__file__).parent / "results"
+    """Directory for the results and the picture."""
 
 
 def providers(config: Config, N: int, E: int, dtype: torch.dtype) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
@@ -61,12 +62,12 @@ def providers(config: Config, N: int, E: int, dtype: torch.dtype) -> dict[str, C
 
 
 def check(functions: dict[str, Callable[[], tuple[Tensor, ...]]], dtype: torch.dtype) -> None:
-    """Each provider against the plain path in float64, which is then taken out."""
+    """Removes the truth, computed in float64, from the providers and compares the others with it."""
     allowed = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
     truth = functions.pop("truth")()
     for name, function in functions.items():
-        for index, (found, true) in enumerate(zip(function(), truth, strict=True)):
-            assert torch.allclose(found.double(), true, rtol=allowed, atol=allowed), f"{name}, result {index}"
+        for index, (actual, true) in enumerate(zip(function(), truth, strict=True)):
+            assert torch.allclose(actual.double(), true, rtol=allowed, atol=allowed), f"{name}, result {index}"
 
 
 def repeated(function: Callable, calls: int) -> Callable[[], None]:

@@ -1,5 +1,5 @@
-"""What every benchmark needs: fair timing, the machine's bandwidth, peak memory, a record of where it ran, and a
-picture."""
+"""Tools that the benchmarks share: interleaved timing, memory bandwidth, peak memory, a record of the environment, and
+a picture of the results."""
 
 import ctypes
 import datetime
@@ -22,8 +22,8 @@ from attncap.versions import versions
 
 
 def interleaved(functions: dict[str, Callable], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each function. In every round each runs once, so that a slow spell of the machine meets
-    all of them; the first two rounds are not counted."""
+    """Median milliseconds of each function. In every round each function runs once, so that other load on the machine
+    affects all of them alike. Two more rounds come first, as a warm-up."""
     times = {name: [] for name in functions}
     for index in range(rounds + 2):
         for name, function in functions.items():
@@ -48,7 +48,7 @@ def _milliseconds(function: Callable, device: torch.device) -> float:
 
 
 def large_array(device: torch.device) -> torch.Tensor:
-    """Far larger than the caches."""
+    """An array far larger than the caches."""
     return torch.ones((64 if device.type == "cpu" else 1024) * 2**20, device=device)
 
 
@@ -62,7 +62,8 @@ def bandwidth(device: torch.device, rounds: int) -> dict[str, float]:
 
 
 def peak_memory(function: Callable, device: torch.device) -> float:
-    """MiB that a call needs at its worst beyond what is there before it; on the CPU from the process' peak (Linux)."""
+    """The most MiB that a call allocates at any time, beyond what was allocated before. On the CPU it is the increase
+    of the peak resident memory of the process (Linux only)."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -70,15 +71,15 @@ def peak_memory(function: Callable, device: torch.device) -> float:
         function()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)  # what is free, but kept by the C library, would hide the peak
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is free, but cached by the C library, would hide the peak
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     function()
     return (_status("VmHWM") - before) / 1024
 
 
 def _status(field: str) -> int:
-    """KiB, from the kernel's account of this process."""
+    """A field of the kernel's status of this process, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
@@ -101,22 +102,23 @@ def save(path: Path, record: dict[str, Any]) -> None:
 
 
 def draw(panels: dict[str, list[dict]], label: Callable[[dict], str], title: str, path: Path) -> None:
-    """How many times faster attncap is than each other provider: a panel for each list of results, a group of bars for
-    each label."""
-    rivals = [name for results in panels.values() for name in dict.fromkeys(result["provider"] for result in results)]
-    rivals = [name for name in dict.fromkeys(rivals) if name != "native"]
+    """Draws how many times faster attncap is than each other provider: a panel for each list of results, with a group
+    of bars for each label."""
+    providers = dict.fromkeys(result["provider"] for results in panels.values() for result in results)
+    others = [name for name in providers if name != "native"]
     labels = [list(dict.fromkeys(map(label, results))) for results in panels.values()]
     height = 1.5 + 0.45 * max(map(len, labels))
     size = (5.5 * len(panels), height)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for axis, (name, results), of_panel in zip(axes[0], panels.items(), labels, strict=True):
-        for index, rival in enumerate(rivals):
-            chosen = [result for result in results if result["provider"] == rival]
-            places = [of_panel.index(label(result)) + (index - (len(rivals) - 1) / 2) * 0.27 for result in chosen]
-            axis.barh(places, [result["native is faster by"] for result in chosen], height=0.25, label=rival)
+    for axis, (name, results), panel_labels in zip(axes[0], panels.items(), labels, strict=True):
+        for index, other in enumerate(others):
+            chosen = [result for result in results if result["provider"] == other]
+            offset = (index - (len(others) - 1) / 2) * 0.27
+            positions = [panel_labels.index(label(result)) + offset for result in chosen]
+            axis.barh(positions, [result["native is faster by"] for result in chosen], height=0.25, label=other)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set(xscale="log", title=name, xlabel="native is faster by")
-        axis.set_yticks(range(len(of_panel)), of_panel)
+        axis.set_yticks(range(len(panel_labels)), panel_labels)
         axis.invert_yaxis()
     axes[0][0].legend()
     figure.suptitle(title)

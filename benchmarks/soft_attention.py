@@ -1,4 +1,4 @@
-"""soft_attention: the native kernels beside plain PyTorch, eager and compiled. Results are checked, then timed.
+"""soft_attention: the native kernels compared with plain PyTorch, eager and compiled. Results are checked, then timed.
 
 python benchmarks/soft_attention.py                     # CPU
 python benchmarks/soft_attention.py --device cuda
@@ -23,27 +23,29 @@ from attncap.ops import soft_attention, soft_attention_reference
 class Config:
     device: Literal["cpu", "cuda"] = "cpu"
     images: tuple[int, ...] | None = None
-    """B; by default 1 and 32, on CUDA 1, 64 and 256."""
+    """Batch sizes B; by default 1 and 32, on CUDA 1, 64 and 256."""
     beams: tuple[int, ...] = (1, 5)
-    """K, rows an image."""
+    """Rows per image, K."""
     cells: int = 196
-    """P."""
+    """Cells of the feature grid, P."""
     channels: int = 2048
-    """D."""
+    """Channels of a cell, D."""
     attention: int = 512
-    """A."""
+    """Attention size, A."""
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32", "bfloat16")
     activations: tuple[Literal["tanh", "relu"], ...] = ("relu", "tanh")
     passes: tuple[Literal["forward", "frozen", "fine-tuned"], ...] = ("forward", "frozen", "fine-tuned")
-    """forward; forward and backward with a frozen encoder (no gradient for the features); the same fine-tuned."""
+    """forward: the forward pass only; frozen: forward and backward, with a frozen encoder, so the features need no
+    gradient; fine-tuned: forward and backward, with the gradient of the features."""
     rounds: int = 15
     """Timed calls of each provider."""
     output: Path = Path(__file__).parent / "results"
+    """Directory for the results and the picture."""
 
 
-def tutorial(features, keys, query, score_weight, *, activation, gate, projection):
-    """As tutorials do it: the features repeated for each row, and projected in every step. (Only the shape of `keys` is
-    looked at: they are computed again.)"""
+def naive(features, keys, query, score_weight, *, activation, gate, projection):
+    """The naive baseline, as in tutorials: the features are repeated for each row and projected in every step. (The
+    argument `keys` is ignored; the keys are computed again.)"""
     rows = len(query) // len(features)
     features = features.repeat_interleave(rows, dim=0)  # [N,P,D]
     keys = F.linear(features, projection)
@@ -72,11 +74,11 @@ def make_inputs(config: Config, B: int, K: int, dtype: torch.dtype) -> dict[str,
 
 
 def providers(inputs: dict[str, Tensor], activation: str, passes: str) -> dict[str, Callable]:
-    """Each a function without arguments: one forward, or one forward and backward."""
+    """Functions without arguments that run one forward, or one forward and backward."""
     projection, tensors = inputs["projection"], {k: t for k, t in inputs.items() if k != "projection"}
     torch.compiler.reset()
     functions = {
-        "tutorial": lambda **arguments: tutorial(**arguments, projection=projection),
+        "naive": lambda **arguments: naive(**arguments, projection=projection),
         "eager": soft_attention_reference,
         "compiled": torch.compile(soft_attention_reference, dynamic=False, fullgraph=True),
         "native": soft_attention,
@@ -93,9 +95,9 @@ def providers(inputs: dict[str, Tensor], activation: str, passes: str) -> dict[s
     def forward_and_backward(function):
         leaves = {k: t.requires_grad_(k != "features" or passes == "fine-tuned") for k, t in tensors.items()}
         outputs = function(**leaves, activation=activation)
-        wanted = [t for t in leaves.values() if t.requires_grad]
-        # The tutorial's keys come from the features within the call, so they get no gradient there.
-        gradients = torch.autograd.grad(outputs, wanted, [context_grad, weights_grad], allow_unused=True)
+        trainable = [t for t in leaves.values() if t.requires_grad]
+        # The naive baseline does not use the keys, so they get no gradient.
+        gradients = torch.autograd.grad(outputs, trainable, [context_grad, weights_grad], allow_unused=True)
         for tensor in tensors.values():
             tensor.requires_grad_(False)
         return *outputs, *gradients
@@ -105,20 +107,20 @@ def providers(inputs: dict[str, Tensor], activation: str, passes: str) -> dict[s
 
 
 def check(functions: dict[str, Callable], truth: list[Tensor], dtype: torch.dtype) -> None:
-    """Outputs and gradients against float64: native's error is at most twice that of plain eager PyTorch, the other
-    providers' outputs are within ten times it."""
+    """Compares with float64: the errors of native's outputs and gradients must be at most twice those of eager PyTorch,
+    the errors of the other providers' outputs at most ten times."""
     floor = {torch.float32: 1e-6, torch.bfloat16: 2**-9, torch.float16: 2**-12}[dtype]
-    plain = [(theirs - true).abs().max() for theirs, true in zip(functions["eager"](), truth, strict=True)]
+    eager = [(actual - true).abs().max() for actual, true in zip(functions["eager"](), truth, strict=True)]
     for name, function in functions.items():
-        times, count = (2, len(truth)) if name == "native" else (10, 2)
-        for index, (ours, true) in enumerate(zip(function()[:count], truth[:count], strict=True)):
-            error, allowed = (ours - true).abs().max(), times * plain[index] + floor * true.abs().max()
+        factor, count = (2, len(truth)) if name == "native" else (10, 2)
+        for index, (actual, true) in enumerate(zip(function()[:count], truth[:count], strict=True)):
+            error, allowed = (actual - true).abs().max(), factor * eager[index] + floor * true.abs().max()
             assert error <= allowed, f"{name}, result {index}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 def necessary_bytes(inputs: dict[str, Tensor], passes: str) -> int:
-    """What must be moved at least: forward reads features and keys, backward reads both again and writes the gradient
-    of the keys, and of the features where wanted. What belongs to the rows alone is counted once each way."""
+    """The least memory traffic: forward reads features and keys; backward reads both again and writes the gradient of
+    the keys and, if needed, of the features. The tensors of the rows are counted once for each direction."""
     features, keys = inputs["features"].nbytes, inputs["keys"].nbytes
     rows = 2 * inputs["gate"].nbytes + inputs["query"].nbytes
     forward = features + keys + rows

@@ -1,5 +1,5 @@
-// Every op's schema. Kernels are registered by each room's *_torch.cpp, fake and autograd by
-// attncap/ops.
+// The schemas of all ops. Each directory's *_torch.cpp registers the kernels; attncap/ops registers fake kernels and
+// autograd.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -22,24 +22,24 @@ STABLE_TORCH_LIBRARY(attncap, library) {
       "lstm_step(Tensor recurrent, Tensor context_part, Tensor word_table, Tensor c, Tensor parents, Tensor tokens) -> "
       "(Tensor h, Tensor c, Tensor output)");
   library.def(
-      "attention_lstm(Tensor features, Tensor keys, Tensor words, Tensor h, Tensor c, Tensor hidden_weight, "
-      "Tensor hidden_bias, Tensor context_weight, Tensor score_weight, int[] images, str activation) -> "
-      "(Tensor h, Tensor context, Tensor weights, Tensor cells, Tensor projections, Tensor of_contexts)");
+      "attention_lstm(Tensor features, Tensor keys, Tensor word_inputs, Tensor h, Tensor c, Tensor hidden_weight, "
+      "Tensor hidden_bias, Tensor context_weight, Tensor score_weight, int[] batch_sizes, str activation) -> "
+      "(Tensor h, Tensor context, Tensor weights, Tensor next_c, Tensor projections, Tensor context_gates)");
   library.def(
       "attention_lstm_backward(Tensor h_grad, Tensor context_grad, Tensor weights_grad, Tensor features, Tensor keys, "
-      "Tensor words, Tensor c, Tensor hidden_weight, Tensor context_weight, Tensor score_weight, Tensor context, "
-      "Tensor weights, Tensor cells, Tensor projections, Tensor of_contexts, int[] images, str activation, "
+      "Tensor word_inputs, Tensor c, Tensor hidden_weight, Tensor context_weight, Tensor score_weight, Tensor context, "
+      "Tensor weights, Tensor next_c, Tensor projections, Tensor context_gates, int[] batch_sizes, str activation, "
       "bool features_need_grad) -> "
       "(Tensor projection_grad, Tensor gated_grad, Tensor score_grad, Tensor h_grad, Tensor c_grad)");
   library.def(
-      "beam_search_step(Tensor logits, Tensor scores, Tensor finished, Tensor? suppressed, Tensor? penalty_words, "
+      "beam_search_step(Tensor logits, Tensor scores, Tensor finished, Tensor? suppressed, Tensor? penalty_tokens, "
       "Tensor? penalties, int end, bool end_allowed, bool shrink, float temperature, float length_penalty, "
       "float last_length_penalty) -> (Tensor tokens, Tensor parents, Tensor scores, Tensor ended, Tensor finished)");
 }
 
 namespace {
 
-// The instruction set that the CPU kernels use on this processor.
+// The instruction set that the CPU kernels use on this processor, as a name to print.
 std::string cpu_isa() {
   switch (attncap::best_isa()) {
     case attncap::Isa::avx512:

@@ -184,7 +184,7 @@ def _cut(backbone: nn.Module, name: str, layer: str | None, image_size: int) -> 
 
 
 def _without_data(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode on the meta device, whose forward gives shapes at next to no cost."""
+    """A copy in evaluation mode on the meta device: its forward gives shapes without computing anything."""
     memo: dict[int, Tensor] = {}  # what deepcopy finds here, by its id, it does not copy
     with torch.inference_mode(False):
         for parameter in module.parameters():
@@ -232,8 +232,9 @@ def _find_operation(calls: list[_Call], layer: str) -> list[_Call]:
         return [call for call in calls if call.operation is operation and call.name != module][-1:] or repeated
     owner, _, function = layer.rpartition(".")
     function = function.rstrip("_0123456789")
-    function = {"reshape": "view"}.get(function, function)  # autograd records a reshape as a view
-    return [call for call in calls if call.name == owner and function in call.operation.name().lower()]
+    recorded = {"reshape": "view"}.get(function, function) + "backward0"  # autograd's name of the operation
+    owned = [call for call in calls if call.name == owner and call.operation]
+    return [call for call in owned if call.operation.name().lower().removeprefix("unsafe") == recorded]
 
 
 def _parameters_behind(operation: Node | None) -> set[Tensor]:

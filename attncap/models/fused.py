@@ -72,7 +72,7 @@ def teacher_forcing(decoder: LSTMDecoder, features: Tensor, tokens: Tensor, leng
         *hidden_projection(decoder),
         context_weight,
         decoder.attention.score_weight,
-        images=batch_sizes,
+        batch_sizes=batch_sizes,
         activation=decoder.attention.activation,
     )
     if K > 1:  # shorter rows of an image went along with its longest

@@ -9,7 +9,7 @@ from attncap.data.vocabulary import Vocabulary
 from attncap.models import fused
 from attncap.models.decoder import LSTMDecoder, check_rows
 from attncap.ops import linear_cross_entropy
-from attncap.ops.library import sum_dtype
+from attncap.ops.library import accumulate_dtype
 
 
 class CaptionLosses(NamedTuple):
@@ -76,7 +76,7 @@ def losses_of_logits(
     row_weights: Tensor | None = None,
 ) -> CaptionLosses:
     """`caption_losses` from logits [N,T,V] and attention [N,T,P]."""
-    logits, targets = logits.to(sum_dtype(logits)), targets.to(logits.device)
+    logits, targets = logits.to(accumulate_dtype(logits)), targets.to(logits.device)
     is_word = targets != Vocabulary.PAD
     words = F.cross_entropy(
         logits.transpose(1, 2), targets, ignore_index=Vocabulary.PAD, label_smoothing=label_smoothing, reduction="none"

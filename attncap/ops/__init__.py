@@ -1,4 +1,4 @@
-"""The ops: each a public function and its plain-PyTorch twin, `*_reference`."""
+"""The ops. Each is a public function with a reference implementation in plain PyTorch, `*_reference`."""
 
 from types import SimpleNamespace
 
@@ -12,10 +12,12 @@ from attncap.ops.lstm_step import lstm_step, lstm_step_reference
 from attncap.ops.soft_attention import soft_attention, soft_attention_reference
 
 __all__ = [
+    "BACKENDS",
     "attention_lstm",
     "attention_lstm_reference",
     "beam_search_step",
     "beam_search_step_reference",
+    "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "lstm_step",
@@ -24,8 +26,8 @@ __all__ = [
     "soft_attention_reference",
 ]
 
-# A model's implementation: the project's own kernels, or plain PyTorch.
-IMPLEMENTATIONS = {
+# The ops of a model by backend: the project's own kernels, or plain PyTorch.
+BACKENDS = {
     "native": SimpleNamespace(
         attention_lstm=attention_lstm,
         beam_search_step=beam_search_step,

@@ -1,6 +1,7 @@
-"""Loads the native libraries that `pip install .` left in attncap/lib.
+"""Loads the native libraries, which `pip install .` puts into attncap/lib.
 
-Nothing falls back silently: `require` says what is missing and how to get it.
+The native ops never fall back to PyTorch silently: `require` raises an error that says what is missing and how to get
+it.
 """
 
 import json
@@ -15,9 +16,9 @@ from attncap.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent.parent / "lib"
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of the ops
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that the ops take
 
-# Why the kernels of a device cannot be used; None where they can.
+# For each device type, why its kernels cannot be used; None if they can.
 _missing: dict[str, str | None] = {}
 
 
@@ -27,15 +28,15 @@ def _build_record() -> dict[str, Any]:
 
 
 def _load(device_type: str) -> str | None:
-    """Load the library of a device; returns why it could not be loaded."""
+    """Loads the library for a device type. Returns None, or the reason why it could not be loaded."""
     path = FOLDER / f"libattncap_{device_type}.so"
     if device_type == "cuda" and torch.version.cuda is None:
-        return "this torch is a build without CUDA"
+        return "the installed torch has no CUDA support"
     if not path.is_file():
         if not FOLDER.is_dir():
-            return "the package was not built; run `pip install .` in its source folder"
-        reason = _build_record().get("cuda_left_out", f"{path} is gone")
-        return f"it was left out of the build ({reason}); install nvcc, then `pip install .` again"
+            return "the package was not built; run `pip install .` in its source directory"
+        reason = _build_record().get("cuda_left_out", f"{path} does not exist")
+        return f"it was not built ({reason}); install nvcc, then run `pip install .` again"
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -44,7 +45,7 @@ def _load(device_type: str) -> str | None:
 
 
 def load() -> None:
-    """Load what was built. The CPU library holds the schemas, so the CUDA library needs it."""
+    """Loads the libraries that were built. The CUDA library needs the CPU library, which contains the schemas."""
     _missing["cpu"] = _load("cpu")
     _missing["cuda"] = _load("cuda") if _missing["cpu"] is None else _missing["cpu"]
 
@@ -55,12 +56,12 @@ def is_loaded(device_type: str) -> bool:
 
 
 def require(device: torch.device) -> None:
-    """Raises UserError, in one sentence, unless the kernels for the device can be used."""
+    """Raises UserError unless the kernels for the device can be used."""
     if is_loaded(device.type):
         return
     reason = _missing.get(device.type, "attncap has kernels for cpu and cuda only")
     raise UserError(
-        f"attncap's native library for {device.type} is missing: {reason}. The plain PyTorch path needs none."
+        f"attncap's native library for {device.type} is missing: {reason}. The torch backend works without it."
     )
 
 
@@ -69,21 +70,26 @@ def check_tensors(
     device: torch.device,
     others: Callable[[], str],
 ) -> None:
-    """Raises ValueError unless every tensor of an op, by name, has its shape and dtype and the op's device. `others`
-    tells the tensors that the shapes follow from, for the sentence, which takes longer than the check."""
+    """Raises ValueError unless every tensor of an op has the given shape and dtype, and is on the device.
+
+    Args:
+        expected: by name, the tensor (None is skipped), its shape and its dtype.
+        others: describes the tensors that the shapes follow from, for the error message. A function, since formatting
+            takes longer than the check.
+    """
     for name, (tensor, shape, dtype) in expected.items():
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, but {list(shape)} fits {others()}")
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, but must be {list(shape)} to match {others()}")
         if tensor.dtype != dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, but {dtype} is needed")
+            raise ValueError(f"{name} has dtype {tensor.dtype}, but must be {dtype}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, but the other tensors are on {device}")
 
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Cast to autocast's dtype where it is on (float64 stays, as it does for torch's own ops)."""
+    """The tensors, cast to autocast's dtype if it is enabled (except float64, as for torch's own ops)."""
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return list(tensors)
@@ -91,17 +97,17 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
-def sum_dtype(x: Tensor) -> torch.dtype:
-    """What the kernels keep sums in."""
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which the kernels accumulate sums."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def status() -> dict[str, Any]:
-    """What is built and loaded, for `python -m attncap.info`.
+    """Which libraries are built and loaded, for `python -m attncap.info`.
 
-    Returns "cpu" and "cuda", each {"built": bool, "loaded": bool, "reason": str | None} (the reason
-    says why it is not loaded), and "build", what the build recorded: compiler, torch_headers, and
-    nvcc with cuda_architectures or else cuda_left_out.
+    Returns a dict with "cpu" and "cuda", each {"built": bool, "loaded": bool, "reason": str | None}, where the reason
+    says why the library is not loaded, and with "build", the record of the build: compiler, torch_headers, and either
+    nvcc and cuda_architectures or cuda_left_out.
     """
     devices = {
         device_type: {

@@ -1,6 +1,6 @@
-"""The pointwise part of an LSTM step in a search: native op and plain-PyTorch twin.
+"""The pointwise part of an LSTM step in a search: native op and reference in plain PyTorch.
 
-Letters: R rows of the step before, N rows that go on from them, H hidden size, E embedding size, V words.
+Letters: R rows of the previous step, N rows that continue them, H hidden size, E embedding size, V tokens.
 """
 
 import torch
@@ -12,36 +12,37 @@ from attncap.ops import library
 def lstm_step(
     recurrent: Tensor, context_part: Tensor, word_table: Tensor, c: Tensor, parents: Tensor, tokens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Go on from row r = parents[n] with word w = tokens[n] (`torch.nn.LSTMCell`'s formula and order of gates):
+    """Continues row r = parents[n] with token w = tokens[n]. Formula and order of gates as in `torch.nn.LSTMCell`:
 
         i, f, g, o = recurrent[r] + context_part[r, :4H] + word_table[w, :4H]
         c'[n]      = sigmoid(f) * c[r] + sigmoid(i) * tanh(g)
         h'[n]      = sigmoid(o) * tanh(c'[n])
         output[n]  = context_part[r, 4H:] + word_table[w, 4H:]
 
-    What depends on r alone can so be computed before it is known which rows go on, and nothing is copied to gather
-    them.
+    Everything that depends on r alone can thus be computed before parents and tokens are known, and no rows need to be
+    gathered into a copy.
 
     Args:
         recurrent: [R, 4H], hidden states times the recurrent weights.
-        context_part: [R, 4H + E], contexts times the LSTM's, then the output layer's weights for them. E may be 0.
-        word_table: [V, 4H + E], the same of every word's embedding, biases included.
+        context_part: [R, 4H + E], contexts times the context weights of the LSTM, then of the output layer. E may be 0.
+        word_table: [V, 4H + E], the embeddings of all tokens times the corresponding weights, biases included.
         c: [R, H].
-        parents, tokens: int64 [N], in [0, R) and [0, V); not checked.
+        parents, tokens: int64 [N], in [0, R) and [0, V), which is not checked.
 
-    The others have one dtype: float32, bfloat16, float16 (both computed in float32) or float64. Rows of recurrent and
-    context_part may lie apart; whatever else is not contiguous is copied. Not differentiable.
+    The other tensors have one dtype: float32, bfloat16, float16 (the last two are computed in float32) or float64. Rows
+    of recurrent and context_part may have any stride; other tensors that are not contiguous are copied. Not
+    differentiable.
 
     Returns:
         h' [N, H], c' [N, H] and output [N, E].
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
-        attncap.errors.UserError: there is no kernel for the device; says how to get it.
+        ValueError: shapes, dtypes or devices do not match.
+        attncap.errors.UserError: there is no kernel for the device. The message says how to get it.
     """
     _check(recurrent, context_part, word_table, c, parents, tokens)
     library.require(c.device)
-    return torch.ops.attncap.lstm_step(recurrent, context_part, word_table, c, parents, tokens)
+    return torch.ops.attncap.lstm_step.default(recurrent, context_part, word_table, c, parents, tokens)
 
 
 def lstm_step_reference(

@@ -1,7 +1,7 @@
-"""Soft attention over an image's feature grid: native op and plain-PyTorch twin.
+"""Soft attention over an image's feature grid: native op and reference in plain PyTorch.
 
-Letters: B images, K rows per image, N = B*K rows (the rows of an image are neighbours), P cells of
-the grid, D channels of a cell, A attention size.
+Letters: B images, K rows per image, N = B*K rows (those of an image are adjacent), P cells of the grid, D channels of a
+cell, A attention size.
 """
 
 import torch
@@ -26,37 +26,37 @@ def soft_attention(
     """Soft attention by the native kernels (Xu et al. 2015, equations 4 to 6, 13; section 4.2.1).
 
         score[n, p]   = sum_a score_weight[a] * activation(keys[b, p, a] + query[n, a])   b = n // K
-        weights[n, :] = softmax of score[n, :] over the cells that count
+        weights[n, :] = softmax of score[n, :] over the cells that are not masked out
         context[n, d] = sigmoid(gate[n, d]) * sum_p weights[n, p] * features[b, p, d]
 
     Args:
-        features: [B, P, D], what the context is made of.
+        features: [B, P, D], of which the context is a weighted sum.
         keys: [B, P, A], the features projected to the attention size.
         query: [N, A], the hidden states projected to the attention size.
         score_weight: [A].
         activation: "tanh" (Xu et al.) or "relu".
-        mask: [B, P], bool; True: the cell counts. A row without such a cell has weights, context
-            and gradients 0. Masked features and keys must still be finite.
-        gate: [N, D], before its sigmoid (beta of section 4.2.1, one value a channel).
+        mask: bool [B, P], True for the cells to attend to. An image without such a cell has weights, context and
+            gradients of 0. Features and keys of other cells must still be finite.
+        gate: [N, D], before the sigmoid (beta of section 4.2.1, but with one value per channel).
 
-    All but the mask have one dtype: float32, bfloat16, float16 (both summed in float32) or float64.
-    Under autocast they are cast to its dtype. Any strides; features and keys are used where they lie when each
-    image's are contiguous, everything else that is not contiguous is copied.
+    All tensors but the mask have one dtype: float32, bfloat16, float16 (the last two are summed in float32) or float64.
+    Under autocast they are cast to autocast's dtype. They may have any strides. Features and keys are not copied if
+    each image's matrix is contiguous, nor are query and gate if each row is; all others are copied unless contiguous.
 
     Returns:
-        context [N, D] and weights [N, P] (alpha), of the same dtype. Both are differentiable once;
-        gradients are the same bits in every run.
+        context [N, D] and weights [N, P] (alpha), of the same dtype. Both are differentiable once, and gradients are
+        deterministic.
 
     Raises:
-        ValueError: shapes, dtypes, devices or the activation do not fit; on CUDA also more than 10,240 cells (5,120 in
-            float64).
-        attncap.errors.UserError: there is no kernel for the device; says how to get it.
+        ValueError: shapes, dtypes, devices or the activation do not match; on CUDA also for more than 10,240 cells
+            (5,120 in float64).
+        attncap.errors.UserError: there is no kernel for the device. The message says how to get it.
     """
     features, keys, query, score_weight, gate = library.autocast(features, keys, query, score_weight, gate)
     _check(features, keys, query, score_weight, activation, mask, gate)
     check_cells(features)
     library.require(features.device)
-    return torch.ops.attncap.soft_attention(features, keys, query, score_weight, mask, gate, activation)
+    return torch.ops.attncap.soft_attention.default(features, keys, query, score_weight, mask, gate, activation)
 
 
 def soft_attention_reference(
@@ -79,7 +79,7 @@ def soft_attention_reference(
     score = hidden @ score_weight  # [B, K, P]
     if mask is not None:
         score = score.masked_fill(~mask.unsqueeze(1), -torch.inf)
-        # A row without a cell: any finite score will do, its weights are cleared below.
+        # If all cells of an image are masked, any finite score will do: its weights are set to 0 below.
         score = score.masked_fill(~mask.any(1)[:, None, None], 0)
     weights = score.softmax(-1)
     if mask is not None:
@@ -91,10 +91,12 @@ def soft_attention_reference(
 
 
 def check_cells(features: Tensor) -> None:
-    """Raises ValueError for features [B, P, D] of more cells than the kernels on their device take."""
-    most = 40 * 1024 // library.sum_dtype(features).itemsize  # kMaxCellsCuda, soft_attention.h
-    if features.is_cuda and features.shape[1] > most:
-        raise ValueError(f"features has {features.shape[1]} cells; on CUDA {most} of {features.dtype} is the most")
+    """Raises ValueError if features [B, P, D] have more cells than the kernels on their device take."""
+    max_cells = 40 * 1024 // library.accumulate_dtype(features).itemsize  # kMaxCellsCuda in soft_attention.h
+    if features.is_cuda and features.shape[1] > max_cells:
+        raise ValueError(
+            f"features has {features.shape[1]} cells, but on CUDA at most {max_cells} of {features.dtype} are supported"
+        )
 
 
 def _check(
@@ -107,7 +109,7 @@ def _check(
     gate: Tensor | None,
 ) -> None:
     if activation not in ACTIVATIONS:
-        raise ValueError(f'activation is "tanh" or "relu", not {activation!r}')
+        raise ValueError(f'activation must be "tanh" or "relu", not {activation!r}')
     if features.dim() != 3 or keys.dim() != 3 or query.dim() != 2:
         raise ValueError(
             "soft_attention takes features [B, P, D], keys [B, P, A] and query [N, A], not "
@@ -118,7 +120,7 @@ def _check(
     if P == 0 or D == 0 or A == 0:
         raise ValueError(f"soft_attention needs P, D and A of at least 1, not {P}, {D} and {A}")
     if N != 0 and (B == 0 or N % B != 0):
-        raise ValueError(f"query has {N} rows, which is no multiple of the {B} images")
+        raise ValueError(f"query has {N} rows, which is not a multiple of the {B} images")
     if features.dtype not in library.DTYPES:
         raise ValueError(
             f"features has dtype {features.dtype}; soft_attention takes float32, bfloat16, float16 and float64"
@@ -164,12 +166,14 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.activation = activation
 
 
-@once_differentiable  # a second derivative is an error, not zeros
+@once_differentiable  # a second derivative raises an error; otherwise it would silently be 0
 def _backward(ctx, context_grad: Tensor, weights_grad: Tensor):
     gate = ctx.saved_tensors[4]
     features_need_grad = ctx.needs_input_grad[0]
-    features_grad, keys_grad, query_grad, score_weight_grad, gate_grad = torch.ops.attncap.soft_attention_backward(
-        context_grad, weights_grad, *ctx.saved_tensors, ctx.activation, features_need_grad
+    features_grad, keys_grad, query_grad, score_weight_grad, gate_grad = (
+        torch.ops.attncap.soft_attention_backward.default(
+            context_grad, weights_grad, *ctx.saved_tensors, ctx.activation, features_need_grad
+        )
     )
     return (
         features_grad if features_need_grad else None,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attncap.data.vocabulary import Vocabulary
 from attncap.models.decoder import Decoder, State
-from attncap.ops import IMPLEMENTATIONS
+from attncap.ops import BACKENDS
 from attncap.ops.beam_search_step import BeamSearchStep
 from attncap.search.config import SearchConfig
 from attncap.search.processors import ForcedPrefix, LogitsProcessor, MinLength, NoRepeatNgram, SuppressTokens
@@ -45,8 +45,8 @@ class Step(NamedTuple):
 class Search:
     """How beams start, and how they continue: all on the device, without looking at any value.
 
-    Processors of the classes in processors.py are passed on to the fused op. All others are called with the
-    log-probabilities, and make the search compute these for all words."""
+    The fused op applies the processors of the classes in processors.py itself. Others are called, which takes the
+    log-probabilities of all words."""
 
     def __init__(
         self,
@@ -58,24 +58,29 @@ class Search:
         with_attention: bool = True,
     ):
         self.decoders, self.config, self.with_attention = decoders, config, with_attention
-        self.ops = IMPLEMENTATIONS[backend]
+        self.ops = BACKENDS[backend]
         V = decoders[0].vocabulary_size
-        suppressed = [token for rule in processors if isinstance(rule, SuppressTokens) for token in rule.tokens]
         self.suppressed = torch.zeros(V, dtype=torch.bool, device=device)
-        self.suppressed[[Vocabulary.PAD, Vocabulary.START, *suppressed]] = True
+        self.suppressed[[Vocabulary.PAD, Vocabulary.START]] = True
+        self.min_length = config.min_length
+        self.ngrams = [NoRepeatNgram(config.no_repeat_ngram)] if config.no_repeat_ngram else []
+        self.forced: dict[int, Tensor] = {}  # by step: all words but the one that is forced
+        self.others: list[LogitsProcessor] = []
+        for rule in processors:
+            match rule:
+                case SuppressTokens(tokens):
+                    self.suppressed[list(tokens)] = True
+                case MinLength(length):
+                    self.min_length = max(length, self.min_length)
+                case NoRepeatNgram():
+                    self.ngrams.append(rule)
+                case ForcedPrefix(tokens):
+                    words = torch.arange(V, device=device)
+                    self.forced |= {t: words != token for t, token in enumerate(tokens)}
+                case _:
+                    self.others.append(rule)
         self.suppressed[Vocabulary.END] = False
-        self.processors = [MinLength(config.min_length)] if config.min_length else []
-        self.processors += [NoRepeatNgram(config.no_repeat_ngram)] if config.no_repeat_ngram else []
-        self.processors += [rule for rule in processors if not isinstance(rule, SuppressTokens)]
-        self.keeps_history = not all(isinstance(rule, MinLength | ForcedPrefix) for rule in self.processors)
-        words = torch.arange(V, device=device)
-        # Of each step with a forced word: all other words.
-        self.forced = {
-            t: words != token
-            for rule in self.processors
-            if isinstance(rule, ForcedPrefix)
-            for t, token in enumerate(rule.tokens)
-        }
+        self.keeps_history = bool(self.ngrams or self.others)
 
     def start(self, features: Sequence[Tensor], seeds: Sequence[int] = ()) -> Beams:
         """All beams of an image start alike, so those that are compared with each other start as one."""
@@ -123,10 +128,9 @@ class Search:
         config, (B, J), G = self.config, beams.scores.shape, self.config.groups
         logits, temperature = self.process(logits, beams.history)
         banned, penalties = self.repeated(beams.history)
-        min_length = max((rule.length for rule in self.processors if isinstance(rule, MinLength)), default=0)
         options = dict(
             end=Vocabulary.END,
-            end_allowed=t >= min_length and t not in self.forced,
+            end_allowed=t >= self.min_length and t not in self.forced,
             shrink=config.method == "shrink",
             suppressed=self.forced.get(t, self.suppressed),
             temperature=temperature,
@@ -164,12 +168,10 @@ class Search:
 
     def process(self, logits: Tensor, history: Tensor) -> tuple[Tensor, float]:
         """Apply the processors that the fused op does not know: logits, and the temperature that is left to apply."""
-        known = (MinLength, NoRepeatNgram, ForcedPrefix)
-        others = [rule for rule in self.processors if not isinstance(rule, known)]
-        if not others:
+        if not self.others:
             return logits, self.config.temperature
         log_probs = (logits.float() / self.config.temperature).log_softmax(dim=1)
-        for rule in others:
+        for rule in self.others:
             log_probs = rule(log_probs, history)
         # The op takes a softmax. What the rules took away goes to <pad>, so that the other words keep their values.
         log_probs[:, Vocabulary.PAD] = -torch.inf
@@ -179,8 +181,7 @@ class Search:
 
     def repeated(self, history: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The words that would repeat an n-gram, int64 [N,M], and infinite penalties for them."""
-        banned = [rule.banned(history) for rule in self.processors if isinstance(rule, NoRepeatNgram)]
-        banned = [words for words in banned if words is not None]
+        banned = [words for rule in self.ngrams if (words := rule.banned(history)) is not None]
         if not banned:
             return None, None
         banned = torch.cat(banned, dim=1)
@@ -191,8 +192,10 @@ class Search:
         config, (B, K) = self.config, beams.scores.shape
         log_probs = (logits.float() / config.temperature).log_softmax(dim=1)
         allowed = log_probs.masked_fill(self.forced.get(t, self.suppressed), -torch.inf)
-        for rule in self.processors:
-            allowed = rule(allowed, beams.history if self.keeps_history else beams.history.new_empty(B * K, t))
+        if t < self.min_length:
+            allowed[:, Vocabulary.END] = -torch.inf
+        for rule in (*self.ngrams, *self.others):
+            allowed = rule(allowed, beams.history)
         uniform = self.uniform[beams.images, t].flatten()
         tokens = draw(allowed, uniform, config.top_k, config.top_p).view(B, K)
         scores = beams.scores + log_probs.gather(1, tokens.view(-1, 1)).view(B, K)

@@ -1,4 +1,4 @@
-// The CUDA launcher.
+// The CUDA kernel launcher.
 #include "beam_search_step.cuh"
 
 namespace attncap {

@@ -1,22 +1,23 @@
-// One step of beam search: from logits to the beams that go on and the hypotheses that end.
+// One step of beam search: from logits to the beams that continue and the hypotheses that end.
 //
-// B images, J beams an image come in and K go on (J = 1 in the first step, where all beams of an image would be alike),
-// V words. A beam's score is the sum of the log-probabilities of its words; -infinity: there is no such beam.
+// B images, V tokens. Every image has J beams before the step and K after it. (J = 1 in the first step, where all beams
+// of an image would be identical.) The score of a beam is the sum of the log-probabilities of its tokens; -infinity
+// means that there is no such beam. The candidates are all pairs of a beam j and a token w that is not suppressed:
 //
 //   candidate (j, w):  scores[b, j] + log softmax(logits[b J + j, :] / temperature)[w] - penalties
 //
-// for every beam j and word w but the suppressed ones. Candidates are ranked by score; of equal ones the lower beam,
-// then the lower word goes first, on every device. Candidates of `end` that are among the best `width` of the image
-// end: they become hypotheses, whose score over `length_penalty` joins the image's K best in `finished`. Then
+// Candidates are ranked by score; ties go to the lower beam, then to the lower token, on every device. Candidates with
+// the token `end` that are among the best `width` candidates of the image end. They become hypotheses: their score,
+// divided by `length_penalty`, is merged into `finished`, the K best of the image. As for the others:
 //
-//   shrink (Show, Attend and Tell): width = K less the hypotheses the image has; what is left of the best `width` goes
-//          on, so the width shrinks with every hypothesis.
-//   fixed: width = K; the K best candidates of other words go on, until the image has K hypotheses of which the worst
-//          is at least the best live score over `last_length_penalty`: log-probabilities are at most 0 and penalties do
-//          not fall with the length, so none could improve.
+//   shrink (Show, Attend and Tell): width = K minus the number of hypotheses in `finished`. The others among the best
+//          `width` candidates continue, so the beam width shrinks with every hypothesis.
+//   fixed: width = K. The K best candidates with other tokens continue, until the image has K hypotheses and the worst
+//          of them is at least as good as the best live score divided by `last_length_penalty`. No beam can then
+//          improve on them, as log-probabilities are at most 0 and length penalties do not decrease with the length.
 //
-// NaN among an image's logits or scores, or logits of which none is finite, make all its scores NaN from then on: the
-// caller looks once, at the end. B may be 0.
+// If a logit or score of an image is NaN, a logit is +infinity, or a row has no finite logit, all scores of the image
+// are NaN from then on, so the caller needs to check only once, after the last step. B may be 0.
 #pragma once
 
 #include <cmath>
@@ -35,46 +36,47 @@ struct BeamSearchSizes {
   int64_t B, J, K, V;
 };
 
-constexpr int64_t kMostBeams = 32;       // K and J; CUDA keeps an image's beams in the lanes of a warp
-constexpr int64_t kMostWords = 1 << 30;  // V; CUDA counts the words of a row in an int
+constexpr int64_t kMaxBeams = 32;            // of J and K; on CUDA, each lane of a warp holds one. MAX_BEAMS in Python
+constexpr int64_t kMaxVocabulary = 1 << 30;  // of V; on CUDA, tokens are counted in an int
 
+// By default no candidate, ranked after all others.
 struct Candidate {
-  float score = -INFINITY;    // none, behind all others
-  int64_t place = INT64_MAX;  // j V + w
+  float score = -INFINITY;
+  int64_t index = INT64_MAX;  // j V + w
 };
 
 ATTNCAP_HOST_DEVICE inline bool is_better(const Candidate& a, const Candidate& b) {
-  return a.score > b.score || (a.score == b.score && a.place < b.place);
+  return a.score > b.score || (a.score == b.score && a.index < b.index);
 }
 
 template <typename T>
 struct BeamSearchStep {
   BeamSearchSizes sizes;
   float inverse_temperature;
-  float length_penalty, last_length_penalty;  // divisors: of what ends in this step, and in the last one possible
-  int64_t end;                                // the word that ends a hypothesis
+  float length_penalty, last_length_penalty;  // divisors of hypotheses that end in this step, and in the last step
+  int64_t end;                                // the token that ends a hypothesis
   bool end_allowed, shrink;
-  int64_t penalty_count;         // M
-  int64_t logits_stride;         // from row to row, in elements
-  const T* logits;               // [B J, V]
-  const float* scores;           // [B, J]
-  const float* finished;         // [B, K], best first; -infinity: none
-  const bool* suppressed;        // [V] or null; of `end`, end_allowed decides
-  const int64_t* penalty_words;  // [B J, M] or null; a negative one is none
-  const float* penalties;        // [B J, M], at least 0, subtracted; of a word named twice, the sum
-  int64_t* tokens;               // [B, K]; `end` where no beam goes on
-  int64_t* parents;              // [B, K], rows of logits
-  float* next_scores;            // [B, K], best first
-  float* ended;                  // [B, J], the score of beam j's hypothesis that ended here; -infinity: none
-  float* next_finished;          // [B, K]
+  int64_t penalty_count;          // M
+  int64_t logits_stride;          // between rows, in elements
+  const T* logits;                // [B J, V]
+  const float* scores;            // [B, J]
+  const float* finished;          // [B, K], best first; -infinity: none
+  const bool* suppressed;         // [V] or null; ignored for `end`, see end_allowed
+  const int64_t* penalty_tokens;  // [B J, M] or null; negative ones are ignored
+  const float* penalties;         // [B J, M], at least 0, subtracted; those of the same token add up
+  int64_t* tokens;                // [B, K]; `end` where no beam continues
+  int64_t* parents;               // [B, K], rows of logits
+  float* next_scores;             // [B, K], best first
+  float* ended;                   // [B, J], the score of beam j with `end`, if it ends in this step, else -infinity
+  float* next_finished;           // [B, K]
 };
 
-// What is subtracted from word w of a row.
+// The penalty of token w in a row.
 template <typename T>
 ATTNCAP_HOST_DEVICE inline float penalty_of(const BeamSearchStep<T>& params, int64_t row, int64_t w) {
   float sum = 0;
   for (int64_t m = row * params.penalty_count; m < (row + 1) * params.penalty_count; ++m) {
-    if (params.penalty_words[m] == w) sum += params.penalties[m];
+    if (params.penalty_tokens[m] == w) sum += params.penalties[m];
   }
   return sum;
 }
@@ -84,9 +86,10 @@ ATTNCAP_HOST_DEVICE inline bool is_suppressed(const BeamSearchStep<T>& params, i
   return params.suppressed && params.suppressed[w];
 }
 
-// An image's step ends in the three functions below, in this order; calls of one of them for different numbers may run
-// side by side, as CUDA's lanes do. best: the image's K best candidates of words other than `end`, best first. ends[j]:
-// the score of beam j's candidate of `end`. is_nan: see above.
+// The step of an image concludes with end_beam, keep_hypothesis and continue_beam, in this order; the calls of one of
+// them for different j, h or k are independent, and parallel on CUDA. best: the K best candidates of the image with
+// tokens other than `end`, best first. ends[j]: the score of beam j's candidate with `end`. is_nan: whether the image's
+// scores are to be NaN, see above.
 
 template <typename T>
 ATTNCAP_HOST_DEVICE inline int64_t width_of(const BeamSearchStep<T>& params, int64_t b) {
@@ -96,14 +99,14 @@ ATTNCAP_HOST_DEVICE inline int64_t width_of(const BeamSearchStep<T>& params, int
   return width;
 }
 
-// The h-th of the image's hypotheses: the K of `finished`, then those that end here, one a beam.
+// The h-th hypothesis of the image: first the K in `finished`, then the J that may end in this step.
 template <typename T>
 ATTNCAP_HOST_DEVICE inline Candidate hypothesis(const BeamSearchStep<T>& params, int64_t b, int64_t h) {
   const int64_t J = params.sizes.J, K = params.sizes.K;
   return {h < K ? params.finished[b * K + h] : params.ended[b * J + h - K] / params.length_penalty, h};
 }
 
-// For j < J: whether the beam ends here.
+// For j < J: writes `ended`.
 template <typename T>
 ATTNCAP_HOST_DEVICE inline void end_beam(const BeamSearchStep<T>& params, int64_t b, const Candidate* best,
                                          const float* ends, bool is_nan, int64_t j) {
@@ -115,7 +118,7 @@ ATTNCAP_HOST_DEVICE inline void end_beam(const BeamSearchStep<T>& params, int64_
   params.ended[b * J + j] = !is_nan && rank < width_of(params, b) ? end.score : -INFINITY;
 }
 
-// For h < K + J: the hypothesis to its place, if that is among the K best.
+// For h < K + J: writes the hypothesis to next_finished if it is among the K best.
 template <typename T>
 ATTNCAP_HOST_DEVICE inline void keep_hypothesis(const BeamSearchStep<T>& params, int64_t b, int64_t h) {
   const int64_t J = params.sizes.J, K = params.sizes.K;
@@ -125,16 +128,16 @@ ATTNCAP_HOST_DEVICE inline void keep_hypothesis(const BeamSearchStep<T>& params,
   if (rank < K) params.next_finished[b * K + rank] = kept.score;
 }
 
-// For k < K: whether best[k] goes on.
+// For k < K: writes the k-th beam after the step.
 template <typename T>
-ATTNCAP_HOST_DEVICE inline void go_on(const BeamSearchStep<T>& params, int64_t b, const Candidate* best,
-                                      const float* ends, bool is_nan, int64_t k) {
+ATTNCAP_HOST_DEVICE inline void continue_beam(const BeamSearchStep<T>& params, int64_t b, const Candidate* best,
+                                              const float* ends, bool is_nan, int64_t k) {
   const int64_t J = params.sizes.J, K = params.sizes.K, V = params.sizes.V;
-  bool goes_on = !is_nan && best[k].score > -INFINITY;
+  bool continues = !is_nan && best[k].score > -INFINITY;
   if (params.shrink) {
     int64_t rank = k;
     for (int64_t j = 0; j < J; ++j) rank += is_better({ends[j], j * V + params.end}, best[k]);
-    goes_on = goes_on && rank < width_of(params, b);
+    continues = continues && rank < width_of(params, b);
   } else {
     const float attainable = best[0].score / params.last_length_penalty;
     int64_t as_good = 0;
@@ -142,11 +145,11 @@ ATTNCAP_HOST_DEVICE inline void go_on(const BeamSearchStep<T>& params, int64_t b
       const float score = hypothesis(params, b, h).score;
       as_good += score > -INFINITY && score >= attainable;
     }
-    goes_on = goes_on && as_good < K;
+    continues = continues && as_good < K;
   }
-  params.next_scores[b * K + k] = goes_on ? best[k].score : is_nan ? NAN : -INFINITY;
-  params.tokens[b * K + k] = goes_on ? best[k].place % V : params.end;
-  params.parents[b * K + k] = b * J + (goes_on ? best[k].place / V : 0);
+  params.next_scores[b * K + k] = continues ? best[k].score : is_nan ? NAN : -INFINITY;
+  params.tokens[b * K + k] = continues ? best[k].index % V : params.end;
+  params.parents[b * K + k] = b * J + (continues ? best[k].index / V : 0);
 }
 
 #define DECLARE(isa)                                                           \
@@ -158,7 +161,7 @@ ATTNCAP_FOR_EACH_ISA(DECLARE)
 #undef DECLARE
 
 #ifdef USE_CUDA
-// Returns the first error of its launches.
+// Returns the error of its launch.
 template <typename T>
 cudaError_t beam_search_step_cuda(const BeamSearchStep<T>& params, cudaStream_t stream);
 #endif

@@ -1,8 +1,8 @@
-// The CPU kernel; compiled once for each instruction set, ATTNCAP_ISA being its name.
+// The CPU kernel. Compiled once for each instruction set, with ATTNCAP_ISA as its name.
 //
-// A row of logits is read once, block by block: for the block's maximum, and while it is in the cache for its sum of
-// exponentials. What is better than the K-th best candidate so far is then looked for in the few blocks whose maximum
-// is. Threads share the images, or else an only image's rows.
+// A row of logits is read once, block by block: for the maximum of the block and, while it is in the cache, for its sum
+// of exponentials. Only the few blocks whose maximum is better than the K-th best candidate so far are then searched.
+// Threads process different images, and different rows of an image if there is only one.
 #include <cfloat>
 
 #include "beam_search_step.h"
@@ -13,19 +13,20 @@
 namespace attncap::ATTNCAP_ISA {
 namespace {
 
-// What is known of a row of logits once it has been read.
+// Statistics of a row of logits.
 struct Row {
-  static constexpr int64_t kMostBlocks = 64, kLeastVectors = 16;
-  Vector<float> largest_of_block[kMostBlocks];  // in each lane
-  float largest;                                // logit
-  float log_sum;  // log sum_w exp(factor * (logits[w] - largest)); NaN for NaN or +infinity, or if all are -infinity
+  static constexpr int64_t kMaxBlocks = 64, kMinVectors = 16;
+  Vector<float> block_max[kMaxBlocks];  // lane by lane
+  float largest;                        // logit of the row
+  float log_sum;  // log sum_w exp(factor * (logits[w] - largest)); NaN if any logit is NaN or +infinity, or all are
+                  // -infinity
 };
 
-// Calls body(i, first, count) for the i-th block of a row, its first word and their number.
+// Calls body(i, first, count) for every block of a row: its number, its first token and how many it has.
 template <typename Body>
 void for_each_block(int64_t V, const Body& body) {
-  const int64_t vectors = (V / kLanes<float> + Row::kMostBlocks) / Row::kMostBlocks;
-  const int64_t size = (vectors < Row::kLeastVectors ? Row::kLeastVectors : vectors) * kLanes<float>;
+  const int64_t vectors = (V / kLanes<float> + Row::kMaxBlocks) / Row::kMaxBlocks;
+  const int64_t size = (vectors < Row::kMinVectors ? Row::kMinVectors : vectors) * kLanes<float>;
   for (int64_t i = 0; i * size < V; ++i) body(i, i * size, V - i * size < size ? V - i * size : size);
 }
 
@@ -33,16 +34,17 @@ template <typename T>
 void read(Row& row, const T* logits, int64_t V, float factor) {
   const Vector<float> lowest = broadcast(-INFINITY), least = broadcast(-FLT_MAX);
   const float to_log2 = factor * 1.44269504f;
-  Vector<float> largest = lowest, reference = least, total{};  // of each lane; sums are of exponents less `reference`
+  // Per lane. total is the sum of exponentials relative to that of `reference`.
+  Vector<float> largest = lowest, reference = least, total{};
   for_each_block(V, [&](int64_t i, int64_t first, int64_t count) {
     Vector<float> largest_here = lowest, sum{};
     for_each_vector<float>(count, [&](int64_t w, auto... rest) {
       largest_here = larger(largest_here, load_or(lowest, logits + first + w, rest...));
     });
-    row.largest_of_block[i] = largest_here;
+    row.block_max[i] = largest_here;
     largest = larger(largest, largest_here);
     const Vector<float> before = reference;
-    reference = larger(least, largest);  // -infinity less -infinity would be NaN
+    reference = larger(least, largest);  // finite, since -infinity minus -infinity would be NaN
     for_each_vector<float>(count, [&](int64_t w, auto... rest) {
       sum += exp2_of_negative((load_or(lowest, logits + first + w, rest...) - reference) * to_log2);
     });
@@ -60,14 +62,14 @@ template <typename T>
 void search_image(const BeamSearchStep<T>& params, int64_t b, Threads threads) {
   const auto [B, J, K, V] = params.sizes;
   const float factor = params.inverse_temperature;
-  Row rows[kMostBeams];
+  Row rows[kMaxBeams];
   parallel_for(threads, J, [&](int64_t j) {
     const int64_t row = b * J + j;
     if (params.scores[row] != -INFINITY) read(rows[j], params.logits + row * params.logits_stride, V, factor);
   });
 
-  Candidate best[kMostBeams];
-  float ends[kMostBeams];
+  Candidate best[kMaxBeams];
+  float ends[kMaxBeams];
   bool is_nan = false;
   for (int64_t j = 0; j < J; ++j) {
     const int64_t row = b * J + j;
@@ -79,13 +81,13 @@ void search_image(const BeamSearchStep<T>& params, int64_t b, Threads threads) {
       is_nan = true;
       continue;
     }
-    // Of a vector of logits; this way large ones lose no digits.
+    // The largest logit is subtracted first, so that large logits lose no precision.
     const auto scores_of = [&](Vector<float> x) { return (x - rows[j].largest) * factor + base; };
     if (params.end_allowed) {
       ends[j] = scores_of(load(logits + params.end, 1))[0] - penalty_of(params, row, params.end);
     }
     for_each_block(V, [&](int64_t i, int64_t first, int64_t count) {
-      if (!any_above(scores_of(rows[j].largest_of_block[i]), best[K - 1].score)) return;
+      if (!any_above(scores_of(rows[j].block_max[i]), best[K - 1].score)) return;
       for_each_vector<float>(count, [&](int64_t from, auto... rest) {
         const Vector<float> scores = scores_of(load_or(broadcast(-INFINITY), logits + first + from, rest...));
         if (!any_above(scores, best[K - 1].score)) return;
@@ -93,7 +95,7 @@ void search_image(const BeamSearchStep<T>& params, int64_t b, Threads threads) {
           const int64_t w = first + from + lane;
           if (!(scores[lane] > best[K - 1].score) || w == params.end || is_suppressed(params, w)) continue;
           Candidate candidate{scores[lane] - penalty_of(params, row, w), j * V + w};
-          for (int64_t k = 0; k < K; ++k) {  // into its place; the worst falls off
+          for (int64_t k = 0; k < K; ++k) {  // insert; the worst drops out
             if (!is_better(candidate, best[k])) continue;
             const Candidate lower = best[k];
             best[k] = candidate;
@@ -105,7 +107,7 @@ void search_image(const BeamSearchStep<T>& params, int64_t b, Threads threads) {
   }
   for (int64_t j = 0; j < J; ++j) end_beam(params, b, best, ends, is_nan, j);
   for (int64_t h = 0; h < K + J; ++h) keep_hypothesis(params, b, h);
-  for (int64_t k = 0; k < K; ++k) go_on(params, b, best, ends, is_nan, k);
+  for (int64_t k = 0; k < K; ++k) continue_beam(params, b, best, ends, is_nan, k);
 }
 
 }  // namespace

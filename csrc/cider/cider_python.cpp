@@ -1,4 +1,4 @@
-// The Python module `cider`: checks, and arrays to pointers. Errors are ValueErrors.
+// The Python module `cider`: checks the arrays and passes them on. Errors are raised as ValueError.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -14,11 +14,11 @@ namespace {
 
 using Array = py::array_t<int64_t, py::array::c_style>;
 
-void check(bool condition, const std::string& otherwise) {
-  if (!condition) throw std::invalid_argument(otherwise);
+void check(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
 }
 
-// `offsets` cuts `size` things into pieces of at least `least`.
+// Checks that `offsets` split `size` items into groups of at least `least`.
 void check_offsets(const std::string& name, const Array& offsets, int64_t size, int64_t least) {
   check(offsets.ndim() == 1 && offsets.size() > 0, name + " must have one dimension, and one value at least");
   const int64_t *values = offsets.data(), *last = values + offsets.size() - 1;
@@ -29,23 +29,23 @@ void check_offsets(const std::string& name, const Array& offsets, int64_t size, 
   }
 }
 
-attncap::Captions captions_of(const Array& words, const Array& offsets) {
-  check(words.ndim() == 1, "words must have one dimension");
-  check_offsets("offsets", offsets, words.size(), 0);
-  return {words.data(), offsets.data(), offsets.size() - 1};
+attncap::Captions captions_of(const Array& tokens, const Array& offsets) {
+  check(tokens.ndim() == 1, "tokens must have one dimension");
+  check_offsets("offsets", offsets, tokens.size(), 0);
+  return {tokens.data(), offsets.data(), offsets.size() - 1};
 }
 
-std::unique_ptr<attncap::Cider> make(const Array& words, const Array& offsets, const Array& images, int64_t threads) {
-  const attncap::Captions references = captions_of(words, offsets);
+std::unique_ptr<attncap::Cider> make(const Array& tokens, const Array& offsets, const Array& images, int64_t threads) {
+  const attncap::Captions references = captions_of(tokens, offsets);
   check_offsets("images", images, references.count, 1);
   check(images.size() > 1, "there must be an image");
   const py::gil_scoped_release release;
   return std::make_unique<attncap::Cider>(references, images.data(), images.size() - 1, threads);
 }
 
-py::array_t<double> score(const attncap::Cider& cider, const Array& words, const Array& offsets, const Array& image_of,
+py::array_t<double> score(const attncap::Cider& cider, const Array& tokens, const Array& offsets, const Array& image_of,
                           int64_t threads) {
-  const attncap::Captions captions = captions_of(words, offsets);
+  const attncap::Captions captions = captions_of(tokens, offsets);
   check(image_of.ndim() == 1 && image_of.size() == captions.count, "image_of must have a value for each caption");
   for (int64_t i = 0; i < image_of.size(); ++i) {
     const int64_t image = image_of.data()[i];
@@ -63,8 +63,8 @@ py::array_t<double> score(const attncap::Cider& cider, const Array& words, const
 }  // namespace
 
 PYBIND11_MODULE(cider, module) {
-  module.doc() = "CIDEr-D of captions of word ids; attncap/metrics/cider.py is its face";
+  module.doc() = "CIDEr-D of captions of token ids; attncap/metrics/cider.py is the interface to it";
   py::class_<attncap::Cider>(module, "Cider")
-      .def(py::init(&make), py::arg("words"), py::arg("offsets"), py::arg("images"), py::arg("threads"))
-      .def("score", &score, py::arg("words"), py::arg("offsets"), py::arg("image_of"), py::arg("threads"));
+      .def(py::init(&make), py::arg("tokens"), py::arg("offsets"), py::arg("images"), py::arg("threads"))
+      .def("score", &score, py::arg("tokens"), py::arg("offsets"), py::arg("image_of"), py::arg("threads"));
 }

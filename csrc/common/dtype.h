@@ -1,5 +1,5 @@
-// The number types of the kernels, the same on the host, on the device and in the emulator of
-// tests/csrc.
+// The kernels' 16-bit number types, identical on the host, on the GPU and in the emulator of tests/csrc, and the type
+// in which sums are accumulated.
 #pragma once
 
 #include <cstdint>
@@ -51,9 +51,9 @@ struct float16 {
       half = 0x7e00;
     } else if (magnitude >= 0x47800000u) {  // 65536 and above, infinity
       half = 0x7c00;
-    } else if (magnitude < 0x38800000u) {  // below 2^-14: 0.5f has the unit of a subnormal half
+    } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5f rounds to the spacing of subnormal halves
       half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
-    } else {  // a carry out of the mantissa lands in the exponent, where it belongs
+    } else {  // a carry out of the mantissa correctly increments the exponent
       half = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
     }
     bits = static_cast<uint16_t>(half | ((x >> 16) & 0x8000u));
@@ -68,14 +68,14 @@ struct float16 {
     if (magnitude >= 0x0f800000u) {  // infinity or NaN
       return bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x7fffffu));
     }
-    // Moving the exponent by a multiplication also normalises subnormals.
+    // Scaling by a multiplication (instead of adding to the exponent) also normalises subnormals.
     const float value = bit_cast<float>(magnitude) * bit_cast<float>(0x77800000u);  // 2^112
     return bit_cast<float>(sign | bit_cast<uint32_t>(value));
 #endif
   }
 };
 
-// What sums are kept in: float32 for the short types, double for double.
+// The type in which sums are accumulated: double for double, float for all others.
 template <typename T>
 struct accumulate {
   using type = float;

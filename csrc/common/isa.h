@@ -1,5 +1,5 @@
-// How CPU kernels are run: the instruction sets that they are compiled for, each in a namespace of its own, of which
-// one is chosen at run time; and the threads.
+// How CPU kernels are dispatched. They are compiled once per instruction set, each time in a namespace of that name;
+// one is chosen at run time. The caller supplies the threads.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace attncap {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// Calls function(...) as it is compiled for an instruction set.
+// Calls the version of function(...) that was compiled for an instruction set.
 #ifdef ATTNCAP_X86
 #define ATTNCAP_CALL_ISA(isa, function, ...) \
   switch (isa) {                             \
@@ -32,7 +32,7 @@ enum class Isa { baseline, avx2, avx512 };
 #define ATTNCAP_CALL_ISA(isa, function, ...) baseline::function(__VA_ARGS__)
 #endif
 
-// The widest that this processor, and the operating system, can run.
+// The widest instruction set that this processor and operating system support.
 inline Isa best_isa() {
 #ifdef ATTNCAP_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -43,8 +43,8 @@ inline Isa best_isa() {
   return Isa::baseline;
 }
 
-// The caller's threads: run(count, work, context) calls work(begin, end, context) on ranges that cover [0, count),
-// perhaps at the same time.
+// The caller's thread pool: threads(count, work, context) calls work(begin, end, context) on disjoint ranges that cover
+// [0, count), possibly concurrently.
 using Threads = void (*)(int64_t count, void (*work)(int64_t begin, int64_t end, void* context), void* context);
 
 }  // namespace attncap

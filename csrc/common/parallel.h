@@ -1,4 +1,4 @@
-// Loops that the caller's threads share. In an unnamed namespace, like all that CPU kernels use: see simd.h.
+// Parallel loops on the caller's threads. In an unnamed namespace, like everything that CPU kernels use: see simd.h.
 #pragma once
 
 #include "isa.h"
@@ -6,7 +6,7 @@
 namespace attncap {
 namespace {
 
-// Calls body(i) for i in [0, count), in any order, perhaps at the same time.
+// Calls body(i) for i in [0, count), in any order and possibly concurrently.
 template <typename Body>
 void parallel_for(Threads threads, int64_t count, Body body) {
   threads(

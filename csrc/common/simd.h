@@ -1,16 +1,17 @@
-// Vectors as wide as the instruction set this file is compiled for, by the compilers' own vector types (GCC; Clang from
-// 16 on).
+// Vectors as wide as the instruction set that this file is compiled for, using the compiler's vector extensions (GCC,
+// or Clang 16 or newer).
 //
-// A CPU kernel's source is compiled once for each instruction set of isa.h. Nothing compiled for a newer processor may
-// ever run on an older one, so all here is in an unnamed namespace (each object file has its own copy) or is inlined
-// always, and such a source includes no standard library templates. tests/csrc looks for copies that could be shared.
+// The source of a CPU kernel is compiled once for each instruction set of isa.h. Code compiled for a newer processor
+// must never run on an older one, but the linker keeps only one copy of an inline function or template. So everything
+// here is in an unnamed namespace (each object file keeps its own copy) or always inlined, and the sources of CPU
+// kernels use no standard library templates. tests/csrc checks that the object files have no such function in common.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX2__  // which AVX-512 brings along
+#ifdef __AVX2__  // also defined with AVX-512
 #include <immintrin.h>
 #endif
 
@@ -27,16 +28,16 @@ constexpr int64_t kVectorBytes = 32;
 constexpr int64_t kVectorBytes = 16;
 #endif
 
-template <typename Number>
+template <typename Element>
 struct VectorOf {
-  typedef Number type __attribute__((vector_size(kVectorBytes)));
+  typedef Element type __attribute__((vector_size(kVectorBytes)));
 };
-template <typename Number>
-using Vector = typename VectorOf<Number>::type;
-template <typename Number>
-constexpr int64_t kLanes = kVectorBytes / sizeof(Number);
+template <typename Element>
+using Vector = typename VectorOf<Element>::type;
+template <typename Element>
+constexpr int64_t kLanes = kVectorBytes / sizeof(Element);
 
-// The first `count` of a vector of numbers, widened to what sums are kept in; the other lanes are 0.
+// Loads `count` numbers, converted to the accumulation type; the other lanes are 0.
 template <typename T>
 inline Vector<accumulate_t<T>> load(const T* from, int64_t count = kLanes<accumulate_t<T>>) {
   accumulate_t<T> lanes[kLanes<accumulate_t<T>>] = {};
@@ -46,7 +47,7 @@ inline Vector<accumulate_t<T>> load(const T* from, int64_t count = kLanes<accumu
   return vector;
 }
 
-// The same, the other lanes as in `others`.
+// The same, with the other lanes taken from `others`.
 template <typename T>
 inline Vector<accumulate_t<T>> load_or(Vector<accumulate_t<T>> others, const T* from,
                                        int64_t count = kLanes<accumulate_t<T>>) {
@@ -62,7 +63,7 @@ inline void store(T* to, Vector<accumulate_t<T>> vector, int64_t count = kLanes<
   for (int64_t lane = 0; lane < count; ++lane) to[lane] = static_cast<T>(lanes[lane]);
 }
 
-// Whole vectors of bfloat16, rounded as the type does it; the compiler does not find this by itself.
+// A whole vector of bfloat16, rounded as in dtype.h. Compilers do not vectorise the generic version.
 inline void store(bfloat16* to, Vector<float> vector) {
   typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
   Vector<uint32_t> x;
@@ -72,27 +73,27 @@ inline void store(bfloat16* to, Vector<float> vector) {
   memcpy(to, &halves, sizeof(halves));
 }
 
-template <typename Number>
-inline Number sum_of_lanes(Vector<Number> vector) {
-  Number lanes[kLanes<Number>];
+template <typename Element>
+inline Element sum_of_lanes(Vector<Element> vector) {
+  Element lanes[kLanes<Element>];
   memcpy(lanes, &vector, sizeof(vector));
-  for (int64_t half = kLanes<Number> / 2; half > 0; half /= 2) {
+  for (int64_t half = kLanes<Element> / 2; half > 0; half /= 2) {
     for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   }
   return lanes[0];
 }
 
-// Calls body(i) for every whole vector of `count` numbers, then body(i, rest) for what is left.
-template <typename Number, typename Body>
+// Calls body(i) for every whole vector of `count` numbers, then body(i, rest) for the `rest` numbers that remain.
+template <typename Element, typename Body>
 inline void for_each_vector(int64_t count, const Body& body) {
   int64_t i = 0;
-  for (; i + kLanes<Number> <= count; i += kLanes<Number>) body(i);
+  for (; i + kLanes<Element> <= count; i += kLanes<Element>) body(i);
   if (i < count) body(i, count - i);
 }
 
 inline Vector<float> broadcast(float value) { return Vector<float>{} + value; }
 
-// Whether any lane is greater than the bound.
+// Whether any lane is greater than the bound. NaN is not.
 inline bool any_above(Vector<float> x, float bound) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask(x, broadcast(bound), _CMP_GT_OQ) != 0;
@@ -105,18 +106,18 @@ inline bool any_above(Vector<float> x, float bound) {
 #endif
 }
 
-// 2^t = power + power * rest, where power is a power of two and rest = 2^f - 1 for |f| <= 1/2; t = x * log2_e, which is
-// at most 126 either way.
+// 2^t = power + power * rest, where power is a power of two and rest = 2^f - 1 with |f| <= 1/2. t = x * log2_e must be
+// in [-126, 126].
 struct PowerAndRest {
   Vector<float> power, rest;
 };
 
 inline PowerAndRest split_exp(Vector<float> x, float log2_e) {
-  // Added, it leaves no bits behind the point, and the biased exponent of the power in the last bits.
+  // Adding this constant rounds t to an integer and leaves the biased exponent of the power in the lowest bits.
   const float to_exponent = 0x1.8p23f + 127;
   const Vector<float> shifted = x * log2_e + to_exponent;
   const Vector<float> f = x * log2_e - (shifted - to_exponent);
-  // (2^f - 1) / f with the least largest relative error, 1.1e-8, fitted for this file.
+  // The minimax polynomial of (2^f - 1) / f, fitted for this file; its relative error is at most 1.1e-8.
   Vector<float> series = f * 0.000154034977f + 0.00133907353f;
   series = series * f + 0.00961823761f;
   series = series * f + 0.0555035733f;
@@ -130,7 +131,8 @@ inline PowerAndRest split_exp(Vector<float> x, float log2_e) {
   return {power, series * f};
 }
 
-// The larger, or the smaller, of each lane; x where it is NaN. One instruction, which GCC does not find by itself.
+// The larger or the smaller of each lane; x where x is NaN. Written with intrinsics since GCC does not emit the single
+// instruction otherwise.
 inline Vector<float> larger(Vector<float> bound, Vector<float> x) {
 #if defined(__AVX512F__)
   return _mm512_max_ps(bound, x);
@@ -151,17 +153,17 @@ inline Vector<float> smaller(Vector<float> bound, Vector<float> x) {
 #endif
 }
 
-inline Vector<float> clamp(Vector<float> x, float least, float largest) {  // NaN stays NaN
-  return smaller(broadcast(largest), larger(broadcast(least), x));
+inline Vector<float> clamp(Vector<float> x, float low, float high) {  // NaN stays NaN
+  return smaller(broadcast(high), larger(broadcast(low), x));
 }
 
-// For terms of a sum, relative to the largest: exp(x) for -87 <= x <= 0, exp(-87) below. NaN stays NaN.
+// For the terms of a softmax, whose largest term is 1: exp(x) for -87 <= x <= 0, exp(-87) below. NaN stays NaN.
 inline Vector<float> exp_of_negative(Vector<float> x) {
   const PowerAndRest parts = split_exp(larger(broadcast(-87.0f), x), 1.44269504f);
   return parts.power * parts.rest + parts.power;
 }
 
-// The same of 2^x for -126 <= x <= 0, a multiplication or two less.
+// The same for 2^x: -126 <= x <= 0, 2^-126 below. It saves the multiplications by log2(e).
 inline Vector<float> exp2_of_negative(Vector<float> x) {
   const PowerAndRest parts = split_exp(larger(broadcast(-126.0f), x), 1.0f);
   return parts.power * parts.rest + parts.power;
@@ -181,17 +183,17 @@ inline Vector<float> tanh(Vector<float> x) {  // from exp(2 x) - 1
   return exp_minus_1 / (exp_minus_1 + 2.0f);
 }
 
-// For bfloat16 and float16, whose own rounding is larger: half the work, relative error 1e-4, for large x too. NaN
+// tanh for bfloat16 and float16, whose own rounding error is larger: half the work, relative error 1e-4 for all x. NaN
 // stays NaN.
 inline Vector<float> short_tanh(Vector<float> x) {
   x = clamp(x, -5.0f, 5.0f);
   const Vector<float> square = x * x;
-  const Vector<float> above = (square * 0.000670586945f + 0.102418646f) * square + 0.999948263f;
-  const Vector<float> below = (square * 0.0128201358f + 0.435433775f) * square + 1.0f;
-  return x * above / below;
+  const Vector<float> numerator = (square * 0.000670586945f + 0.102418646f) * square + 0.999948263f;
+  const Vector<float> denominator = (square * 0.0128201358f + 0.435433775f) * square + 1.0f;
+  return x * numerator / denominator;
 }
 
-// float64 is for checking: a lane at a time.
+// float64 serves only as the reference in tests, so it may be slow: one lane at a time.
 inline Vector<double> exp(Vector<double> x) {
   for (int64_t lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::exp(x[lane]);
   return x;
@@ -202,9 +204,9 @@ inline Vector<double> tanh(Vector<double> x) {
   return x;
 }
 
-template <typename Number>
-inline Vector<Number> sigmoid(Vector<Number> x) {
-  return Number(1) / (Number(1) + exp(-x));
+template <typename Element>
+inline Vector<Element> sigmoid(Vector<Element> x) {
+  return Element(1) / (Element(1) + exp(-x));
 }
 
 inline Vector<float> relu(Vector<float> x) { return larger(Vector<float>{}, x); }

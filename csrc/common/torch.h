@@ -1,6 +1,5 @@
-// What every *_torch.cpp needs: checks with one clear sentence, dispatch on dtype, and where the
-// kernel runs. Each *_torch.cpp is compiled twice: for the CPU library, and with USE_CUDA for the
-// CUDA library.
+// What every *_torch.cpp needs: argument checks, dispatch by dtype, and the call of the kernel. Each *_torch.cpp is
+// compiled twice: for the CPU library, and with USE_CUDA for the CUDA library.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -30,30 +29,30 @@ namespace attncap {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline void check(bool condition, const std::string& sentence) {
-  if (!condition) throw std::runtime_error(sentence);
+inline void check(bool condition, const std::string& message) {
+  if (!condition) throw std::runtime_error(message);
 }
 
-// Every tensor of an op has the sizes named and the device of `like`; dtype too, unless another is
-// named.
+// Checks that a tensor has these sizes, the device of `like`, and `dtype` or else the dtype of `like`.
 inline void check_tensor(const char* name, const Tensor& tensor, const Tensor& like,
                          std::initializer_list<int64_t> sizes, std::optional<ScalarType> dtype = std::nullopt) {
-  const auto check_that = [&](bool condition, const char* else_it) {  // no string is made where all is well
-    if (!condition) throw std::runtime_error(std::string(name) + else_it);
+  const auto check_that = [&](bool condition, const char* problem) {  // builds the string only on failure
+    if (!condition) throw std::runtime_error(std::string(name) + problem);
   };
-  check_that(tensor.scalar_type() == dtype.value_or(like.scalar_type()), " has another dtype than the op takes");
+  check_that(tensor.scalar_type() == dtype.value_or(like.scalar_type()), " has the wrong dtype");
   check_that(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(),
-             " is on another device than the op's first tensor");
+             " is not on the same device as the op's first tensor");
   const auto actual = tensor.sizes();
   check_that(std::equal(actual.begin(), actual.end(), sizes.begin(), sizes.end()),
-             " has sizes that do not fit the other tensors");
+             " has sizes that do not match the other tensors");
 }
 
 inline ScalarType accumulate_dtype(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// The tensor itself where it is contiguous (torch's own function asks the dispatcher first), else a copy.
+// The tensor itself if it is contiguous, else a copy. (torch::stable::contiguous goes through the dispatcher either
+// way.)
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
@@ -63,13 +62,13 @@ inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
   return as_contiguous(*tensor);
 }
 
-// [rows, columns] as it lies where each row is contiguous, else a copy.
+// The tensor [rows, columns] itself if each row is contiguous, else a copy.
 inline Tensor contiguous_rows(const Tensor& tensor) {
   return tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-// A new matrix on the device of `like`, of its dtype unless another is named. (torch's own new_empty asks the
-// dispatcher, which takes longer than a small kernel.)
+// A new matrix on the device of `like`, with `dtype` or else the dtype of `like`. (torch::stable::new_empty goes
+// through the dispatcher, which takes longer than a small kernel.)
 inline Tensor empty(const Tensor& like, int64_t rows, int64_t columns, std::optional<ScalarType> dtype = std::nullopt) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   int32_t code, device_type;
@@ -92,7 +91,7 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Calls body(T()) with the kernels' type for the tensor's dtype.
+// Calls body(T()), where T is the kernels' number type for the tensor's dtype.
 template <typename Body>
 void dispatch_dtype(const Tensor& tensor, const Body& body) {
   switch (tensor.scalar_type()) {
@@ -105,12 +104,12 @@ void dispatch_dtype(const Tensor& tensor, const Body& body) {
     case ScalarType::Half:
       return body(float16());
     default:
-      check(false, "attncap's kernels take float32, bfloat16, float16 and float64");
+      check(false, "the kernels of attncap take float32, bfloat16, float16 and float64");
   }
 }
 
 #ifdef USE_CUDA
-// Calls launch(stream) with torch's current stream, on the tensor's device.
+// Calls launch(stream) on the tensor's device, with torch's current stream.
 template <typename Launch>
 void launch_on_device(const Tensor& tensor, const Launch& launch) {
   const int32_t index = tensor.get_device_index();
@@ -118,15 +117,15 @@ void launch_on_device(const Tensor& tensor, const Launch& launch) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   const cudaError_t error = launch(static_cast<cudaStream_t>(stream));
-  check(error == cudaSuccess, std::string("CUDA refused a kernel of attncap: ") + cudaGetErrorString(error));
+  check(error == cudaSuccess, std::string("launching a CUDA kernel of attncap failed: ") + cudaGetErrorString(error));
 }
 #else
-// torch's threads, for the CPU kernels.
+// torch's thread pool, for the CPU kernels.
 inline void threads(int64_t count, void (*work)(int64_t, int64_t, void*), void* context) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, 1, work, context));
 }
 
-// Calls a CPU kernel, function<T>(...), in the widest instruction set that the processor has.
+// Calls the CPU kernel function(...) compiled for the widest instruction set of this processor.
 #define ATTNCAP_CALL_BEST_ISA(function, ...) ATTNCAP_CALL_ISA(best_isa(), function, __VA_ARGS__)
 #endif
 

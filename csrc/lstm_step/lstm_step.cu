@@ -1,4 +1,4 @@
-// The CUDA launchers.
+// The CUDA kernel launchers.
 #include "lstm_step.cuh"
 
 namespace attncap {

@@ -1,4 +1,4 @@
-// Checks, allocates, calls the kernel of this library's device.
+// Checks the arguments, allocates the outputs and calls the kernel of the device that this library is built for.
 #include "lstm_step_torch.h"
 
 #include "lstm_step.h"
@@ -46,17 +46,17 @@ void lstm_step(Tensor recurrent, Tensor context_part, Tensor word_table, Tensor 
   });
 }
 
-void lstm_step_backward(Tensor recurrent, Tensor context_part, Tensor words, Tensor c, Tensor next_h_grad,
+void lstm_step_backward(Tensor recurrent, Tensor context_part, Tensor word_inputs, Tensor c, Tensor next_h_grad,
                         Tensor next_c_grad, const Tensor& gates_grad, const Tensor& c_grad) {
   const int64_t N = c.size(0), H = c.size(1);
   check_tensor("lstm_step_backward: recurrent", recurrent, c, {N, 4 * H});
   check_tensor("lstm_step_backward: context_part", context_part, c, {N, 4 * H});
-  check_tensor("lstm_step_backward: words", words, c, {N, 4 * H});
-  check_tensor("lstm_step_backward: h_grad", next_h_grad, c, {N, H});
-  check_tensor("lstm_step_backward: c_grad", next_c_grad, c, {N, H});
+  check_tensor("lstm_step_backward: word_inputs", word_inputs, c, {N, 4 * H});
+  check_tensor("lstm_step_backward: next_h_grad", next_h_grad, c, {N, H});
+  check_tensor("lstm_step_backward: next_c_grad", next_c_grad, c, {N, H});
   recurrent = contiguous_rows(recurrent);
   context_part = contiguous_rows(context_part);
-  words = as_contiguous(words);
+  word_inputs = as_contiguous(word_inputs);
   c = as_contiguous(c);
   next_h_grad = as_contiguous(next_h_grad);
   next_c_grad = as_contiguous(next_c_grad);
@@ -71,7 +71,7 @@ void lstm_step_backward(Tensor recurrent, Tensor context_part, Tensor words, Ten
         .gates_grad_stride = gates_grad.stride(0),
         .recurrent = data<T>(recurrent),
         .context_part = data<T>(context_part),
-        .words = data<T>(words),
+        .word_inputs = data<T>(word_inputs),
         .c = data<T>(c),
         .next_h_grad = data<T>(next_h_grad),
         .next_c_grad = data<T>(next_c_grad),
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> step(Tensor recurrent, Tensor context_part, T
         "lstm_step takes recurrent [R, 4H], context_part [R, 4H + E], word_table [V, 4H + E], c [R, H], parents [N] "
         "and tokens [N]");
   const int64_t H = c.size(1), N = parents.size(0), E = word_table.size(1) - 4 * H;
-  check(H > 0 && E >= 0, "lstm_step needs at least one hidden unit, and a word_table of at least 4H columns");
+  check(H > 0 && E >= 0, "lstm_step: H must be at least 1, and word_table must have at least 4H columns");
   const Tensor next_h = empty(c, N, H), next_c = empty(c, N, H), output = empty(c, N, E);
   lstm_step(recurrent, context_part, word_table, c, parents, tokens, next_h, next_c, output);
   return {next_h, next_c, output};

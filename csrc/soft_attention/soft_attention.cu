@@ -1,10 +1,10 @@
-// The CUDA launchers.
+// The CUDA kernel launchers.
 #include "soft_attention_launch.h"
 
 namespace attncap {
 namespace {
 
-// Launches on a stream until the first error.
+// Launches kernels on a stream, none after the first error.
 struct Launcher {
   cudaStream_t stream;
   cudaError_t error = cudaSuccess;

@@ -1,4 +1,4 @@
-// The CUDA kernels. Device code has no launch syntax and no torch, so that tests/csrc can run it on the host.
+// The CUDA kernels. They have no launch syntax and include no torch, so that tests/csrc can run them on the host.
 #pragma once
 
 #include <cmath>
@@ -12,29 +12,29 @@ namespace attncap {
 extern __shared__ double dynamic_shared[];
 
 constexpr int kAhead = 4;      // cells that a thread loads before it uses the first
-constexpr int kThreads = 256;  // of a block, at most
+constexpr int kThreads = 256;  // per block, at most
 
-// Called, not inlined: float64 is for checking, and this is long.
+// The float64 version is long and serves only as the reference in tests, so it is not inlined.
 template <typename T>
-__device__ __noinline__ T called_tanh(T x) {
+__device__ __noinline__ T noinline_tanh(T x) {
   return std::tanh(x);
 }
 
 template <typename T>
 struct Activate {
-  using Number = accumulate_t<T>;
+  using acc_t = accumulate_t<T>;
   Activation activation;
 
-  __device__ Number operator()(Number x) const {
-    if (activation == Activation::relu) return x < 0 ? Number(0) : x;  // this way round a NaN stays one
-#ifdef __CUDA_ARCH__  // absolute error some 2^-22, far below what the short types can hold
+  __device__ acc_t operator()(acc_t x) const {
+    if (activation == Activation::relu) return x < 0 ? acc_t(0) : x;  // in this order, NaN stays NaN
+#ifdef __CUDA_ARCH__  // absolute error about 2^-22, far below the precision of the 16-bit types
     if constexpr (sizeof(T) == 2) return 1 - __fdividef(2, 1 + __expf(2 * x));
 #endif
-    return std::is_same_v<T, double> ? called_tanh(x) : std::tanh(x);
+    return std::is_same_v<T, double> ? noinline_tanh(x) : std::tanh(x);
   }
 
-  // For scores alone: the derivative, 1 - y * y, would show the error, a relative one of 2^-11.
-  __device__ Number fast(Number x) const {
+  // For scores only. The relative error of 2^-11 would be too large for the derivative, 1 - y * y.
+  __device__ acc_t fast(acc_t x) const {
 #ifdef __CUDA_ARCH__
     if constexpr (std::is_same_v<T, bfloat16>) {
       if (activation == Activation::tanh) {
@@ -47,41 +47,36 @@ struct Activate {
     return (*this)(x);
   }
 
-  // The derivative, from y = activate(x).
-  __device__ Number grad(Number y) const {
+  // The derivative, given y = activate(x).
+  __device__ acc_t grad(acc_t y) const {
     if (activation == Activation::tanh) return 1 - y * y;
-    return y > 0 ? Number(1) : Number(0);
+    return y > 0 ? acc_t(1) : acc_t(0);
   }
 };
 
-template <typename Number>
-__device__ Number sigmoid(Number x) {
-  return 1 / (1 + std::exp(-x));
-}
-
 template <typename T>
 struct ScoreTerm {
-  using Number = accumulate_t<T>;
+  using acc_t = accumulate_t<T>;
   Activate<T> activate;
   const T* score_weight;
   bool aligned;
-  Pack<Number, kWidth<T>> factors;
+  Pack<acc_t, kWidth<T>> factors;
 
   __device__ void move_to(int64_t a, int64_t count) { factors = load<kWidth<T>>(score_weight + a, count, aligned); }
-  __device__ Number operator()(int j, Number key, Number query) const {
+  __device__ acc_t operator()(int j, acc_t key, acc_t query) const {
     return factors.values[j] * activate.fast(key + query);
   }
 };
 
 struct ProductTerm {
   __device__ void move_to(int64_t, int64_t) {}
-  template <typename Number>
-  __device__ Number operator()(int, Number a, Number b) const {
+  template <typename acc_t>
+  __device__ acc_t operator()(int, acc_t a, acc_t b) const {
     return a * b;
   }
 };
 
-// Over cells: the scores; -infinity where masked.
+// Kernel over cells: the scores; -infinity if masked.
 template <typename T, int rows>
 __global__ void __launch_bounds__(kThreads) soft_attention_score_kernel(SoftAttentionForward<T> params, bool aligned) {
   const int64_t P = params.sizes.P;
@@ -96,49 +91,49 @@ __global__ void __launch_bounds__(kThreads) soft_attention_score_kernel(SoftAtte
                           });
 }
 
-// `sum` over all cells becomes channel d of row n's context.
+// Writes channel d of row n's context, given the weighted sum over all cells.
 template <typename T>
 __device__ void store_context(const SoftAttentionForward<T>& params, int64_t n, int64_t d, accumulate_t<T> sum) {
   if (params.gate) sum *= sigmoid(static_cast<accumulate_t<T>>(params.gate[n * params.gate_stride + d]));
   params.context[n * params.sizes.D + d] = static_cast<T>(sum);
 }
 
-// Over channels: weights and context; with several parts, context_parts instead. Shared memory: rows times the most
-// cells of a part, and blockDim.x * width, numbers.
+// Kernel over channels: weights and context, or context_parts if there are several parts. Shared memory, in numbers:
+// rows * ceil_div(P, parts) + blockDim.x * width.
 template <typename T, int rows>
 __global__ void __launch_bounds__(kThreads)
     soft_attention_context_kernel(SoftAttentionForward<T> params, bool aligned, int columns, int parts) {
-  using Number = accumulate_t<T>;
+  using acc_t = accumulate_t<T>;
   constexpr int width = kWidth<T>;
   const int64_t P = params.sizes.P, D = params.sizes.D;
   const ChannelsBlock block(P, D, width, columns, parts);
   const RowsTile tile = rows_tile(params.sizes.K, rows, block.outer);
   const int64_t part_cells = ceil_div(P, parts);
-  Number* weights = reinterpret_cast<Number*>(dynamic_shared);  // [rows, part_cells]
-  Number* scratch = weights + rows * part_cells;
+  acc_t* weights = reinterpret_cast<acc_t*>(dynamic_shared);  // [rows, part_cells]
+  acc_t* scratch = weights + rows * part_cells;
   const int lane = threadIdx.x % kWarpSize, warps = blockDim.x / kWarpSize;
 
-  for (int64_t row = threadIdx.x / kWarpSize; row < tile.row_count; row += warps) {  // softmax, a warp a row
-    const Number* scores = params.scores + (tile.first_row + row) * P;
-    Number largest = -INFINITY, total = 0;
+  for (int64_t row = threadIdx.x / kWarpSize; row < tile.row_count; row += warps) {  // softmax, one warp per row
+    const acc_t* scores = params.scores + (tile.first_row + row) * P;
+    acc_t largest = -INFINITY, total = 0;
     for (int64_t p = lane; p < P; p += kWarpSize) largest = Max()(largest, scores[p]);
     largest = warp_reduce(largest, Max());
     for (int64_t p = lane; p < P; p += kWarpSize) total += std::exp(scores[p] - largest);
     total = warp_reduce(total, Sum());
     for (int64_t p = block.part_begin + lane; p < block.part_end; p += kWarpSize) {
       const bool counts = !params.mask || params.mask[tile.b * P + p];
-      const Number weight = counts ? std::exp(scores[p] - largest) / total : 0;
+      const acc_t weight = counts ? std::exp(scores[p] - largest) / total : 0;
       weights[row * part_cells + p - block.part_begin] = weight;
       if (block.first_channel == 0) params.weights[(tile.first_row + row) * P + p] = static_cast<T>(weight);
     }
   }
   __syncthreads();
 
-  Pack<Number, width> sums[rows] = {};
+  Pack<acc_t, width> sums[rows] = {};
   const T* features = params.features + tile.b * params.features_stride + block.channel;
   const int64_t end = block.channel_count > 0 ? block.part_end : 0;
   for (int64_t first = block.first_cell; first < end; first += kAhead * block.cell_step) {
-    Pack<Number, width> cells[kAhead];
+    Pack<acc_t, width> cells[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int64_t p = first + i * block.cell_step;
@@ -151,7 +146,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int row = 0; row < rows; ++row) {
         if (row >= tile.row_count) break;
-        const Number weight = weights[row * part_cells + p - block.part_begin];
+        const acc_t weight = weights[row * part_cells + p - block.part_begin];
 #pragma unroll
         for (int j = 0; j < width; ++j) sums[row].values[j] += weight * cells[i].values[j];
       }
@@ -160,7 +155,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int row = 0; row < rows; ++row) {
     if (row >= tile.row_count) break;
-    sum_over_groups(sums[row], columns, scratch, block, D, [&](int64_t d, Number sum) {
+    sum_over_groups(sums[row], columns, scratch, block, D, [&](int64_t d, acc_t sum) {
       const int64_t n = tile.first_row + row;
       if (parts == 1) {
         store_context(params, n, d, sum);
@@ -171,7 +166,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A thread a channel of a row: the context, where the cells are in several parts.
+// One thread per row and channel: the context, if the cells are split into several parts.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) soft_attention_sum_parts_kernel(SoftAttentionForward<T> params, int parts) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -182,23 +177,23 @@ __global__ void __launch_bounds__(kThreads) soft_attention_sum_parts_kernel(Soft
   store_context(params, i / params.sizes.D, i % params.sizes.D, sum);
 }
 
-// A thread a channel of a row: gated_grad and gate_grad.
+// One thread per row and channel: gated_grad and gate_grad.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) soft_attention_gate_grad_kernel(SoftAttentionBackward<T> params) {
-  using Number = accumulate_t<T>;
+  using acc_t = accumulate_t<T>;
   const int64_t D = params.sizes.D, i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= params.sizes.B * params.sizes.K * D) return;
-  Number grad = params.context_grad[i];
+  acc_t grad = params.context_grad[i];
   if (params.gate) {
-    const Number gate = sigmoid(static_cast<Number>(params.gate[i / D * params.gate_stride + i % D]));
-    const Number context = params.context[i];  // the gate is in it
+    const acc_t gate = sigmoid(static_cast<acc_t>(params.gate[i / D * params.gate_stride + i % D]));
+    const acc_t context = params.context[i];  // includes the factor of the gate
     params.gate_grad[i / D * params.gate_grad_stride + i % D] = static_cast<T>(grad * context * (1 - gate));
     grad *= gate;
   }
   params.gated_grad[i] = grad;
 }
 
-// Over cells: the gradient of the weights, into score_grad.
+// Kernel over cells: the gradient of the weights, stored in score_grad.
 template <typename T, int rows>
 __global__ void __launch_bounds__(kThreads)
     soft_attention_weights_grad_kernel(SoftAttentionBackward<T> params, bool aligned) {
@@ -208,63 +203,63 @@ __global__ void __launch_bounds__(kThreads)
   sum_over_channels<rows>(block, params.sizes.D, params.features + block.tile.b * params.features_stride,
                           params.gated_grad, params.sizes.D, aligned, ProductTerm(),
                           [&](int64_t n, int64_t p, accumulate_t<T> sum) {
-                            const int64_t at = n * P + p;
-                            params.score_grad[at] = sum + static_cast<accumulate_t<T>>(params.weights_grad[at]);
+                            const int64_t i = n * P + p;
+                            params.score_grad[i] = sum + static_cast<accumulate_t<T>>(params.weights_grad[i]);
                           });
 }
 
-// A warp a row: from the gradient of the weights to that of the scores.
+// One warp per row: converts the gradient of the weights into that of the scores.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) soft_attention_softmax_grad_kernel(SoftAttentionBackward<T> params) {
-  using Number = accumulate_t<T>;
+  using acc_t = accumulate_t<T>;
   const int64_t P = params.sizes.P, lane = threadIdx.x % kWarpSize;
   const int64_t n = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
   if (n >= params.sizes.B * params.sizes.K) return;
   const T* weights = params.weights + n * P;
-  Number* grad = params.score_grad + n * P;
-  Number mean = 0;  // by weight
-  for (int64_t p = lane; p < P; p += kWarpSize) mean += static_cast<Number>(weights[p]) * grad[p];
+  acc_t* grad = params.score_grad + n * P;
+  acc_t mean = 0;  // weighted
+  for (int64_t p = lane; p < P; p += kWarpSize) mean += static_cast<acc_t>(weights[p]) * grad[p];
   mean = warp_reduce(mean, Sum());
-  for (int64_t p = lane; p < P; p += kWarpSize) grad[p] = static_cast<Number>(weights[p]) * (grad[p] - mean);
+  for (int64_t p = lane; p < P; p += kWarpSize) grad[p] = static_cast<acc_t>(weights[p]) * (grad[p] - mean);
 }
 
-// Over channels (of the attention): query_grad and, if wanted, keys_grad and the image's part of score_weight_grad. A
-// block does all rows of its image, `rows` at a time; between them keys_grad is rounded to T. Shared memory: blockDim.x
-// * width numbers.
+// Kernel over channels (here the A attention units): query_grad and, if needed, keys_grad and the image's summand of
+// score_weight_grad. A block computes all rows of its image, `rows` at a time; in between keys_grad is rounded to T.
+// Shared memory: blockDim.x * width numbers.
 template <typename T, int rows>
 __global__ void __launch_bounds__(kThreads)
     soft_attention_keys_grad_kernel(SoftAttentionBackward<T> params, bool aligned, int columns) {
-  using Number = accumulate_t<T>;
+  using acc_t = accumulate_t<T>;
   constexpr int width = kWidth<T>;
   const int64_t K = params.sizes.K, P = params.sizes.P, A = params.sizes.A;
   const ChannelsBlock block(P, A, width, columns, 1);
   const int64_t b = block.outer;
   const bool has_channel = block.channel_count > 0;
-  Number* scratch = reinterpret_cast<Number*>(dynamic_shared);
+  acc_t* scratch = reinterpret_cast<acc_t*>(dynamic_shared);
   const Activate<T> activate{params.activation};
-  Pack<Number, width> score_weight{}, score_weight_grad{};
+  Pack<acc_t, width> score_weight{}, score_weight_grad{};
   if (has_channel) score_weight = load<width>(params.score_weight + block.channel, block.channel_count, aligned);
 
   for (int64_t k = 0; k < K; k += rows) {
     const int64_t first_row = b * K + k, row_count = K - k < rows ? K - k : rows;
-    Pack<Number, width> query_grads[rows] = {};
+    Pack<acc_t, width> query_grads[rows] = {};
     for (int64_t p = block.first_cell; has_channel && p < P; p += block.cell_step) {
       const T* from = params.keys + b * params.keys_stride + p * A + block.channel;
       const auto key = load<width>(from, block.channel_count, aligned);
       T* to = params.keys_grad + (b * P + p) * A + block.channel;
-      Pack<Number, width> key_grad{};
-      if (k > 0 && params.keys_grad) key_grad = load<width>(to, block.channel_count, aligned);  // of the rows before
+      Pack<acc_t, width> key_grad{};
+      if (k > 0 && params.keys_grad) key_grad = load<width>(to, block.channel_count, aligned);  // of the previous rows
 #pragma unroll
       for (int row = 0; row < rows; ++row) {
         if (row >= row_count) break;
-        // Loaded anew for every cell: kept, the queries would take the registers of a second block.
+        // Loaded again for every cell: in registers, they would displace a second block per multiprocessor.
         const T* query_row = params.query + (first_row + row) * params.query_stride + block.channel;
         const auto query = load<width>(query_row, block.channel_count, aligned);
-        const Number score_grad = params.score_grad[(first_row + row) * P + p];
+        const acc_t score_grad = params.score_grad[(first_row + row) * P + p];
 #pragma unroll
         for (int j = 0; j < width; ++j) {
-          const Number y = activate(key.values[j] + query.values[j]);
-          const Number grad = score_grad * score_weight.values[j] * activate.grad(y);
+          const acc_t y = activate(key.values[j] + query.values[j]);
+          const acc_t grad = score_grad * score_weight.values[j] * activate.grad(y);
           score_weight_grad.values[j] += score_grad * y;
           query_grads[row].values[j] += grad;
           key_grad.values[j] += grad;
@@ -276,72 +271,73 @@ __global__ void __launch_bounds__(kThreads)
     for (int row = 0; row < rows; ++row) {
       if (row >= row_count) break;
       sum_over_groups(query_grads[row], columns, scratch, block, A,
-                      [&](int64_t a, Number sum) { params.query_grad[(first_row + row) * A + a] = sum; });
+                      [&](int64_t a, acc_t sum) { params.query_grad[(first_row + row) * A + a] = sum; });
     }
   }
   if (!params.keys_grad) return;
   sum_over_groups(score_weight_grad, columns, scratch, block, A,
-                  [&](int64_t a, Number sum) { params.score_weight_grad[b * A + a] = sum; });
+                  [&](int64_t a, acc_t sum) { params.score_weight_grad[b * A + a] = sum; });
 }
 
-// Over channels: keys_grad and the image's part of score_weight_grad, from any number of rows. Shared memory as above.
+// Kernel over channels: keys_grad and the image's summand of score_weight_grad, from any number of rows. Shared memory
+// as above.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     soft_attention_keys_backward_kernel(SoftAttentionKeysBackward<T> params, bool aligned, int columns) {
-  using Number = accumulate_t<T>;
+  using acc_t = accumulate_t<T>;
   constexpr int width = kWidth<T>;
   const int64_t P = params.sizes.P, A = params.sizes.A;
   const ChannelsBlock block(P, A, width, columns, 1);
   const int64_t b = block.outer;
   const Activate<T> activate{params.activation};
-  Pack<Number, width> score_weight{}, score_weight_grad{};
+  Pack<acc_t, width> score_weight{}, score_weight_grad{};
   const int64_t cells_end = block.channel_count > 0 ? P : 0;
   if (cells_end > 0) score_weight = load<width>(params.score_weight + block.channel, block.channel_count, aligned);
   for (int64_t p = block.first_cell; p < cells_end; p += block.cell_step) {
     const T* from = params.keys + b * params.keys_stride + p * A + block.channel;
     const auto key = load<width>(from, block.channel_count, aligned);
-    Pack<Number, width> key_grad{};
+    Pack<acc_t, width> key_grad{};
     for (int64_t n = params.row_starts[b]; n < params.row_starts[b + 1]; ++n) {
       const auto query =
           load<width>(params.query + n * params.query_stride + block.channel, block.channel_count, aligned);
-      const Number score_grad = params.score_grad[n * P + p];
+      const acc_t score_grad = params.score_grad[n * P + p];
 #pragma unroll
       for (int j = 0; j < width; ++j) {
-        const Number y = activate(key.values[j] + query.values[j]);
+        const acc_t y = activate(key.values[j] + query.values[j]);
         score_weight_grad.values[j] += score_grad * y;
         key_grad.values[j] += score_grad * score_weight.values[j] * activate.grad(y);
       }
     }
     store(params.keys_grad + (b * P + p) * A + block.channel, key_grad, block.channel_count, aligned);
   }
-  sum_over_groups(score_weight_grad, columns, reinterpret_cast<Number*>(dynamic_shared), block, A,
-                  [&](int64_t a, Number sum) { params.score_weight_grad[b * A + a] = sum; });
+  sum_over_groups(score_weight_grad, columns, reinterpret_cast<acc_t*>(dynamic_shared), block, A,
+                  [&](int64_t a, acc_t sum) { params.score_weight_grad[b * A + a] = sum; });
 }
 
-// Over channels: features_grad. The gradients of the image's first `rows` rows stay in registers.
+// Kernel over channels: features_grad. The gradients of the image's first `rows` rows are kept in registers.
 template <typename T, int rows>
 __global__ void __launch_bounds__(kThreads)
     soft_attention_features_grad_kernel(SoftAttentionBackward<T> params, bool aligned, int columns, int parts) {
-  using Number = accumulate_t<T>;
+  using acc_t = accumulate_t<T>;
   constexpr int width = kWidth<T>;
   const int64_t K = params.sizes.K, P = params.sizes.P, D = params.sizes.D;
   const ChannelsBlock block(P, D, width, columns, parts);
   const int64_t b = block.outer;
   if (block.channel_count <= 0) return;
   const auto load_grad = [&](int64_t row) {
-    const Number* from = params.gated_grad + (b * K + row) * D + block.channel;
+    const acc_t* from = params.gated_grad + (b * K + row) * D + block.channel;
     return load<width>(from, block.channel_count, aligned);
   };
   const T* weights = params.weights + b * K * P;
-  Pack<Number, width> grads[rows] = {};
+  Pack<acc_t, width> grads[rows] = {};
 #pragma unroll
   for (int row = 0; row < rows; ++row) {
     if (row < K) grads[row] = load_grad(row);
   }
   for (int64_t p = block.first_cell; p < block.part_end; p += block.cell_step) {
-    Pack<Number, width> sum{};
-    const auto add = [&](int64_t row, const Pack<Number, width>& grad) {
-      const Number weight = weights[row * P + p];
+    Pack<acc_t, width> sum{};
+    const auto add = [&](int64_t row, const Pack<acc_t, width>& grad) {
+      const acc_t weight = weights[row * P + p];
 #pragma unroll
       for (int j = 0; j < width; ++j) sum.values[j] += weight * grad.values[j];
     };

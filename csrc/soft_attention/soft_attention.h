@@ -1,15 +1,15 @@
-// Soft attention over the cells of an image's feature grid (Xu et al. 2015, "Show, Attend and
-// Tell", equations 4 to 6 and 13; the gate is beta of section 4.2.1, one value a channel).
+// Soft attention over the cells of an image's feature grid (Xu et al. 2015, "Show, Attend and Tell", equations 4 to 6
+// and 13; the gate is beta of section 4.2.1, but with one value per channel).
 //
 //   score[n,p]   = sum_a score_weight[a] * activation(keys[b,p,a] + query[n,a])      b = n / K
 //   weights[n,:] = softmax of score[n,:] over the cells whose mask is true; 0 elsewhere
 //   context[n,d] = sigmoid(gate[n,d]) * sum_p weights[n,p] * features[b,p,d]
 //
-// B images, K rows an image, N = B*K rows (the rows of an image are neighbours), P cells, D
-// channels, A attention. All arrays are of one type T (float, double, bfloat16, float16); sums are
-// kept in accumulate_t<T>. They are contiguous, but the features and keys of an image may begin any
-// number of elements after those of the image before, and so may rows of query, gate and gate_grad. A row whose cells
-// are all masked has weights, context and gradients 0. B and K may be 0; P, D, A are at least 1.
+// B images, K rows per image, N = B*K rows (those of an image are adjacent), P cells, D channels, A attention size. All
+// arrays have one type T (float, double, bfloat16, float16); sums are accumulated in accumulate_t<T>. The arrays are
+// contiguous, except that features and keys may have any stride between images, and query, gate and gate_grad any
+// stride between rows. A row whose cells are all masked has weights, context and gradients of 0. B and K may be 0;
+// P, D and A are at least 1.
 #pragma once
 
 #include <cstdint>
@@ -33,22 +33,22 @@ template <typename T>
 struct SoftAttentionForward {
   SoftAttentionSizes sizes;
   Activation activation;
-  int64_t features_stride, keys_stride;  // from image to image, in elements
-  int64_t query_stride, gate_stride;     // from row to row
+  int64_t features_stride, keys_stride;  // between images, in elements
+  int64_t query_stride, gate_stride;     // between rows
   const T* features;                     // [B, P, D]
   const T* keys;                         // [B, P, A]
   const T* query;                        // [N, A]
   const T* score_weight;                 // [A]
-  const bool* mask;                      // [B, P], true = the cell counts; null = all count
+  const bool* mask;                      // [B, P], true = attend to this cell; null = to all
   const T* gate;                         // [N, D], before the sigmoid; null = no gate
   T* context;                            // [N, D]
   T* weights;                            // [N, P]
   accumulate_t<T>* scores;               // [N, P] scratch
-  accumulate_t<T>* context_parts;        // [parts, N, D] scratch on CUDA when there are several parts; else unused
+  accumulate_t<T>* context_parts;        // [parts, N, D] scratch on CUDA if there are several parts, else unused
 };
 
-// The mask is not needed: a masked cell's weight is 0, and with it every gradient of that cell.
-// Activations are computed again; nothing of size [N, P, A] is stored.
+// The mask is not needed: the weight of a masked cell is 0, and with it every gradient of that cell. Activations are
+// computed again; nothing of size [N, P, A] is stored.
 template <typename T>
 struct SoftAttentionBackward {
   SoftAttentionSizes sizes;
@@ -64,18 +64,19 @@ struct SoftAttentionBackward {
   const T* gate;                       // [N, D] or null
   const T* context;                    // [N, D], the forward's output
   const T* weights;                    // [N, P], the forward's output
-  T* features_grad;                    // [B, P, D], null = not wanted
-  T* keys_grad;                        // [B, P, A], null = not wanted
-  T* gate_grad;                        // [N, D], null when gate is
+  T* features_grad;                    // [B, P, D], null = not needed
+  T* keys_grad;                        // [B, P, A], null = not needed
+  T* gate_grad;                        // [N, D], null if gate is null
   accumulate_t<T>* query_grad;         // [N, A]
-  accumulate_t<T>* score_weight_grad;  // [B, A], each image's part; the caller sums over B, so the
-                                       // order is fixed; null when keys_grad is
-  accumulate_t<T>* gated_grad;         // [N, D], on the way to the others: context_grad * sigmoid(gate)
-  accumulate_t<T>* score_grad;         // [N, P], likewise: the gradient of score
+  accumulate_t<T>* score_weight_grad;  // [B, A], one summand per image; the caller adds them, so that the order is
+                                       // fixed. Null if keys_grad is null
+  accumulate_t<T>* gated_grad;         // [N, D], intermediate result: context_grad * sigmoid(gate)
+  accumulate_t<T>* score_grad;         // [N, P], intermediate result: the gradient of score
 };
 
-// The rest of a backward that did not want keys_grad, for many of them at once: a caption's steps have the same keys.
-// Image b's rows are those from row_starts[b] to row_starts[b + 1], in any number. K of sizes is not used.
+// Completes backward passes that did not compute keys_grad and score_weight_grad. It handles the passes of many steps
+// with the same keys at once. The rows of image b are row_starts[b] to row_starts[b + 1] - 1, any number of them. The
+// fields K and D of sizes are not used.
 template <typename T>
 struct SoftAttentionKeysBackward {
   SoftAttentionSizes sizes;
@@ -90,7 +91,7 @@ struct SoftAttentionKeysBackward {
   accumulate_t<T>* score_weight_grad;  // [B, A], as above
 };
 
-// They exist once for each instruction set.
+// The CPU kernels, compiled once for each instruction set.
 #define DECLARE(isa)                                                                                  \
   namespace isa {                                                                                     \
   template <typename T>                                                                               \
@@ -103,17 +104,17 @@ struct SoftAttentionKeysBackward {
 ATTNCAP_FOR_EACH_ISA(DECLARE)
 #undef DECLARE
 
-// The context kernel on CUDA keeps the weights of at least one row in shared memory, 40 KiB.
+// On CUDA, the context kernel keeps the weights of at least one row in 40 KiB of shared memory.
 template <typename T>
 constexpr int64_t kMaxCellsCuda = 40 * 1024 / sizeof(accumulate_t<T>);
 
 #ifdef USE_CUDA
-// Parts in which the forward sums over the cells: more than one where an image would else keep too few blocks of the
-// current device busy. They want context_parts.
+// The number of parts into which the forward splits the sum over cells, more than one if the current device would
+// otherwise have too few blocks. The caller then allocates context_parts.
 template <typename T>
 int soft_attention_parts_cuda(const SoftAttentionSizes& sizes);
 
-// All return the first error of their launches.
+// All return the first error of their kernel launches.
 template <typename T>
 cudaError_t soft_attention_forward_cuda(const SoftAttentionForward<T>& params, cudaStream_t stream);
 template <typename T>

@@ -1,19 +1,20 @@
-// Which kernels a call launches, with how many blocks of how many threads. launch(kernel, blocks, threads, bytes of
-// shared memory, arguments...) is CUDA's own in soft_attention.cu, and the emulator's in tests/csrc.
+// Which kernels a call launches, and with how many blocks and threads. The caller passes the function
+// launch(kernel, blocks, threads, bytes of shared memory, arguments...): soft_attention.cu launches on the GPU,
+// tests/csrc in the emulator.
 #pragma once
 
 #include "soft_attention.cuh"
 
 namespace attncap {
 
-// Whether rows of `length` numbers, from this address on and `stride` numbers from image to image (or row to row), can
-// be read 16 bytes at a time.
+// Whether rows of `length` numbers, with `stride` numbers between images (or between rows), can be read 16 bytes at a
+// time.
 template <typename T>
 bool is_aligned(const T* address, int64_t stride, int64_t length) {
   return reinterpret_cast<uintptr_t>(address) % 16 == 0 && stride * sizeof(T) % 16 == 0 && length * sizeof(T) % 16 == 0;
 }
 
-// Which of a call's inputs can be read so, the forward's or the backward's.
+// Which inputs of a forward or backward can be read 16 bytes at a time.
 struct Aligned {
   bool keys, features;
 
@@ -29,10 +30,10 @@ struct Aligned {
   }
 };
 
-// Blocks that a chip of so many multiprocessors should have at least.
+// The least number of blocks that keeps a GPU with this many multiprocessors busy.
 inline int64_t enough_blocks(int processors) { return 2 * processors; }
 
-// Threads and blocks of a kernel over cells.
+// Threads per block, and blocks, of a kernel over cells.
 struct CellsGrid {
   int threads;
   int64_t blocks;
@@ -44,13 +45,14 @@ struct CellsGrid {
   }
 };
 
-// Columns of a block, parts of the cells and blocks of a kernel over channels; `outer`: images, or tiles of rows.
+// Columns per block, parts of the cells, and blocks of a kernel over channels. `outer`: number of images or tiles of
+// rows.
 struct ChannelsGrid {
   int columns = kWarpSize, parts = 1;
   int64_t blocks;
 
-  // Columns: a warp's worth, or fewer (which spreads an image over more blocks, each of which still reads 128
-  // neighbouring bytes) where there would be too few channels or blocks.
+  // One column per lane of a warp, or fewer if there are too few channels or blocks: that spreads an image over more
+  // blocks, each of which still reads 128 adjacent bytes.
   ChannelsGrid(int64_t outer, int64_t channels, int width, int processors) {
     while (columns > 8 && (outer * ceil_div(channels, columns * width) < enough_blocks(processors) ||
                            columns / 2 * width >= channels)) {
@@ -59,21 +61,21 @@ struct ChannelsGrid {
     blocks = outer * ceil_div(channels, columns * width);
   }
 
-  // Parts: one, or more where there are too few blocks even so, as long as each thread keeps a cell.
+  // One part, or more if there are still too few blocks, as long as every thread has a cell.
   void split(int64_t cells, int processors) {
-    const int64_t most_parts = cells / (kThreads / columns), blocks_a_part = blocks;
-    while (parts < most_parts && blocks < enough_blocks(processors)) {
+    const int64_t max_parts = cells / (kThreads / columns), blocks_per_part = blocks;
+    while (parts < max_parts && blocks < enough_blocks(processors)) {
       ++parts;
-      blocks += blocks_a_part;
+      blocks += blocks_per_part;
     }
   }
 };
 
-// Rows that a block of the context kernel does, of 1, 5 and 10: as many as K needs, and shared memory has room for.
+// Rows per block of the context kernel: 1, 5 or 10, as many as K needs and shared memory can hold.
 template <typename T>
 int64_t context_rows(const SoftAttentionSizes& sizes) {
-  const int64_t room = kMaxCellsCuda<T> / sizes.P;
-  return sizes.K <= 1 || room < 5 ? 1 : sizes.K <= 5 || room < 10 ? 5 : 10;
+  const int64_t max_rows = kMaxCellsCuda<T> / sizes.P;
+  return sizes.K <= 1 || max_rows < 5 ? 1 : sizes.K <= 5 || max_rows < 10 ? 5 : 10;
 }
 
 template <typename T>
@@ -83,15 +85,16 @@ ChannelsGrid context_grid(const SoftAttentionSizes& sizes, int processors) {
   return grid;
 }
 
-// Calls body(rows), a constant: the least of 1, 5 and `most` that has room for K, or `most` and K in several goes.
-template <int most, typename Body>
+// Calls body(rows) with the compile-time constant 1, 5 or max_rows: the smallest that is at least K, or else max_rows;
+// the kernel then processes the K rows in several tiles.
+template <int max_rows, typename Body>
 void with_rows(int64_t K, const Body& body) {
   if (K <= 1) {
     body(std::integral_constant<int, 1>());
   } else if (K <= 5) {
     body(std::integral_constant<int, 5>());
   } else {
-    body(std::integral_constant<int, most>());
+    body(std::integral_constant<int, max_rows>());
   }
 }
 
@@ -100,7 +103,7 @@ void launch_forward(const SoftAttentionForward<T>& params, int processors, Launc
   const int64_t B = params.sizes.B, K = params.sizes.K, P = params.sizes.P, D = params.sizes.D;
   if (B * K == 0) return;
   const Aligned aligned(params);
-  // A row a warp where the cells alone make too few warps, although every row's warp then reads the keys.
+  // One row per warp if the cells alone make too few warps, even though the warp of every row then reads the keys.
   const bool few = B * ceil_div(P, kCells) < enough_blocks(processors);
   with_rows<10>(few ? 1 : K, [&](auto rows) {
     const CellsGrid grid(B * ceil_div(K, rows), P, processors);

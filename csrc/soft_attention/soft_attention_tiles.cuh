@@ -1,31 +1,31 @@
-// How the CUDA kernels share out cells, rows and channels.
+// How the CUDA kernels divide cells, rows and channels among threads.
 //
-// Two shapes of kernel do all that is large. Over CELLS: a warp takes four cells, its lanes go along the channels, and
-// the result is a number for each cell and row. Over CHANNELS: a thread takes 16 bytes of neighbouring channels (a
-// "column"), the block shares out the cells among groups of threads, and the result is a number for each channel and
-// row. Either way a cell is read once for up to `rows` rows of its image, and 16 bytes at a time where addresses and
-// sizes are multiples of 16 bytes (`aligned`).
+// All large computations use one of two kinds of kernel. Kernels over CELLS: a warp computes four cells, its lanes run
+// along the channels, and the result is a number per cell and row. Kernels over CHANNELS: a thread computes a "column",
+// 16 bytes of adjacent channels; the cells are divided among groups of the block's threads; the result is a number per
+// channel and row. In both, a cell is read once for up to `rows` rows of its image, and 16 bytes at a time if addresses
+// and sizes are multiples of 16 bytes (`aligned`).
 #pragma once
 
 #include <cstdint>
 
-#include "../common/reduce.cuh"
+#include "../common/device.cuh"
 #include "soft_attention.h"
 
 namespace attncap {
 
-constexpr int kCells = 4;  // of a warp at a time
+constexpr int kCells = 4;  // per warp
 
-// 16 bytes of neighbouring numbers of type T, each as a Number.
+// How many numbers of type T are 16 bytes.
 template <typename T>
 constexpr int kWidth = 16 / sizeof(T);
 
-template <typename Number, int width>
-struct alignas(sizeof(Number) * width) Pack {
-  Number values[width];
+template <typename Element, int width>
+struct alignas(sizeof(Element) * width) Pack {
+  Element values[width];
 };
 
-// The numbers from this address on, of which `count` exist; the others are 0.
+// Loads `width` numbers, of which only the first `count` exist; the others are 0.
 template <int width, typename T>
 __device__ Pack<accumulate_t<T>, width> load(const T* from, int64_t count, bool aligned) {
   Pack<T, width> pack{};
@@ -43,8 +43,8 @@ __device__ Pack<accumulate_t<T>, width> load(const T* from, int64_t count, bool 
   return wide;
 }
 
-template <typename T, typename Number, int width>
-__device__ void store(T* to, const Pack<Number, width>& wide, int64_t count, bool aligned) {
+template <typename T, typename acc_t, int width>
+__device__ void store(T* to, const Pack<acc_t, width>& wide, int64_t count, bool aligned) {
   Pack<T, width> pack;
 #pragma unroll
   for (int j = 0; j < width; ++j) pack.values[j] = static_cast<T>(wide.values[j]);
@@ -60,17 +60,17 @@ __device__ void store(T* to, const Pack<Number, width>& wide, int64_t count, boo
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of one image: `most`, or what is left of its K.
+// Up to max_rows rows of one image.
 struct RowsTile {
   int64_t b, first_row, row_count;
 };
 
-__device__ inline RowsTile rows_tile(int64_t K, int most, int64_t index) {
-  const int64_t tiles = ceil_div(K, most), b = index / tiles, k = index % tiles * most;
-  return {b, b * K + k, K - k < most ? K - k : most};
+__device__ inline RowsTile rows_tile(int64_t K, int max_rows, int64_t index) {
+  const int64_t tiles = ceil_div(K, max_rows), b = index / tiles, k = index % tiles * max_rows;
+  return {b, b * K + k, K - k < max_rows ? K - k : max_rows};
 }
 
-// Which rows and cells a warp of a kernel over cells has. Blocks: rows, then cells.
+// The rows and cells of a warp, in a kernel over cells. Block indices: rows are the slower dimension, cells the faster.
 struct CellsBlock {
   RowsTile tile;
   int64_t first_cell, end_cell;
@@ -83,20 +83,21 @@ struct CellsBlock {
   }
 };
 
-// For this warp's cells and rows: the sum over channels of term(j, cell's number, row's number), handed to
-// out(row, cell, sum) in one lane; term.move_to(channel, count) says which channel j = 0 is, and how many there are.
-// cells is [P, channels] of the image, row_values [N, channels], whose rows are `stride` numbers apart.
+// For each cell p and row n of this warp: calls out(n, p, sum) in one lane, where sum is the sum over the channels of
+// term(j, value of the cell, value of the row). Before that, term.move_to(channel, count) is called, so that j = 0 is
+// this channel and the first `count` values of j exist. cells is [P, channels] of the image, row_values [N, channels]
+// with `stride` elements between rows.
 template <int rows, typename T, typename R, typename Term, typename Out>
 __device__ void sum_over_channels(const CellsBlock& block, int64_t channels, const T* cells, const R* row_values,
                                   int64_t stride, bool aligned, Term term, const Out& out) {
-  using Number = accumulate_t<T>;
+  using acc_t = accumulate_t<T>;
   constexpr int width = kWidth<T>;
   const int lane = threadIdx.x % kWarpSize;
-  Number sums[rows][kCells] = {};
+  acc_t sums[rows][kCells] = {};
   for (int64_t channel = lane * width; channel < channels; channel += kWarpSize * width) {
     const int64_t count = channels - channel;
     term.move_to(channel, count);
-    Pack<Number, width> cell[kCells];
+    Pack<acc_t, width> cell[kCells];
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
       const int64_t p = block.first_cell + i < block.end_cell ? block.first_cell + i : block.end_cell - 1;
@@ -118,7 +119,7 @@ __device__ void sum_over_channels(const CellsBlock& block, int64_t channels, con
     if (row >= block.tile.row_count) break;
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
-      const Number sum = warp_reduce(sums[row][i], Sum());
+      const acc_t sum = warp_reduce(sums[row][i], Sum());
       if (lane == i && block.first_cell + i < block.end_cell) {
         out(block.tile.first_row + row, block.first_cell + i, sum);
       }
@@ -126,8 +127,9 @@ __device__ void sum_over_channels(const CellsBlock& block, int64_t channels, con
   }
 }
 
-// Which column a thread of a kernel over channels has, and every how many-th cell of its block's part. Blocks: images,
-// or tiles of rows; then parts of the cells; then columns. The block's threads: cells, then columns.
+// The column of a thread, in a kernel over channels, and its cells: every cell_step-th cell of the block's part, from
+// first_cell on. Block indices, slowest dimension first: images or tiles of rows (`outer`), parts of the cells,
+// columns. Thread indices: cells, columns.
 struct ChannelsBlock {
   int64_t outer, part, first_channel, channel, channel_count, part_begin, part_end, first_cell, cell_step;
 
@@ -137,7 +139,7 @@ struct ChannelsBlock {
     part = outer_and_part % parts;
     first_channel = blockIdx.x % column_blocks * columns * width;
     channel = first_channel + threadIdx.x % columns * width;
-    channel_count = channels - channel;  // from its own on; none where negative
+    channel_count = channels - channel;  // that exist from `channel` on; none if negative
     part_begin = cells * part / parts;
     part_end = cells * (part + 1) / parts;
     first_cell = part_begin + threadIdx.x / columns;
@@ -145,17 +147,17 @@ struct ChannelsBlock {
   }
 };
 
-// Adds up what the block's groups of threads have for the same column, and hands each channel's sum to
-// out(channel, sum). scratch: blockDim.x * width numbers.
-template <typename Number, int width, typename Out>
-__device__ void sum_over_groups(const Pack<Number, width>& part, int columns, Number* scratch,
-                                const ChannelsBlock& block, int64_t channels, const Out& out) {
-  __syncthreads();  // scratch may still be read
+// Adds up the values that the block's groups of threads have for the same column, and calls out(channel, sum) for every
+// channel. scratch: blockDim.x * width numbers.
+template <typename acc_t, int width, typename Out>
+__device__ void sum_over_groups(const Pack<acc_t, width>& part, int columns, acc_t* scratch, const ChannelsBlock& block,
+                                int64_t channels, const Out& out) {
+  __syncthreads();  // scratch may still be in use by the previous call
 #pragma unroll
   for (int i = 0; i < width; ++i) scratch[threadIdx.x * width + i] = part.values[i];
   __syncthreads();
   for (int i = threadIdx.x; i < columns * width && block.first_channel + i < channels; i += blockDim.x) {
-    Number sum = 0;
+    acc_t sum = 0;
     for (int group = 0; group < block.cell_step; ++group) sum += scratch[group * columns * width + i];
     out(block.first_channel + i, sum);
   }

@@ -1,17 +1,17 @@
-// Checks, allocates, calls the kernel of this library's device.
+// Checks the arguments, allocates the outputs and calls the kernel of the device that this library is built for.
 #include "soft_attention_torch.h"
 
 namespace attncap {
 
 Activation parse_activation(const std::string& name) {
   if (name == "tanh") return Activation::tanh;
-  check(name == "relu", "soft_attention's activation is \"tanh\" or \"relu\", not \"" + name + "\"");
+  check(name == "relu", "soft_attention: activation must be \"tanh\" or \"relu\", not \"" + name + "\"");
   return Activation::relu;
 }
 
 Tensor contiguous_images(const Tensor& tensor) {
-  const bool fits = tensor.stride(2) == 1 && tensor.stride(1) == tensor.size(2);
-  return fits ? tensor : torch::stable::contiguous(tensor);
+  const bool is_contiguous = tensor.stride(2) == 1 && tensor.stride(1) == tensor.size(2);
+  return is_contiguous ? tensor : torch::stable::contiguous(tensor);
 }
 
 namespace {
@@ -22,7 +22,7 @@ SoftAttentionSizes check_inputs(const Tensor& features, const Tensor& keys, cons
         "soft_attention takes features [B, P, D], keys [B, P, A] and query [N, A]");
   const int64_t B = features.size(0), P = features.size(1), D = features.size(2), A = keys.size(2);
   const int64_t N = query.size(0), K = B == 0 ? 0 : N / B;
-  check(N == B * K, "soft_attention's query needs the same number of rows for every image");
+  check(N == B * K, "soft_attention: query needs the same number of rows for every image");
   check(P > 0 && D > 0 && A > 0, "soft_attention needs at least one cell, channel and attention unit");
   check_tensor("soft_attention: keys", keys, features, {B, P, A});
   check_tensor("soft_attention: query", query, features, {N, A});
@@ -153,7 +153,7 @@ Tensor sum_over_images(const Tensor& score_weight_grad, ScalarType dtype) {
   return torch::stable::to(torch::stable::sum(score_weight_grad, images), dtype);
 }
 
-// features_grad is empty when not wanted, gate_grad without a gate.
+// features_grad is empty if it is not needed, gate_grad if there is no gate.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor context_grad, Tensor weights_grad, Tensor features,
                                                             Tensor keys, Tensor query, Tensor score_weight,
                                                             std::optional<Tensor> gate, Tensor context, Tensor weights,

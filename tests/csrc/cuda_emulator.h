@@ -1,14 +1,13 @@
-// Runs CUDA device code on the host, without a GPU and without CUDA's headers: include this, then a
-// .cuh.
+// Runs CUDA device code on the host, without a GPU and without CUDA's headers. Include this file before a .cuh.
 //
-// The blocks of a grid run one after another; the threads of a block are fibers (ucontext) that take turns only where
-// CUDA lets threads wait for each other: at __syncthreads and at what a warp does together. Three schedules decide
-// whose turn it is. Correct code gives the same result in all of them; where a barrier is missing, some schedule reads
-// what is not yet written. Threads that wait for others which never come are reported. Shared memory is filled with
-// rubbish (NaN) before each block; with -fsanitize=address, reading past an array is reported too.
+// The blocks of a grid run one after another. The threads of a block are fibers (ucontext) that switch only where CUDA
+// threads wait for each other: at __syncthreads and at warp-level operations. The schedule decides which thread runs
+// next; there are three. Correct code gives the same result in all of them; if a barrier is missing, data is read
+// before it is written in at least one of them. Threads that wait at a barrier that others never reach are reported.
+// Shared memory is filled with NaN before each block. With -fsanitize=address, out-of-bounds reads are reported too.
 //
 // Emulated: threadIdx, blockIdx, blockDim, gridDim (x only), __syncthreads, __syncthreads_or, __syncwarp, shuffles and
-// __ballot_sync of whole warps, __popc, __ffs, static shared memory, and dynamic shared memory by the name
+// __ballot_sync of whole warps, __popc, __ffs, static shared memory, and dynamic shared memory with the name
 // `dynamic_shared`.
 #pragma once
 
@@ -39,9 +38,8 @@
 #define __host__
 #define __noinline__
 #define __launch_bounds__(threads)
-// One thread of the host runs all fibers, so what is thread_local belongs to the block: static
-// arrays in a kernel and, outside of kernels, `extern __shared__ double dynamic_shared[]` work as
-// they stand.
+// One host thread runs all fibers of a block, so thread_local variables are shared by the block. This covers static
+// arrays in a kernel and, outside of kernels, `extern __shared__ double dynamic_shared[]`.
 #define __shared__ thread_local
 
 namespace attncap {
@@ -51,17 +49,17 @@ inline thread_local double dynamic_shared[kDynamicSharedBytes / sizeof(double)];
 
 namespace cuda_emulator {
 
-// Which of the threads that could run does. The first two let one warp run far ahead of another.
+// Which of the threads that are ready runs next. The first two let one warp run far ahead of the others.
 enum class Schedule { lowest_first, highest_first, random };
 constexpr Schedule kSchedules[] = {Schedule::lowest_first, Schedule::highest_first, Schedule::random};
-constexpr unsigned kWarp = 32, kMostThreads = 1024;
+constexpr unsigned kWarp = 32, kMaxThreads = 1024;
 constexpr size_t kStackBytes = 64 * 1024;
 
 struct Index {
   unsigned x;
 };
 
-// Where threads wait until all of them have come.
+// Where threads wait until all of them have arrived.
 struct Barrier {
   unsigned size, round = 0;
   std::vector<unsigned> waiting = {};
@@ -69,8 +67,7 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier{kWarp};
-  uint64_t values[2][kWarp];  // of even and of odd rounds: nobody is two rounds ahead of a thread
-                              // that still reads
+  uint64_t values[2][kWarp];  // of even and odd rounds; no thread is two rounds ahead of one that still reads
 };
 
 struct Fiber {
@@ -83,14 +80,14 @@ struct Block {
   Barrier barrier;
   std::vector<Warp> warps;
   std::vector<std::unique_ptr<Fiber>> fibers;
-  std::set<unsigned> ready;    // threads that could run
-  std::vector<char> votes[2];  // of __syncthreads_or, as Warp::values
+  std::set<unsigned> ready;    // threads that can run
+  std::vector<char> votes[2];  // of __syncthreads_or, like Warp::values
   std::function<void()> kernel;
   ucontext_t scheduler;
-  unsigned thread;  // the fiber that runs
+  unsigned thread;  // that is running
 };
 
-inline Block* block = nullptr;  // the one that runs
+inline Block* block = nullptr;  // that is running
 
 inline void wait(Barrier& barrier) {
   const unsigned thread = block->thread;
@@ -128,17 +125,17 @@ inline void run_block(Schedule schedule, std::mt19937& random) {
   }
   bool waits = !block->barrier.waiting.empty();
   for (const Warp& warp : block->warps) waits |= !warp.barrier.waiting.empty();
-  if (waits) throw std::runtime_error("threads wait at a barrier others never reach");
+  if (waits) throw std::runtime_error("some threads wait at a barrier that others never reach");
 }
 
-// What each lane of the warp came with.
+// The values that the lanes of a warp pass to a warp-level operation.
 template <typename T>
 struct WarpValues {
   const uint64_t* values;
 
   WarpValues(unsigned mask, T value) {
     static_assert(sizeof(T) <= sizeof(uint64_t));
-    if (mask != 0xffffffffu) throw std::runtime_error("the emulator knows shuffles of whole warps only");
+    if (mask != 0xffffffffu) throw std::runtime_error("the emulator supports operations of whole warps only");
     Warp& warp = block->warps[block->thread / kWarp];
     uint64_t* to = warp.values[warp.barrier.round % 2];
     std::memcpy(&to[lane()], &value, sizeof(T));
@@ -153,12 +150,12 @@ struct WarpValues {
   }
 };
 
-// What kernel<<<blocks, threads, shared_bytes>>>(arguments...) does on a GPU.
+// Emulates kernel<<<blocks, threads, shared_bytes>>>(arguments...).
 template <typename Kernel, typename... Arguments>
 void launch(Schedule schedule, unsigned blocks, unsigned threads, size_t shared_bytes, Kernel kernel,
             const Arguments&... arguments) {
-  if (threads == 0 || threads % kWarp || threads > kMostThreads || shared_bytes > attncap::kDynamicSharedBytes) {
-    throw std::runtime_error("bad launch");
+  if (threads == 0 || threads % kWarp || threads > kMaxThreads || shared_bytes > attncap::kDynamicSharedBytes) {
+    throw std::runtime_error("invalid number of threads or bytes of shared memory");
   }
   Block state{};
   state.size = {threads};

@@ -1,9 +1,9 @@
-// beam_search_step's kernels without torch: the device code in the emulator, the CPU code of every instruction set that
-// this processor has.
+// The kernels of beam_search_step, without torch: the device code in the emulator, the CPU code in every instruction
+// set of this processor.
 //
-// Truth is the text of beam_search_step.h in float64: all candidates in one list, sorted. Scores of different
-// candidates are kept apart (logits lie on a grid; numbers are drawn again where scores come too close), so ranks must
-// agree exactly, while candidates with equal logits do tie.
+// The truth is the description in beam_search_step.h, implemented naively in float64: all candidates in one list,
+// sorted. Logits lie on a grid, and problems in which different scores are too close to each other are skipped. So
+// ranks must agree exactly, while candidates with equal logits do tie.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -31,16 +31,16 @@ struct Results {
   std::vector<double> next_scores, ended, next_finished;
 };
 
-// What the logits of an image are.
-enum class Kind { fine, coarse, large, equal, one_word, none_finite, with_nan, with_infinity, kinds };
+// The kinds of logits that an image may have.
+enum class Kind { fine, coarse, large, equal, one_token, none_finite, with_nan, with_infinity, kinds };
 
 template <typename T>
 struct Problem {
-  BeamSearchStep<T> step;  // pointers are into these:
+  BeamSearchStep<T> step;  // points into these vectors:
   std::vector<T> logits;
   std::vector<float> scores, finished, penalties, next_scores, ended, next_finished;
   std::unique_ptr<bool[]> suppressed;
-  std::vector<int64_t> penalty_words, tokens, parents;
+  std::vector<int64_t> penalty_tokens, tokens, parents;
 
   Problem(const BeamSearchSizes& sizes, unsigned seed) : step{} {
     const auto [B, J, K, V] = step.sizes = sizes;
@@ -56,7 +56,7 @@ struct Problem {
     step.end_allowed = below(4) > 0;
     step.shrink = below(2);
 
-    const int64_t offset = below(4);  // of the first row, from an address that is a multiple of 16
+    const int64_t offset = below(4);  // of the first row from an aligned address, in elements
     step.logits_stride = V + below(2) * below(20);
     logits.assign(offset + (N > 0 ? (N - 1) * step.logits_stride + V : 0), static_cast<T>(INFINITY));
     for (int64_t b = 0; b < B; ++b) {
@@ -70,24 +70,24 @@ struct Problem {
         for (int64_t w = 0; w < V && kind == Kind::large && sizeof(T) == 4; ++w) row[w] = float(row[w]) + 8192;
         if (below(2)) row[step.end] = *std::max_element(row, row + V);
         if (kind == Kind::equal) std::fill(row, row + V, static_cast<T>(0.5f));
-        if (kind == Kind::one_word || kind == Kind::none_finite) std::fill(row, row + V, static_cast<T>(-INFINITY));
-        if (kind == Kind::one_word) row[below(V)] = static_cast<T>(1.5f);
+        if (kind == Kind::one_token || kind == Kind::none_finite) std::fill(row, row + V, static_cast<T>(-INFINITY));
+        if (kind == Kind::one_token) row[below(V)] = static_cast<T>(1.5f);
         if (kind == Kind::with_nan && below(J) == 0) row[below(V)] = static_cast<T>(NAN);
         if (kind == Kind::with_infinity && below(J) == 0) row[below(V)] = static_cast<T>(INFINITY);
         const bool is_none = below(5) == 0;
         scores.push_back(is_none ? -INFINITY : kind == Kind::equal ? -2.5f : -float(below(1 << 12)) / (1 << 10));
       }
       const int64_t count = one_of({0, 0, float(below(K + 1)), float(K)});
-      std::vector<float> of_image(K, -INFINITY);
-      for (int64_t k = 0; k < count; ++k) of_image[k] = -float(below(1 << 13)) / (1 << 10);
-      std::sort(of_image.rbegin(), of_image.rend());
-      finished.insert(finished.end(), of_image.begin(), of_image.end());
+      std::vector<float> image_finished(K, -INFINITY);
+      for (int64_t k = 0; k < count; ++k) image_finished[k] = -float(below(1 << 13)) / (1 << 10);
+      std::sort(image_finished.rbegin(), image_finished.rend());
+      finished.insert(finished.end(), image_finished.begin(), image_finished.end());
     }
     step.logits = logits.data() + offset;
     step.scores = scores.data();
     step.finished = finished.data();
 
-    const auto likely = [&](int64_t n) {  // a word of the row, often its best
+    const auto likely = [&](int64_t n) {  // a token, often the row's best
       const T* row = step.logits + n * step.logits_stride;
       return below(2) ? std::max_element(row, row + V) - row : below(V);
     };
@@ -102,17 +102,17 @@ struct Problem {
       for (int64_t n = 0; n < N; ++n) {
         for (int64_t m = 0; m < step.penalty_count; ++m) {
           const bool again = m > 0 && below(2);
-          penalty_words.push_back(again ? penalty_words.back() : below(4) ? likely(n) : -1);
+          penalty_tokens.push_back(again ? penalty_tokens.back() : below(4) ? likely(n) : -1);
           penalties.push_back(below(4) ? below(32) / 8.0f + 1 / 32.0f : INFINITY);
         }
       }
-      step.penalty_words = penalty_words.data();
+      step.penalty_tokens = penalty_tokens.data();
       step.penalties = penalties.data();
     }
     allocate();
   }
 
-  // Outputs start as what no kernel writes, so that what is never written shows.
+  // Outputs are initialised to values that no kernel writes, so that missing writes are detected.
   void allocate() {
     const auto [B, J, K, V] = step.sizes;
     tokens.assign(B * K, -7), parents.assign(B * K, -7);
@@ -121,15 +121,15 @@ struct Problem {
     step.ended = ended.data(), step.next_finished = next_finished.data();
   }
 
-  // The text of the header; false where scores come too close for float32 to tell them apart.
-  bool run_plainly(Results& results) const {
+  // Follows the description in the header. Returns false if different scores are too close for float32.
+  bool run_reference(Results& results) const {
     const auto [B, J, K, V] = step.sizes;
     struct Candidate {
       double score;
       int64_t j, w;
     };
     bool is_clear = true;
-    const auto apart = [&](double x, double y) { is_clear &= x == y || !(std::fabs(x - y) < 4 * kTolerance); };
+    const auto compare = [&](double x, double y) { is_clear &= x == y || !(std::fabs(x - y) < 4 * kTolerance); };
     for (int64_t b = 0; b < B; ++b) {
       std::vector<Candidate> candidates;
       bool is_nan = false;
@@ -148,9 +148,9 @@ struct Problem {
         for (int64_t w = 0; w < V; ++w) {
           double score = scores[row] + x[w] - largest - std::log(total);
           for (int64_t m = 0; m < step.penalty_count; ++m) {
-            if (penalty_words[row * step.penalty_count + m] == w) score -= penalties[row * step.penalty_count + m];
+            if (penalty_tokens[row * step.penalty_count + m] == w) score -= penalties[row * step.penalty_count + m];
           }
-          if (suppressed && suppressed[w] && w != step.end) continue;  // of `end`, end_allowed decides
+          if (suppressed && suppressed[w] && w != step.end) continue;  // ignored for `end`
           if (w == step.end && !step.end_allowed) continue;
           if (score > -INFINITY) candidates.push_back({score, j, w});
         }
@@ -159,10 +159,10 @@ struct Problem {
       std::stable_sort(candidates.begin(), candidates.end(),
                        [](const Candidate& a, const Candidate& b) { return a.score > b.score; });
       for (size_t i = 0; i + 1 < candidates.size() && int64_t(i) < J + K; ++i) {
-        apart(candidates[i].score, candidates[i + 1].score);
+        compare(candidates[i].score, candidates[i + 1].score);
       }
 
-      std::vector<double> hypotheses, ended_here(J, -INFINITY);
+      std::vector<double> hypotheses, ended_now(J, -INFINITY);
       for (int64_t k = 0; k < K; ++k) {
         if (finished[b * K + k] > -INFINITY) hypotheses.push_back(finished[b * K + k]);
       }
@@ -171,7 +171,7 @@ struct Problem {
       for (size_t i = 0; i < candidates.size(); ++i) {
         const Candidate& candidate = candidates[i];
         if (candidate.w == step.end && i < width) {
-          ended_here[candidate.j] = candidate.score;
+          ended_now[candidate.j] = candidate.score;
           hypotheses.push_back(candidate.score / step.length_penalty);
         }
         if (candidate.w != step.end && (step.shrink ? i < width : live.size() < size_t(K))) live.push_back(candidate);
@@ -180,16 +180,16 @@ struct Problem {
       hypotheses.resize(K, -INFINITY);
       if (!step.shrink && !live.empty() && hypotheses[K - 1] > -INFINITY) {
         const double attainable = live[0].score / step.last_length_penalty;
-        apart(hypotheses[K - 1], attainable);
+        compare(hypotheses[K - 1], attainable);
         if (hypotheses[K - 1] >= attainable) live.clear();
       }
       for (int64_t k = 0; k < K; ++k) {
-        const bool goes_on = k < int64_t(live.size());
-        results.tokens.push_back(goes_on ? live[k].w : step.end);
-        results.parents.push_back(b * J + (goes_on ? live[k].j : 0));
-        results.next_scores.push_back(goes_on ? live[k].score : is_nan ? NAN : -INFINITY);
+        const bool continues = k < int64_t(live.size());
+        results.tokens.push_back(continues ? live[k].w : step.end);
+        results.parents.push_back(b * J + (continues ? live[k].j : 0));
+        results.next_scores.push_back(continues ? live[k].score : is_nan ? NAN : -INFINITY);
       }
-      results.ended.insert(results.ended.end(), ended_here.begin(), ended_here.end());
+      results.ended.insert(results.ended.end(), ended_now.begin(), ended_now.end());
       results.next_finished.insert(results.next_finished.end(), hypotheses.begin(), hypotheses.end());
     }
     return is_clear;
@@ -218,15 +218,15 @@ struct Problem {
   }
 };
 
-unsigned seed = 0;  // of the last draw
+unsigned seed = 0;  // of the last problem
 
 template <typename T>
-void test(const char* dtype, const BeamSearchSizes& sizes, int draws) {
-  while (draws > 0) {
+void test(const char* dtype, const BeamSearchSizes& sizes, int problems) {
+  while (problems > 0) {
     Problem<T> problem(sizes, ++seed);
     Results truth;
-    if (!problem.run_plainly(truth)) continue;
-    --draws;
+    if (!problem.run_reference(truth)) continue;
+    --problems;
     char buffer[200];
     std::snprintf(buffer, sizeof(buffer), "%s B=%d J=%d K=%d V=%d seed %u ", dtype, int(sizes.B), int(sizes.J),
                   int(sizes.K), int(sizes.V), seed);
@@ -246,10 +246,10 @@ void test(const char* dtype, const BeamSearchSizes& sizes, int draws) {
 }  // namespace
 
 int main() {
-  const auto test_dtypes = [](const BeamSearchSizes& sizes, int draws) {
-    test<float>("float32", sizes, draws);
-    test<bfloat16>("bfloat16", sizes, draws);
-    test<float16>("float16", sizes, draws);
+  const auto test_dtypes = [](const BeamSearchSizes& sizes, int problems) {
+    test<float>("float32", sizes, problems);
+    test<bfloat16>("bfloat16", sizes, problems);
+    test<float16>("float16", sizes, problems);
   };
   for (const BeamSearchSizes& sizes : std::initializer_list<BeamSearchSizes>{{0, 2, 2, 7},
                                                                              {2, 1, 1, 1},

@@ -1,5 +1,5 @@
-// The CIDEr-D scorer without Python: a case worked by hand, and, so that AddressSanitizer sees it, many captions of any
-// length, in threads.
+// The CIDEr-D scorer without Python: a case worked by hand, and many captions of different lengths in several threads,
+// checked by AddressSanitizer.
 #include "cider/cider.h"
 
 #include <cstdio>
@@ -18,18 +18,19 @@ void expect(bool condition, const char* what) {
 }
 
 struct Corpus {
-  std::vector<int64_t> words, offsets = {0};
+  std::vector<int64_t> tokens, offsets = {0};
 
   void add(const std::vector<int64_t>& caption) {
-    words.insert(words.end(), caption.begin(), caption.end());
-    offsets.push_back(static_cast<int64_t>(words.size()));
+    tokens.insert(tokens.end(), caption.begin(), caption.end());
+    offsets.push_back(static_cast<int64_t>(tokens.size()));
   }
-  Captions captions() const { return {words.data(), offsets.data(), static_cast<int64_t>(offsets.size()) - 1}; }
+  Captions captions() const { return {tokens.data(), offsets.data(), static_cast<int64_t>(offsets.size()) - 1}; }
 };
 
 void test_worked_by_hand() {
-  // idf is ln 2 but for word 3, which both images have: 0. Words clipped: 1 and 1, over norms sqrt(5) and sqrt(2); of
-  // the pairs 11 and 12 one is the reference's. The second caption has three more words and pairs of its own.
+  // The idf is ln 2, except for token 3, which occurs in both images, so its idf is 0. First caption: the clipped
+  // counts of tokens 1 and 2 are 1 and 1, the norms sqrt(5) and sqrt(2); of its bigrams, (1, 2) is in the reference and
+  // (1, 1) is not. The second caption has three more tokens, and bigrams of its own.
   Corpus references, captions;
   references.add({1, 2, 3});
   references.add({3, 4});
@@ -42,16 +43,16 @@ void test_worked_by_hand() {
   const double first = 2.5 * (2 / std::sqrt(10.0) + 0.5);
   const double second = 2.5 * std::exp(-9.0 / 72) * (2 / std::sqrt(28.0) + 1 / std::sqrt(14.0));
   expect(std::fabs(scores[0] - first) < 1e-12 && std::fabs(scores[1] - second) < 1e-12, "worked by hand");
-  expect(scores[2] == 0, "a caption without words");
+  expect(scores[2] == 0, "a caption without tokens");
 }
 
 void test_threads() {
   std::mt19937 random(0);
-  const auto draw = [&](int most) { return static_cast<int64_t>(random() % most); };
+  const auto draw = [&](int count) { return static_cast<int64_t>(random() % count); };
   const auto caption = [&] {
-    std::vector<int64_t> words(draw(12));
-    for (int64_t& word : words) word = draw(300);
-    return words;
+    std::vector<int64_t> tokens(draw(12));
+    for (int64_t& token : tokens) token = draw(300);
+    return tokens;
   };
   Corpus references, captions;
   std::vector<int64_t> images = {0}, image_of;
@@ -65,11 +66,11 @@ void test_threads() {
   }
   std::vector<double> truth(1000), scores(1000);
   Cider(references.captions(), images.data(), 700, 1).score(captions.captions(), image_of.data(), truth.data(), 1);
-  expect(*std::max_element(truth.begin(), truth.end()) > 0.5, "some captions are like their references");
+  expect(*std::max_element(truth.begin(), truth.end()) > 0.5, "some captions are similar to their references");
   for (const int64_t threads : {2, 5, 64}) {
     const Cider cider(references.captions(), images.data(), 700, threads);
     cider.score(captions.captions(), image_of.data(), scores.data(), threads);
-    expect(scores == truth, "threads change no bit");
+    expect(scores == truth, "the result does not depend on the number of threads");
   }
 }
 

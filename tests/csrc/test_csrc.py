@@ -1,5 +1,5 @@
-"""Builds and runs the C++ tests: CPU kernels in every instruction set, device code in the emulator; without torch and
-without a GPU."""
+"""Builds and runs the C++ tests, without torch and without a GPU: the CPU kernels in every instruction set, and the
+device code in the emulator."""
 
 import shutil
 import subprocess
@@ -43,14 +43,14 @@ def test_passes(build, name):
 def test_simd(build, isa):
     flag = {"baseline": "", "avx2": "avx2", "avx512": "avx512dq"}[isa]
     if flag not in Path("/proc/cpuinfo").read_text():
-        pytest.skip(f"this processor has no {isa}")
+        pytest.skip(f"this processor does not support {isa}")
     done = run(build / f"test_simd_{isa}")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_nothing_compiled_for_a_newer_processor_can_be_shared(build):
-    """A function of the headers that two object files both define is taken from either of them; were it the one with
-    AVX-512, the program would crash on a processor without."""
+def test_object_files_of_different_instruction_sets_share_no_function(build):
+    """If several object files define the same function of a header, the linker keeps any one of them. If that is the
+    one compiled for AVX-512, the program crashes on processors without AVX-512."""
     objects = [str(path) for path in build.glob("CMakeFiles/cpu_kernels_*/**/*.o")]
     assert objects
     symbols = run("nm", "-C", "--defined-only", *objects).stdout.splitlines()
@@ -60,13 +60,13 @@ def test_nothing_compiled_for_a_newer_processor_can_be_shared(build):
 
 
 @pytest.mark.parametrize(
-    "planted, finding",
+    "invalid_read, report",
     [
-        ("read-behind-array", "heap-buffer-overflow"),
-        ("read-behind-shared", "use-after-poison"),
+        ("read-past-array", "heap-buffer-overflow"),
+        ("read-past-shared", "use-after-poison"),
         ("read-misaligned", "misaligned address"),
     ],
 )
-def test_a_planted_wrong_read_is_caught(build, planted, finding):
-    done = run(build / "test_cuda_emulator", planted)
-    assert done.returncode != 0 and finding in done.stderr
+def test_an_invalid_read_is_detected(build, invalid_read, report):
+    done = run(build / "test_cuda_emulator", invalid_read)
+    assert done.returncode != 0 and report in done.stderr

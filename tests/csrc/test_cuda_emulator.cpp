@@ -1,4 +1,4 @@
-// The emulator's own test: it runs correct code correctly in every schedule, and it can fail.
+// Tests the emulator: correct code gives correct results in every schedule, and errors are detected.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -6,7 +6,7 @@
 
 #include "cuda_emulator.h"  // first: it defines what device code needs
 
-#include "common/reduce.cuh"
+#include "common/device.cuh"
 
 using namespace cuda_emulator;
 
@@ -14,7 +14,7 @@ namespace {
 
 constexpr unsigned kThreads = 96;
 
-// out[i] = 100 + the next thread's number.
+// out[i] = 100 + the index of the next thread.
 template <bool with_barrier>
 void pass_to_neighbour(int* out) {
   __shared__ int values[kThreads];
@@ -25,29 +25,29 @@ void pass_to_neighbour(int* out) {
   out[threadIdx.x] = values[(threadIdx.x + 1) % blockDim.x];
 }
 
-// The sum of the warp's numbers, then the largest.
+// The sum over the warp plus 1e8 times the maximum over the warp.
 void reductions(double* out) {
   const double sum = attncap::warp_reduce(1.0 + threadIdx.x, attncap::Sum());
   const double largest = attncap::warp_reduce(static_cast<double>(threadIdx.x ^ 5u), attncap::Max());
   out[blockIdx.x * blockDim.x + threadIdx.x] = sum + 1e8 * largest;
 }
 
-// What each lane gets from the shuffles and votes that reductions() does not use, as a number of six digits.
+// Combines the results of the shuffles and ballots that reductions() does not use into one number.
 void exchanges(int* out) {
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int from_last = __shfl_sync(0xffffffffu, lane, 31), from_below = __shfl_up_sync(0xffffffffu, lane, 3);
-  const unsigned ballot = __ballot_sync(0xffffffffu, lane % 8 == warp);  // 4 bits, the lowest is `warp`
+  const unsigned ballot = __ballot_sync(0xffffffffu, lane % 8 == warp);  // 4 bits, the lowest at position `warp`
   out[threadIdx.x] = 10000 * from_last + 100 * from_below + 10 * __popc(ballot) + __ffs(ballot);
 }
 
-// In round r thread r alone votes yes; in the first one nobody.
+// In round r > 0, only thread r votes yes; in round 0, no thread does.
 void votes(int* out) {
   int yes = 0;
   for (unsigned r = 0; r < kThreads; ++r) yes += __syncthreads_or(r > 0 && threadIdx.x == r) ? 1 : 1000;
   out[threadIdx.x] = yes;
 }
 
-// As pass_to_neighbour, in a warp.
+// Like pass_to_neighbour, within a warp.
 template <bool with_barrier>
 void pass_to_lane(int* out) {
   __shared__ int values[kThreads];
@@ -62,7 +62,7 @@ void barrier_for_some() {
   if (threadIdx.x < 32) __syncthreads();
 }
 
-void read_behind_the_end(const float* values, float* out) { out[threadIdx.x] = values[threadIdx.x]; }
+void read_past_the_end(const float* values, float* out) { out[threadIdx.x] = values[threadIdx.x]; }
 
 struct alignas(16) Four {
   float values[4];
@@ -72,7 +72,7 @@ void read_misaligned(const float* values, float* out) {
   out[threadIdx.x] = reinterpret_cast<const Four*>(values + 1)->values[threadIdx.x % 4];
 }
 
-void read_behind_shared_memory(float* out) {
+void read_past_shared_memory(float* out) {
   out[threadIdx.x] = static_cast<float>(attncap::dynamic_shared[threadIdx.x]);
 }
 
@@ -93,21 +93,21 @@ void expect(bool condition, const char* what) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  // Each of the three must end the program when built with the sanitizers.
-  const std::string planted = count > 1 ? arguments[1] : "";
-  if (planted == "read-behind-array") {
+  // When built with the sanitizers, each of these three must terminate the program.
+  const std::string invalid_read = count > 1 ? arguments[1] : "";
+  if (invalid_read == "read-past-array") {
     std::vector<float> values(kThreads - 1), out(kThreads);
-    launch(Schedule::lowest_first, 1, kThreads, 0, read_behind_the_end, values.data(), out.data());
+    launch(Schedule::lowest_first, 1, kThreads, 0, read_past_the_end, values.data(), out.data());
     return 0;
   }
-  if (planted == "read-misaligned") {
+  if (invalid_read == "read-misaligned") {
     std::vector<float> values(8), out(kThreads);
     launch(Schedule::lowest_first, 1, kThreads, 0, read_misaligned, values.data(), out.data());
     return 0;
   }
-  if (planted == "read-behind-shared") {
+  if (invalid_read == "read-past-shared") {
     std::vector<float> out(kThreads);
-    launch(Schedule::lowest_first, 1, kThreads, (kThreads - 1) * sizeof(double), read_behind_shared_memory, out.data());
+    launch(Schedule::lowest_first, 1, kThreads, (kThreads - 1) * sizeof(double), read_past_shared_memory, out.data());
     return 0;
   }
 
@@ -141,7 +141,7 @@ int main(int count, char** arguments) {
     expect(lane_is_right(pass_to_lane<true>), "__syncwarp makes other lanes' values visible");
     wrong_in_warp += !lane_is_right(pass_to_lane<false>);
   }
-  expect(wrong > 0 && wrong_in_warp > 0, "a missing barrier shows in some schedule");
+  expect(wrong > 0 && wrong_in_warp > 0, "a missing barrier is detected in some schedule");
 
   bool caught = false;
   try {

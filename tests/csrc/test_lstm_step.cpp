@@ -1,8 +1,8 @@
-// lstm_step's kernels without torch: the device code in the emulator, the CPU code of every instruction set that this
-// processor has.
+// The kernels of lstm_step, without torch: the device code in the emulator, the CPU code in every instruction set of
+// this processor.
 //
-// Truth is the formula of lstm_step.h in long double. Over all sizes, a kernel's largest error is at most twice that of
-// the formula in the type sums are kept in, rounded like the kernel's results.
+// The truth is the formula in lstm_step.h, computed in long double. Over all sizes, a kernel's largest error is at most
+// twice that of a reference: the formula in the accumulation type, rounded like the kernel's results.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -25,12 +25,12 @@ namespace {
 
 struct Sizes {
   int64_t R, N, H, E, V;
-  int64_t gap;  // between one row and the next
+  int64_t gap;  // between rows
 };
 
 template <typename T>
 struct Problem {
-  LstmStep<T> step;  // pointers are into these:
+  LstmStep<T> step;  // points into these vectors:
   std::vector<T> recurrent, context_part, word_table, c;
   std::vector<int64_t> parents, tokens;
   std::vector<T> next_h, next_c, output;
@@ -47,8 +47,10 @@ struct Problem {
     };
     recurrent = rows(4 * H), context_part = rows(4 * H + E);
     word_table = normal<T>(V * (4 * H + E), 1, random), c = normal<T>(R * H, 1, random);
-    const bool own = N <= std::min(R, V);  // row n goes on from row n, with word n
-    for (int64_t n = 0; n < N; ++n) parents.push_back(own ? n : random() % R), tokens.push_back(own ? n : random() % V);
+    const bool identity = N <= std::min(R, V);  // parents[n] = tokens[n] = n
+    for (int64_t n = 0; n < N; ++n) {
+      parents.push_back(identity ? n : random() % R), tokens.push_back(identity ? n : random() % V);
+    }
     const T nan = static_cast<T>(NAN);
     next_h.assign(N * H, nan), next_c.assign(N * H, nan), output.assign(N * E, nan);
     step = {.N = N,
@@ -60,32 +62,32 @@ struct Problem {
             .context_part = context_part.data(),
             .word_table = word_table.data(),
             .c = c.data(),
-            .parents = own ? nullptr : parents.data(),
-            .tokens = own ? nullptr : tokens.data(),
+            .parents = identity ? nullptr : parents.data(),
+            .tokens = identity ? nullptr : tokens.data(),
             .next_h = next_h.data(),
             .next_c = next_c.data(),
             .output = output.data()};
   }
 
-  // The formula, with numbers of type Number; results are those of type Result.
-  template <typename Number, typename Result>
-  std::map<std::string, std::vector<Result>> run_plainly() const {
+  // The formula, computed in type Real, with results of type Result.
+  template <typename Real, typename Result>
+  std::map<std::string, std::vector<Result>> run_reference() const {
     const int64_t H = step.H, E = step.E;
     std::map<std::string, std::vector<Result>> results;
     for (int64_t n = 0; n < step.N; ++n) {
-      const T* of_word = &word_table[tokens[n] * (4 * H + E)];
-      const T* of_context = &context_part[parents[n] * step.context_stride];
-      const T* of_state = &recurrent[parents[n] * step.recurrent_stride];
-      const auto gate = [&](int64_t i) { return Number(of_state[i]) + Number(of_context[i]) + Number(of_word[i]); };
-      const auto sigmoid = [](Number x) { return 1 / (1 + std::exp(-x)); };
+      const T* word_row = &word_table[tokens[n] * (4 * H + E)];
+      const T* context_row = &context_part[parents[n] * step.context_stride];
+      const T* recurrent_row = &recurrent[parents[n] * step.recurrent_stride];
+      const auto gate = [&](int64_t i) { return Real(recurrent_row[i]) + Real(context_row[i]) + Real(word_row[i]); };
+      const auto sigmoid = [](Real x) { return 1 / (1 + std::exp(-x)); };
       for (int64_t j = 0; j < H; ++j) {
-        const Number i = sigmoid(gate(j)), f = sigmoid(gate(H + j)), g = std::tanh(gate(2 * H + j));
-        const Number next_c = f * Number(c[parents[n] * H + j]) + i * g;
+        const Real i = sigmoid(gate(j)), f = sigmoid(gate(H + j)), g = std::tanh(gate(2 * H + j));
+        const Real next_c = f * Real(c[parents[n] * H + j]) + i * g;
         results["next_c"].push_back(Result(next_c));
         results["next_h"].push_back(Result(sigmoid(gate(3 * H + j)) * std::tanh(next_c)));
       }
       for (int64_t e = 4 * H; e < 4 * H + E; ++e) {
-        results["output"].push_back(Result(Number(of_context[e]) + Number(of_word[e])));
+        results["output"].push_back(Result(Real(context_row[e]) + Real(word_row[e])));
       }
     }
     return results;
@@ -98,16 +100,16 @@ struct Problem {
   }
 };
 
-// Backward: row n goes on from row n. With a gap between rows, c_grad is written over next_c_grad.
+// Backward. If there is a gap between rows, c_grad and next_c_grad are the same array.
 template <typename T>
 struct BackwardProblem {
-  LstmStepBackward<T> step;  // pointers are into these:
-  std::vector<T> recurrent, context_part, words, c, next_h_grad, next_c_grad, gates_grad, c_grad;
+  LstmStepBackward<T> step;  // points into these vectors:
+  std::vector<T> recurrent, context_part, word_inputs, c, next_h_grad, next_c_grad, gates_grad, c_grad;
 
   BackwardProblem(int64_t N, int64_t H, int64_t gap) {
     std::mt19937 random(N * 1000 + H);
     recurrent = normal<T>(N * (4 * H + gap), 1, random), context_part = normal<T>(N * (4 * H + gap), 1, random);
-    words = normal<T>(N * 4 * H, 1, random), c = normal<T>(N * H, 1, random);
+    word_inputs = normal<T>(N * 4 * H, 1, random), c = normal<T>(N * H, 1, random);
     next_h_grad = normal<T>(N * H, 1, random), next_c_grad = normal<T>(N * H, 1, random);
     gates_grad.assign(N * (4 * H + gap), static_cast<T>(NAN)), c_grad.assign(N * H, static_cast<T>(NAN));
     if (gap > 0) c_grad = next_c_grad;
@@ -118,7 +120,7 @@ struct BackwardProblem {
             .gates_grad_stride = 4 * H + gap,
             .recurrent = recurrent.data(),
             .context_part = context_part.data(),
-            .words = words.data(),
+            .word_inputs = word_inputs.data(),
             .c = c.data(),
             .next_h_grad = next_h_grad.data(),
             .next_c_grad = gap > 0 ? c_grad.data() : next_c_grad.data(),
@@ -126,7 +128,7 @@ struct BackwardProblem {
             .c_grad = c_grad.data()};
   }
 
-  // [N, 4H]; what lies between its rows is never written.
+  // gates_grad [N, 4H] without the gaps, which must not be written.
   std::vector<T> gathered_gates_grad() const {
     std::vector<T> gathered;
     for (size_t i = 0; i < gates_grad.size(); ++i) {
@@ -139,29 +141,29 @@ struct BackwardProblem {
     return gathered;
   }
 
-  // The chain rule, with numbers of type Number; results are those of type Result: gates_grad, c_grad.
-  template <typename Number, typename Result>
-  std::pair<std::vector<Result>, std::vector<Result>> run_plainly() const {
+  // gates_grad and c_grad by the chain rule, computed in type Real, with results of type Result.
+  template <typename Real, typename Result>
+  std::pair<std::vector<Result>, std::vector<Result>> run_reference() const {
     const int64_t N = step.N, H = step.H;
-    std::vector<Result> of_gates(N * 4 * H), of_c(N * H);
+    std::vector<Result> gates(N * 4 * H), c_grads(N * H);
     for (int64_t n = 0; n < N; ++n) {
       for (int64_t j = 0; j < H; ++j) {
         const auto gate = [&](int64_t k) {
-          return Number(recurrent[n * step.recurrent_stride + k * H + j]) +
-                 Number(context_part[n * step.context_stride + k * H + j]) + Number(words[(4 * n + k) * H + j]);
+          return Real(recurrent[n * step.recurrent_stride + k * H + j]) +
+                 Real(context_part[n * step.context_stride + k * H + j]) + Real(word_inputs[(4 * n + k) * H + j]);
         };
-        const auto sigmoid = [](Number x) { return 1 / (1 + std::exp(-x)); };
-        const Number i = sigmoid(gate(0)), f = sigmoid(gate(1)), g = std::tanh(gate(2)), o = sigmoid(gate(3));
-        const Number before = Number(c[n * H + j]), y = std::tanh(f * before + i * g);
-        const Number h_grad = Number(next_h_grad[n * H + j]);
-        const Number c_grad = Number(next_c_grad[n * H + j]) + h_grad * o * (1 - y * y);
-        Result* to = &of_gates[4 * n * H + j];
+        const auto sigmoid = [](Real x) { return 1 / (1 + std::exp(-x)); };
+        const Real i = sigmoid(gate(0)), f = sigmoid(gate(1)), g = std::tanh(gate(2)), o = sigmoid(gate(3));
+        const Real before = Real(c[n * H + j]), y = std::tanh(f * before + i * g);
+        const Real h_grad = Real(next_h_grad[n * H + j]);
+        const Real c_grad = Real(next_c_grad[n * H + j]) + h_grad * o * (1 - y * y);
+        Result* to = &gates[4 * n * H + j];
         to[0] = Result(c_grad * g * i * (1 - i)), to[H] = Result(c_grad * before * f * (1 - f));
         to[2 * H] = Result(c_grad * i * (1 - g * g)), to[3 * H] = Result(h_grad * y * o * (1 - o));
-        of_c[n * H + j] = Result(c_grad * f);
+        c_grads[n * H + j] = Result(c_grad * f);
       }
     }
-    return {of_gates, of_c};
+    return {gates, c_grads};
   }
 };
 
@@ -171,20 +173,20 @@ double largest_error(const std::vector<T>& actual, const std::vector<long double
   double largest = 0;
   for (size_t i = 0; i < truth.size(); ++i) {
     const double error = std::fabs(double(static_cast<long double>(actual[i]) - truth[i]));
-    if (!(error <= largest)) largest = error;  // a NaN is taken and kept
+    if (!(error <= largest)) largest = error;  // once NaN, stays NaN
   }
   return largest;
 }
 
 template <typename T>
 void test(const std::string& dtype, std::initializer_list<Sizes> table) {
-  std::map<std::string, double> errors, plain_errors;  // by result, and who computed it
+  std::map<std::string, double> errors, reference_errors;  // by result and kernel, and by result
   for (const Sizes& sizes : table) {
     const Problem<T> first(sizes);
-    auto truth = first.template run_plainly<long double, long double>();
-    auto plain = first.template run_plainly<accumulate_t<T>, T>();
+    auto truth = first.template run_reference<long double, long double>();
+    auto reference = first.template run_reference<accumulate_t<T>, T>();
     for (const char* name : {"next_h", "next_c", "output"}) {
-      plain_errors[name] = std::max(plain_errors[name], largest_error(plain[name], truth[name]));
+      reference_errors[name] = std::max(reference_errors[name], largest_error(reference[name], truth[name]));
     }
     const auto compare_with_truth = [&](const std::string& how, const Problem<T>& problem) {
       const auto compare = [&](const std::string& name, const std::vector<T>& actual) {
@@ -206,22 +208,23 @@ void test(const std::string& dtype, std::initializer_list<Sizes> table) {
     });
   }
   for (const auto& [name, error] : errors) {
-    const double plain = plain_errors[name.substr(0, name.find(','))];
-    expect(error <= 2 * plain, dtype + ", " + name + ": " + std::to_string(error / plain) + " times the plain error");
+    const double reference = reference_errors[name.substr(0, name.find(','))];
+    expect(error <= 2 * reference,
+           dtype + ", " + name + ": " + std::to_string(error / reference) + " times the error of the reference");
   }
 }
 
 template <typename T>
 void test_backward(const std::string& dtype) {
   std::map<std::string, double> errors;
-  double plain_error = 0;
+  double reference_error = 0;
   for (const auto& [N, H, gap] : std::initializer_list<std::array<int64_t, 3>>{
            {0, 3, 0}, {1, 1, 0}, {5, 7, 1}, {6, 8, 0}, {3, 16, 8}, {4, 33, 3}, {10, 100, 0}, {7, 257, 5}}) {
     const BackwardProblem<T> first(N, H, gap);
-    const auto truth = first.template run_plainly<long double, long double>();
-    const auto plain = first.template run_plainly<accumulate_t<T>, T>();
-    plain_error =
-        std::max({plain_error, largest_error(plain.first, truth.first), largest_error(plain.second, truth.second)});
+    const auto truth = first.template run_reference<long double, long double>();
+    const auto reference = first.template run_reference<accumulate_t<T>, T>();
+    reference_error = std::max(
+        {reference_error, largest_error(reference.first, truth.first), largest_error(reference.second, truth.second)});
     const auto compare_with_truth = [&](const std::string& how, const BackwardProblem<T>& problem) {
       for (const double error :
            {largest_error(problem.gathered_gates_grad(), truth.first), largest_error(problem.c_grad, truth.second)}) {
@@ -241,7 +244,7 @@ void test_backward(const std::string& dtype) {
     });
   }
   for (const auto& [how, error] : errors) {
-    expect(error <= 2 * plain_error, dtype + ", backward, " + how + ": " + std::to_string(error / plain_error));
+    expect(error <= 2 * reference_error, dtype + ", backward, " + how + ": " + std::to_string(error / reference_error));
   }
 }
 

@@ -1,4 +1,4 @@
-// csrc/common/simd.h in one instruction set, against the C library in float64.
+// csrc/common/simd.h in one instruction set, compared with the C library in float64.
 #include <cmath>
 #include <cstdio>
 #include <vector>
@@ -17,7 +17,7 @@ void expect(bool condition, const char* what, double x) {
   ++failures;
 }
 
-// The error in units of the last place of a float32.
+// The error in units in the last place of a float32.
 double units(float actual, double truth) { return std::fabs(actual - truth) / (std::fabs(truth) * 0x1p-23 + 0x1p-149); }
 
 void test_functions() {
@@ -25,9 +25,9 @@ void test_functions() {
     for (const float x : {bit_cast<float>(bits), -bit_cast<float>(bits)}) {
       const float exp_x = exp(broadcast(x))[0], tanh_x = tanh(broadcast(x))[kLanes<float> - 1];
       if (std::fabs(x) <= 87) expect(units(exp_x, std::exp(double(x))) <= 1 + std::fabs(x), "exp", x);
-      if (x < -87) expect(exp_x == 0, "exp below the normal numbers", x);
-      const float of_negative = exp_of_negative(broadcast(x))[0], least = exp(broadcast(-87.0f))[0];
-      if (x <= 0) expect(of_negative == (x < -87 ? least : exp_x), "exp_of_negative", x);
+      if (x < -87) expect(exp_x == 0, "exp below -87", x);
+      const float negative = exp_of_negative(broadcast(x))[0], least = exp(broadcast(-87.0f))[0];
+      if (x <= 0) expect(negative == (x < -87 ? least : exp_x), "exp_of_negative", x);
       const float power = exp2_of_negative(broadcast(x))[0];
       if (x <= 0) expect(units(power, std::exp2(double(x < -126 ? -126 : x))) <= 1, "exp2_of_negative", x);
       expect(units(tanh_x, std::tanh(double(x))) <= 2.5, "tanh", x);
@@ -39,21 +39,21 @@ void test_functions() {
   const Vector<float> nan = broadcast(NAN);
   expect(std::isnan(exp(nan)[0]) && std::isnan(exp_of_negative(nan)[0]) && std::isnan(exp2_of_negative(nan)[0]) &&
              std::isnan(tanh(nan)[0]) && std::isnan(short_tanh(nan)[0]) && std::isnan(relu(nan)[0]),
-         "NaN stays", NAN);
+         "NaN stays NaN", NAN);
   expect(tanh(Vector<double>{} + 0.5)[0] == std::tanh(0.5), "tanh in float64", 0.5);
 }
 
 template <typename T>
 void test_loads() {
-  using Number = accumulate_t<T>;
-  const int64_t lanes = kLanes<Number>;
-  for (int64_t count = 0; count <= 3 * lanes; ++count) {  // arrays of just this length: AddressSanitizer watches
+  using acc_t = accumulate_t<T>;
+  const int64_t lanes = kLanes<acc_t>;
+  for (int64_t count = 0; count <= 3 * lanes; ++count) {  // exact lengths, for AddressSanitizer
     std::vector<T> values(count), copy(count);
     double sum = 0, seen = 0;
     for (int64_t i = 0; i < count; ++i) values[i] = static_cast<T>(float(i - 5)), sum += i - 5;
-    for_each_vector<Number>(count, [&](int64_t i, auto... rest) {
-      const Vector<Number> vector = load(values.data() + i, rest...);
-      seen += sum_of_lanes<Number>(vector);
+    for_each_vector<acc_t>(count, [&](int64_t i, auto... rest) {
+      const Vector<acc_t> vector = load(values.data() + i, rest...);
+      seen += sum_of_lanes<acc_t>(vector);
       store(copy.data() + i, vector, rest...);
     });
     expect(seen == sum, "load and sum", count);

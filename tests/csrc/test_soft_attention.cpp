@@ -1,8 +1,8 @@
-// soft_attention's kernels without torch: the device code in the emulator, the CPU code of every instruction set that
-// this processor has, and the short number types.
+// The kernels of soft_attention, without torch: the device code in the emulator, the CPU code in every instruction set
+// of this processor, and the 16-bit number types.
 //
-// Truth is the formula of soft_attention.h and its derivatives, written down plainly in float64 below (tests/ops
-// compares the op with plain PyTorch and with finite differences too), on the same rounded inputs.
+// The truth is the formula in soft_attention.h and its derivatives, implemented naively in float64 below, on the same
+// rounded inputs. (tests/ops also compares the op with plain PyTorch and with finite differences.)
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -22,24 +22,25 @@ using cuda_emulator::Schedule;
 
 namespace {
 
-using attncap::compare;  // beside those for whole problems below
+using attncap::compare;  // overloaded below
 using attncap::widen;
 
-// All arrays of one forward and backward pass. Outputs start as NaN, so that what is never written shows. `gap` numbers
-// lie between the features, and the keys, of one image and the next, and between rows of query, gate and gate_grad.
+// All arrays of one forward and backward pass. Outputs are initialised to NaN, so that missing writes are detected.
+// `gap` is the number of unused elements between images in features and keys, and between rows in query, gate and
+// gate_grad.
 template <typename T>
 struct Problem {
-  using Number = accumulate_t<T>;
+  using acc_t = accumulate_t<T>;
   SoftAttentionSizes sizes;
   Activation activation;
   bool masked, gated;
   int64_t gap;
-  bool in_two_goes = false;  // keys_grad and score_weight_grad by themselves, after the rest of the backward
+  bool separate_keys_backward = false;  // compute keys_grad and score_weight_grad by keys_backward
   std::vector<T> features, keys, query, score_weight, gate, context_grad, weights_grad;
   std::unique_ptr<bool[]> mask;
-  std::vector<T> query_apart, gate_apart, gate_grad_apart;  // with gaps between rows
+  std::vector<T> query_with_gaps, gate_with_gaps, gate_grad_with_gaps;
   std::vector<T> context, weights, features_grad, keys_grad, gate_grad;
-  std::vector<Number> scores, context_parts, query_grad, score_weight_grad, gated_grad, score_grad;
+  std::vector<acc_t> scores, context_parts, query_grad, score_weight_grad, gated_grad, score_grad;
   std::vector<int64_t> row_starts;
 
   void allocate() {
@@ -51,7 +52,7 @@ struct Problem {
     scores.assign(B * K * P, NAN), gated_grad.assign(B * K * D, NAN), score_grad.assign(B * K * P, NAN);
   }
 
-  std::vector<T> apart(const std::vector<T>& values, int64_t length) const {
+  std::vector<T> with_gaps(const std::vector<T>& values, int64_t length) const {
     std::vector<T> result;
     for (size_t i = 0; i < values.size(); ++i) {
       result.push_back(values[i]);
@@ -61,8 +62,8 @@ struct Problem {
   }
 
   SoftAttentionForward<T> forward() {
-    query_apart = apart(query, sizes.A), gate_apart = apart(gate, sizes.D);
-    gate_grad_apart = apart(gate_grad, sizes.D);
+    query_with_gaps = with_gaps(query, sizes.A), gate_with_gaps = with_gaps(gate, sizes.D);
+    gate_grad_with_gaps = with_gaps(gate_grad, sizes.D);
     return {.sizes = sizes,
             .activation = activation,
             .features_stride = sizes.P * sizes.D + gap,
@@ -71,10 +72,10 @@ struct Problem {
             .gate_stride = sizes.D + gap,
             .features = features.data(),
             .keys = keys.data(),
-            .query = query_apart.data(),
+            .query = query_with_gaps.data(),
             .score_weight = score_weight.data(),
             .mask = mask.get(),
-            .gate = gated ? gate_apart.data() : nullptr,
+            .gate = gated ? gate_with_gaps.data() : nullptr,
             .context = context.data(),
             .weights = weights.data(),
             .scores = scores.data()};
@@ -92,16 +93,16 @@ struct Problem {
             .weights_grad = weights_grad.data(),
             .features = features.data(),
             .keys = keys.data(),
-            .query = query_apart.data(),
+            .query = query_with_gaps.data(),
             .score_weight = score_weight.data(),
-            .gate = gated ? gate_apart.data() : nullptr,
+            .gate = gated ? gate_with_gaps.data() : nullptr,
             .context = context.data(),
             .weights = weights.data(),
             .features_grad = features_grad.data(),
-            .keys_grad = in_two_goes ? nullptr : keys_grad.data(),
-            .gate_grad = gated ? gate_grad_apart.data() : nullptr,
+            .keys_grad = separate_keys_backward ? nullptr : keys_grad.data(),
+            .gate_grad = gated ? gate_grad_with_gaps.data() : nullptr,
             .query_grad = query_grad.data(),
-            .score_weight_grad = in_two_goes ? nullptr : score_weight_grad.data(),
+            .score_weight_grad = separate_keys_backward ? nullptr : score_weight_grad.data(),
             .gated_grad = gated_grad.data(),
             .score_grad = score_grad.data()};
   }
@@ -114,7 +115,7 @@ struct Problem {
             .keys_stride = sizes.P * sizes.A + gap,
             .query_stride = sizes.A + gap,
             .keys = keys.data(),
-            .query = query_apart.data(),
+            .query = query_with_gaps.data(),
             .score_weight = score_weight.data(),
             .score_grad = score_grad.data(),
             .row_starts = row_starts.data(),
@@ -122,21 +123,21 @@ struct Problem {
             .score_weight_grad = score_weight_grad.data()};
   }
 
-  // gate_grad from its rows apart. What lies between them is never written.
+  // gate_grad without the gaps, which must not be written.
   void gather() {
     const int64_t D = sizes.D;
-    for (size_t i = 0; i < gate_grad_apart.size(); ++i) {
+    for (size_t i = 0; i < gate_grad_with_gaps.size(); ++i) {
       const int64_t n = i / (D + gap), d = i % (D + gap);
       if (d < D) {
-        gate_grad[n * D + d] = gate_grad_apart[i];
+        gate_grad[n * D + d] = gate_grad_with_gaps[i];
       } else {
-        expect(std::isnan(double(accumulate_t<T>(gate_grad_apart[i]))), "gate_grad: written between its rows");
+        expect(std::isnan(double(accumulate_t<T>(gate_grad_with_gaps[i]))), "gate_grad: written between its rows");
       }
     }
   }
 
-  // The formula, a row at a time.
-  void run_plainly() {
+  // The formula, one row at a time.
+  void run_reference() {
     const auto [B, K, P, D, A] = sizes;
     for (auto* gradient : {&features_grad, &keys_grad, &query_grad, &score_weight_grad}) {
       std::fill(gradient->begin(), gradient->end(), 0);
@@ -191,11 +192,11 @@ struct Problem {
   void run_on_cpu(Isa isa, Threads threads) {
     ATTNCAP_CALL_ISA(isa, soft_attention_forward_cpu, forward(), threads);
     ATTNCAP_CALL_ISA(isa, soft_attention_backward_cpu, backward(), threads);
-    if (in_two_goes) ATTNCAP_CALL_ISA(isa, soft_attention_keys_backward_cpu, keys_backward(), threads);
+    if (separate_keys_backward) ATTNCAP_CALL_ISA(isa, soft_attention_keys_backward_cpu, keys_backward(), threads);
     gather();
   }
 
-  // On a chip with so many processors: that decides the shapes of the blocks.
+  // As on a GPU with this many multiprocessors, which determines the shapes of the blocks.
   void run_emulated(Schedule schedule, int processors) {
     const auto emulate = [&](auto kernel, int64_t blocks, int threads, size_t shared_bytes, const auto&... arguments) {
       launch(schedule, blocks, threads, shared_bytes, kernel, arguments...);
@@ -206,7 +207,7 @@ struct Problem {
     params.context_parts = context_parts.data();
     launch_forward(params, processors, emulate);
     launch_backward(backward(), processors, emulate);
-    if (in_two_goes) launch_keys_backward(keys_backward(), processors, emulate);
+    if (separate_keys_backward) launch_keys_backward(keys_backward(), processors, emulate);
     gather();
   }
 };
@@ -225,7 +226,7 @@ Problem<T> make_problem(SoftAttentionSizes sizes, Activation activation, bool ma
   problem.gate = normal<T>(gated ? N * D : 0, 1, random);
   problem.context_grad = normal<T>(N * D, 1 / std::sqrt(D), random);
   problem.weights_grad = normal<T>(N * P, 1, random);
-  if (masked) {  // the last image has no cell that counts
+  if (masked) {  // all cells of the last image are masked
     problem.mask.reset(new bool[B * P]);
     for (int64_t i = 0; i < B * P; ++i) problem.mask[i] = random() % 3 != 0 && i / P != B - 1;
   }
@@ -233,7 +234,7 @@ Problem<T> make_problem(SoftAttentionSizes sizes, Activation activation, bool ma
   return problem;
 }
 
-// The same numbers in float64.
+// The same values in float64.
 template <typename T>
 Problem<double> widen(const Problem<T>& problem) {
   Problem<double> wide{.sizes = problem.sizes,
@@ -264,7 +265,7 @@ void compare(const std::string& name, const Problem<T>& problem, const Problem<d
   compare(name + ": score_weight_grad", problem.score_weight_grad, truth.score_weight_grad, tolerance);
 }
 
-// Every activation, with and without mask, gate and gap.
+// Both activations, with and without mask, gate and gap.
 template <typename T>
 void test_sizes(const char* dtype, double tolerance, std::initializer_list<SoftAttentionSizes> table) {
   for (const SoftAttentionSizes& sizes : table) {
@@ -274,7 +275,7 @@ void test_sizes(const char* dtype, double tolerance, std::initializer_list<SoftA
       const int64_t gap = variant == 0 ? 0 : variant == 1 ? 16 : 3;
       Problem<T> problem = make_problem<T>(sizes, activation, masked, gated, gap, 1);
       Problem<double> truth = widen(problem);
-      truth.run_plainly();
+      truth.run_reference();
       char buffer[200];
       std::snprintf(buffer, sizeof(buffer), "%s B=%d K=%d P=%d D=%d A=%d variant %d ", dtype, int(sizes.B),
                     int(sizes.K), int(sizes.P), int(sizes.D), int(sizes.A), variant);
@@ -294,25 +295,25 @@ void test_sizes(const char* dtype, double tolerance, std::initializer_list<SoftA
       problem.run_emulated(Schedule::random, 1);
       compare(name + "one processor", problem, truth, tolerance);
 
-      problem.in_two_goes = true;
+      problem.separate_keys_backward = true;
       for_each_isa([&](const std::string& how, Isa isa, Threads threads) {
         problem.allocate();
         problem.run_on_cpu(isa, threads);
-        compare(name + "in two goes, " + how, problem, truth, tolerance);
+        compare(name + "separate keys_backward, " + how, problem, truth, tolerance);
       });
       problem.allocate();
       problem.run_emulated(Schedule::random, 100);
-      compare(name + "in two goes, emulated", problem, truth, tolerance);
+      compare(name + "separate keys_backward, emulated", problem, truth, tolerance);
     }
   }
 }
 
-// Shared memory on CUDA has room for the weights of five rows, and then of one, not of all seven.
+// The shared memory on CUDA can hold the weights of five rows in the first case, and of one row in the second.
 void test_many_cells() {
   for (const int64_t P : {2000, 3000}) {
     Problem<float> problem = make_problem<float>({1, 7, P, 4, 4}, Activation::tanh, false, false, 0, 1);
     Problem<double> truth = widen(problem);
-    truth.run_plainly();
+    truth.run_reference();
     problem.run_emulated(Schedule::random, 1);
     compare("many cells", problem, truth, 1e-5);
   }
@@ -321,7 +322,7 @@ void test_many_cells() {
 void test_large_scores() {
   Problem<float> problem = make_problem<float>({1, 2, 65, 4, 64}, Activation::relu, false, false, 0, 1e4);
   Problem<double> truth = widen(problem);
-  truth.run_plainly();
+  truth.run_reference();
   const auto check = [&](const char* name) {
     compare(std::string(name) + ", scores of 1e4: weights", problem.weights, truth.weights, 0.01);
     compare(std::string(name) + ", scores of 1e4: context", problem.context, truth.context, 0.01);
@@ -334,21 +335,21 @@ void test_large_scores() {
   check("emulated");
 }
 
-// kCellsInParts comes in parts of 35 and 36 cells on a chip that it cannot fill, and so does one image of real size;
-// many images do not, nor a few cells, whatever the chip.
+// kCellsInParts is split into parts of 35 and 36 cells on a GPU that it cannot fill. One image of realistic size is
+// split too; many images or few cells are not.
 constexpr SoftAttentionSizes kCellsInParts{2, 3, 71, 12, 4};
 
 template <typename T>
 void test_parts() {
-  expect(context_grid<T>(kCellsInParts, 100).parts == 2, "as many parts as leave every thread a cell");
-  expect(context_grid<T>(kCellsInParts, 1).parts == 1, "a small chip has one part");
-  expect(context_grid<T>({1, 5, 196, 2048, 512}, 132).blocks > 132, "one image has a block for every multiprocessor");
-  expect(context_grid<T>({1024, 1, 196, 2048, 512}, 132).parts == 1, "1,024 images have one part");
-  expect(context_grid<T>({1, 1, 1, 1, 1}, 132).parts == 1, "one cell has one part");
+  expect(context_grid<T>(kCellsInParts, 100).parts == 2, "as many parts as there are cells for every thread");
+  expect(context_grid<T>(kCellsInParts, 1).parts == 1, "one part on a small GPU");
+  expect(context_grid<T>({1, 5, 196, 2048, 512}, 132).blocks > 132, "a block for every multiprocessor with one image");
+  expect(context_grid<T>({1024, 1, 196, 2048, 512}, 132).parts == 1, "one part with 1,024 images");
+  expect(context_grid<T>({1, 1, 1, 1, 1}, 132).parts == 1, "one part with one cell");
 }
 
-void test_short_types() {
-  for (uint32_t bits = 0; bits < 0x10000; ++bits) {  // every value survives the way to float and back
+void test_16_bit_types() {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {  // converting to float and back preserves every value
     float16 half;
     bfloat16 brain;
     half.bits = brain.bits = static_cast<uint16_t>(bits);
@@ -366,11 +367,11 @@ void test_short_types() {
 }  // namespace
 
 int main() {
-  test_short_types();
+  test_16_bit_types();
   test_parts<float>();
   test_parts<double>();
   test_parts<bfloat16>();
-  // B, K, P, D, A: below, at and above a vector, a warp, a tile of cells, a block and the rows of a block
+  // {B, K, P, D, A}: below, at and above the sizes of a vector, a warp, a tile of cells, a block and a block's rows
   test_sizes<float>("float32", 1e-5,
                     {{1, 1, 1, 1, 1},
                      {2, 3, 7, 8, 5},

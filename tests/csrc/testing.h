@@ -1,4 +1,4 @@
-// What the tests of the ops share. A test includes the emulator before this.
+// What the tests of the ops share. Include cuda_emulator.h first.
 #pragma once
 
 #include <algorithm>
@@ -22,10 +22,10 @@ inline void expect(bool condition, const std::string& what) {
   ++failures;
 }
 
-// The test's exit status.
+// Prints a summary and returns the exit status of the test.
 inline int report() {
   for (const Isa isa : {Isa::avx2, Isa::avx512}) {
-    if (isa > best_isa()) std::printf("left out: instruction set %d, which this processor has not\n", int(isa));
+    if (isa > best_isa()) std::printf("skipped: this processor does not support instruction set %d\n", int(isa));
   }
   if (failures == 0) std::printf("ok\n");
   return failures != 0;
@@ -33,12 +33,12 @@ inline int report() {
 
 inline void serial(int64_t count, void (*work)(int64_t, int64_t, void*), void* context) { work(0, count, context); }
 
-// Every piece by itself, the last one first: no piece may count on another.
+// Each index in a call of its own, the last one first, since results must not depend on the order.
 inline void backwards(int64_t count, void (*work)(int64_t, int64_t, void*), void* context) {
   while (count-- > 0) work(count, count + 1, context);
 }
 
-// Calls body(name, isa, threads) for every instruction set that this processor has.
+// Calls body(name, isa, threads) for every instruction set that this processor supports.
 template <typename Body>
 void for_each_isa(const Body& body) {
   for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
@@ -48,7 +48,7 @@ void for_each_isa(const Body& body) {
   }
 }
 
-// Calls body(name, schedule) for every schedule of the emulator.
+// Calls body(name, schedule) for every schedule that the emulator has.
 template <typename Body>
 void for_each_schedule(const Body& body) {
   for (const cuda_emulator::Schedule schedule : cuda_emulator::kSchedules) {
@@ -69,7 +69,7 @@ std::vector<double> widen(const std::vector<T>& values) {
   return std::vector<double>(values.begin(), values.end());
 }
 
-// The largest error, as a share of the largest true value, is at most `tolerance`.
+// Expects the largest error, relative to the largest true value, to be at most `tolerance`.
 template <typename T>
 void compare(const std::string& name, const std::vector<T>& actual, const std::vector<double>& truth,
              double tolerance) {
@@ -77,7 +77,7 @@ void compare(const std::string& name, const std::vector<T>& actual, const std::v
   for (size_t i = 0; i < truth.size(); ++i) {
     largest = std::max(largest, std::fabs(truth[i]));
     const double difference = std::fabs(static_cast<double>(actual[i]) - truth[i]);
-    if (!(difference <= error)) error = difference;  // a NaN is taken and kept
+    if (!(difference <= error)) error = difference;  // once NaN, stays NaN
   }
   if (truth.size() == actual.size() && error <= tolerance * largest + 1e-30) return;
   std::printf("FAILED: %s: error %g of %g\n", name.c_str(), error, largest);

@@ -176,7 +176,9 @@ def test_an_image_costs_its_own_longest_caption(monkeypatch):
     monkeypatch.setattr(
         fused.ops,
         "attention_lstm",
-        lambda *inputs, **options: asked.append((inputs[0], options["images"])) or attention_lstm(*inputs, **options),
+        lambda *tensors, **options: (
+            asked.append((tensors[0], options["batch_sizes"])) or attention_lstm(*tensors, **options)
+        ),
     )
     features = torch.randn(B, P, D, dtype=torch.double)
     for lengths in ([1, 2, 2, 5, 4, 1], [5, 4, 1, 1, 2, 2]):

@@ -134,6 +134,7 @@ def test_only_what_the_grid_depends_on_is_kept(name, layer):
         ("resnet18", "layer2.1.relu_1", "layer2"),  # the same tensor
         ("resnet50", "layer2.0.relu_2", "layer2.0"),
         ("convnext_tiny", "features.5.3.add", "features.5.3"),
+        ("shufflenet_v2_x0_5", "stage4.3.view_1", "stage4.3"),
         ("maxvit_t", "blocks", "blocks.3"),  # a ModuleList
     ],
 )
@@ -293,6 +294,8 @@ def test_downloaded_weights_run_no_code(monkeypatch, tmp_path):
         ("resnet50", "layer4.2.relu_1", "resnet50 runs this layer 3 times; choose layer4.2 instead"),
         ("resnet18", "fc", r"gives \[B, 1000\] instead of a square feature grid"),
         ("swin_t", "features.7", r"gives \[B, 7, 7, 768\] instead of a square feature grid"),
+        ("vgg11", "features.99", 'encoder_layer="features.99": vgg11 has no such layer'),
+        ("resnet18", "layer4.1.re", 'encoder_layer="layer4.1.re": resnet18 has no such layer'),
         ("googlenet", "aux1", 'encoder_layer="aux1": googlenet has no such layer'),
     ],
 )

@@ -1,4 +1,4 @@
-"""What is said when a native library is missing."""
+"""The errors if a native library is missing or broken."""
 
 import json
 
@@ -11,7 +11,7 @@ from attncap.ops import library, soft_attention
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty attncap/lib, looked at afresh."""
+    """An empty attncap/lib, from which nothing has been loaded."""
     monkeypatch.setattr(library, "FOLDER", tmp_path / "lib")
     monkeypatch.setattr(library, "_missing", {})
     (tmp_path / "lib").mkdir()
@@ -37,7 +37,7 @@ def test_not_built(folder):
         call()
 
 
-def test_cut_short(folder):
+def test_truncated_library(folder):
     (folder / "libattncap_cpu.so").write_bytes(b"\x7fELF")
     library.load()
     with pytest.raises(UserError, match="libattncap_cpu.so could not be loaded"):
@@ -45,7 +45,7 @@ def test_cut_short(folder):
     assert library.status()["cpu"]["built"] and not library.status()["cpu"]["loaded"]
 
 
-def test_cuda_left_out(folder, monkeypatch):
+def test_cuda_not_built(folder, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     (folder / "libattncap_cpu.so").touch()
@@ -58,7 +58,7 @@ def test_cuda_left_out(folder, monkeypatch):
 
 def test_torch_without_cuda(folder, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert library._load("cuda") == "this torch is a build without CUDA"
+    assert library._load("cuda") == "the installed torch has no CUDA support"
 
 
 def test_other_devices():

@@ -1,5 +1,8 @@
-// Sums and maxima over a warp. Every thread gets the result; the order of the additions is fixed.
+// Device code shared by the CUDA kernels: sums and maxima over a warp, and the sigmoid. Every thread of the warp gets
+// the result of a reduction; the order of the additions is fixed.
 #pragma once
+
+#include <cmath>
 
 namespace attncap {
 
@@ -25,6 +28,11 @@ __device__ T warp_reduce(T value, Op op) {
     value = op(value, __shfl_xor_sync(0xffffffffu, value, offset));
   }
   return value;
+}
+
+template <typename acc_t>
+__device__ acc_t sigmoid(acc_t x) {
+  return 1 / (1 + std::exp(-x));
 }
 
 }  // namespace attncap
