@@ -63,15 +63,15 @@ def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()
         trainer.load_checkpoint()
     if config.data.cache_features:
         trainer.cache_features()
-    if not config.run.resume and distributed.is_main():
-        settings = {"settings": dataclasses.asdict(config), "versions": versions()}
-        write_atomically(output / "settings.json", json.dumps(settings, indent=2) + "\n")
-        trainer.save_checkpoint()
-    if distributed.is_main():
-        sizes = ", ".join(f"{len(examples)} {split}" for split, examples in splits.items())
-        where = f"{device}, {distributed.size()} processes" if distributed.size() > 1 else device
-        print(f"{config.data.path}: {sizes} images, {len(model.vocabulary)} words; {where}; writing to {output}")
-    with trainer.signals:
+    with trainer.signals:  # from before the first checkpoint, so that any signal after it leaves a run to resume
+        if not config.run.resume and distributed.is_main():
+            settings = {"settings": dataclasses.asdict(config), "versions": versions()}
+            write_atomically(output / "settings.json", json.dumps(settings, indent=2) + "\n")
+            trainer.save_checkpoint()
+        if distributed.is_main():
+            sizes = ", ".join(f"{len(examples)} {split}" for split, examples in splits.items())
+            where = f"{device}, {distributed.size()} processes" if distributed.size() > 1 else device
+            print(f"{config.data.path}: {sizes} images, {len(model.vocabulary)} words; {where}; writing to {output}")
         trainer.fit()
         if distributed.is_main():
             with trainer.signals.raising():

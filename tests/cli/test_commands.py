@@ -206,12 +206,12 @@ def test_incorrect_calls_of_train(attncap, flickr8k, tmp_path):
         ([*photographs, "--encoder", "resnet19"], 2, "no such backbone"),
         ([*photographs, "--encoder-weights", tmp_path / "no.pth"], 2, "no such file"),
         ([*photographs, "--encoder-weights", tmp_path / "weights.pth"], 1, "cannot read the weights"),
-        ([*photographs, "--encoder-layer", "layer9"], 2, "no layer 'layer9'"),
+        ([*photographs, "--encoder-layer", "layer9"], 2, 'encoder_layer="layer9": resnet18 has no such layer'),
         ([*photographs, "--fine-tune-from", "layer9"], 2, "layer9"),
         ([*photographs, "--device", "tpu9"], 2, "device='tpu9'"),
         ([*photographs, "--resume"], 2, "cannot resume: no run to continue in"),
         ([*photographs, "--dropout", "1.5"], 2, "dropout=1.5: must be below 1"),
-        ([*photographs, "--encoder-layer", "flatten"], 2, "layer flatten gives no feature grid"),
+        ([*photographs, "--encoder-layer", "flatten"], 2, 'encoder_layer="flatten": resnet18 has no such layer'),
         (["--data", flickr8k, *TINY, "--output", tmp_path / "a file" / "run"], 1, "cannot write"),
     ):
         found, _, err = attncap("train", *arguments)
@@ -283,7 +283,7 @@ def test_damaged_model_folders(attncap, trained, flickr8k, tmp_path, file, damag
         (folder / file).unlink()
     elif damage == "other":  # complete, but of another model
         change = {"config.json": (b'"hidden_size": 32', b'"hidden_size": 48'), "vocabulary.json": (b'"a",\n', b"")}
-        old, new = change.get(file, (b"decoder.gate.bias", b"decoder.gone.bias"))
+        old, new = change.get(file, (b"decoder.attention.gate.bias", b"decoder.attention.gone.bias"))
         assert old in content
         (folder / file).write_bytes(content.replace(old, new))
     else:

@@ -29,7 +29,7 @@ def test_training_learns_what_is_in_the_pictures(trained, flickr8k):
     results = json.loads((trained / "results.json").read_text())
     paths = [flickr8k / "Images" / result["image_id"] for result in results]
     native = Captioner.from_pretrained(trained).caption(paths)
-    plain = Captioner.from_pretrained(trained, implementation="torch").caption(paths)
+    plain = Captioner.from_pretrained(trained, backend="torch").caption(paths)
     for path, one, other in zip(paths, native, plain, strict=True):
         assert list(COLORS)[int(path.stem) % 3] in one.words
         assert one.text == other.text
@@ -96,7 +96,7 @@ def test_ctrl_c_at_any_moment(attncap, flickr8k, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell starts what runs in the background deaf to Ctrl-C, and that is inherited.
+        # A shell starts background jobs with SIGINT ignored, which is inherited.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for _ in range(1200):
