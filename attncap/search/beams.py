@@ -139,7 +139,7 @@ class Search:
         )
         if G == 1:
             chosen = self.ops.beam_search_step(
-                logits, beams.scores, beams.finished[:, 0], penalty_words=banned, penalties=penalties, **options
+                logits, beams.scores, beams.finished[:, 0], penalty_tokens=banned, penalties=penalties, **options
             )
             return chosen._replace(finished=chosen.finished.unsqueeze(1))
         j = J // G  # beams of a group
@@ -158,7 +158,7 @@ class Search:
                 group_logits,
                 beams.scores[:, g * j : (g + 1) * j],
                 beams.finished[:, g],
-                penalty_words=words,
+                penalty_tokens=words,
                 penalties=amounts,
                 **options,
             )

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from attncap.captioner import Captioner
 from attncap.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
@@ -101,7 +102,8 @@ def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
     metrics vary less from epoch to epoch than those of the weights themselves.
 
     Weights that are not trained are the same in both models and are skipped. torch's AveragedModel would average them
-    too, at every step, which costs more than the rest of this function when the encoder is frozen.
+    too, at every step, which costs more than the rest of this function when the encoder is frozen; its averaging
+    function is the one used here.
 
     Args:
         average: a copy of `model` from before its first step.
@@ -111,8 +113,9 @@ def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
     share = max(1 / 200, 1 / (1 + step / 10))
     pairs = [(a, p) for a, p in zip(average.parameters(), model.parameters(), strict=True) if p.requires_grad]
     pairs += zip(average.buffers(), model.buffers(), strict=True)  # statistics of batch norms
+    floats = [(averaged, current) for averaged, current in pairs if averaged.is_floating_point()]
+    averaged, current = (list(tensors) for tensors in zip(*floats, strict=True))
+    get_ema_multi_avg_fn(1 - share)(averaged, current, None)
     for averaged, current in pairs:
-        if averaged.is_floating_point():
-            averaged.lerp_(current, share)
-        else:
+        if not averaged.is_floating_point():
             averaged.copy_(current)
