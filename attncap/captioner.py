@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 import safetensors.torch
@@ -50,7 +50,23 @@ class Caption:
 class _CaptionMethods:
     """What a `Captioner` and an `Ensemble` have in common: `models`, one or several, asked for captions."""
 
-    models: Sequence[Captioner]
+    @property
+    def models(self) -> Sequence[Captioner]:
+        raise NotImplementedError
+
+    # `| Any`: a list where `search` asks for n_best above 1, and an error with errors="return".
+    @overload
+    def caption(
+        self, images: ImageSource, search: SearchConfig | None = None, *, n_best: int, **settings: Any
+    ) -> list[Caption] | Any: ...
+
+    @overload
+    def caption(self, images: ImageSource, search: SearchConfig | None = None, **settings: Any) -> Caption | Any: ...
+
+    @overload
+    def caption(
+        self, images: Sequence[ImageSource] | Tensor, search: SearchConfig | None = None, **settings: Any
+    ) -> list[Any]: ...
 
     def caption(
         self,
@@ -61,8 +77,8 @@ class _CaptionMethods:
         processors: Sequence[LogitsProcessor] = (),
         errors: str = "raise",
         attention: bool = True,
-        **settings,
-    ) -> Caption | list:
+        **settings: Any,
+    ) -> Any:
         """Caption an image, or a list of images.
 
         Args:
@@ -87,15 +103,12 @@ class _CaptionMethods:
             raise CallError(f"errors={errors!r}: choose 'raise' or 'return'")
         if batch_size < 1:
             raise CallError(f"batch_size={batch_size}: must be at least 1")
-        is_list = isinstance(images, Tensor | list | tuple)
-        if not is_list and isinstance(images, Sequence) and not isinstance(images, str | bytes):
-            images, is_list = list(images), True
-        if not is_list:
-            images = [images]
-        captions: list = []
+        is_list = isinstance(images, Tensor | Sequence) and not isinstance(images, str | bytes)
+        several: Any = images if is_list else [images]
+        captions: list[Any] = []
         with self._ready() as decoders:
-            for start in range(0, len(images), batch_size):
-                batch = images[start : start + batch_size]
+            for start in range(0, len(several), batch_size):
+                batch = several[start : start + batch_size]
                 pixels, failed = self._pixels(batch, errors == "raise")
                 found = iter(self._caption_batch(decoders, pixels, search, processors, attention))
                 captions += [failed.get(i) or _one_or_all(next(found), search) for i in range(len(batch))]
@@ -108,8 +121,8 @@ class _CaptionMethods:
         *,
         processors: Sequence[LogitsProcessor] = (),
         attention: bool = True,
-        **settings,
-    ) -> list:
+        **settings: Any,
+    ) -> list[Any]:
         """Caption a batch of images from their features, float [B,P,D] as the encoder makes them (for an ensemble, a
         list with those of each model); everything else as in `caption`. Returns a list."""
         search = _search_config(search, settings)
@@ -136,7 +149,7 @@ class _CaptionMethods:
         return [[found] for found in captions] if search.n_best == 1 else captions
 
     @contextlib.contextmanager
-    def _ready(self) -> Iterator[list[tuple[Decoder, GraphCache]]]:
+    def _ready(self) -> Iterator[list[tuple[Decoder, GraphCache | None]]]:
         """The models' prepared decoders, while the models are in evaluation mode."""
         with contextlib.ExitStack() as held:
             yield [held.enter_context(model._prepared()) for model in self.models]
@@ -164,7 +177,7 @@ class _CaptionMethods:
     @torch.inference_mode()
     def _caption_batch(
         self,
-        decoders: Sequence[tuple[Decoder, GraphCache]],
+        decoders: Sequence[tuple[Decoder, GraphCache | None]],
         images: Tensor,
         search: SearchConfig,
         processors: Sequence[LogitsProcessor],
@@ -178,7 +191,7 @@ class _CaptionMethods:
 
     def _search(
         self,
-        decoders: Sequence[tuple[Decoder, GraphCache]],
+        decoders: Sequence[tuple[Decoder, GraphCache | None]],
         features: list[Tensor],
         search: SearchConfig,
         processors: Sequence[LogitsProcessor],
@@ -254,11 +267,14 @@ class Captioner(_CaptionMethods, nn.Module):
             the weighted penalty, averaged over the captions.
         """
         if images is None:
-            nothing = sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0
+            zero = torch.zeros((), device=self.device)
+            nothing = sum((p.sum() for p in self.parameters() if p.requires_grad), zero) * 0.0
             return CaptionLosses(nothing, nothing)
+        assert tokens is not None
         features = images if images.is_floating_point() else self.encoder(images)
-        options = dict(label_smoothing=label_smoothing, row_weights=row_weights)
+        options: dict[str, Any] = dict(label_smoothing=label_smoothing, row_weights=row_weights)
         if losses_only:
+            assert targets is not None
             return caption_losses(self.decoder, features, tokens, targets, **options)
         logits, attention = self.decoder(features, tokens.to(features.device))
         if targets is None:
@@ -359,12 +375,16 @@ class Ensemble(_CaptionMethods):
     Raises CallError for models that differ in one of the three."""
 
     def __init__(self, models: Sequence[Captioner]):
-        self.models = list(models)
+        self._models = list(models)
         if not self.models:
             raise CallError("an ensemble needs at least one model")
         kinds = [(model.vocabulary.words, model.config.image_size, model.grid) for model in self.models]
         if any(kind != kinds[0] for kind in kinds):
             raise CallError("the models of an ensemble need the same vocabulary, image size and grid")
+
+    @property
+    def models(self) -> list[Captioner]:
+        return self._models
 
     @property
     def vocabulary(self) -> Vocabulary:
