@@ -142,9 +142,9 @@ def _trace_back(
         first_rows[t, images[t]] = J * np.arange(len(images[t]))
     scores[beams.images.cpu().numpy(), T * K :] = beams.scores.cpu().numpy()
     if np.isnan(scores).any():
-        images = np.isnan(scores).any(axis=1).nonzero()[0].tolist()
+        wrong = np.unique(np.isnan(scores).nonzero()[0])
         raise UserError(
-            f"the decoder's output for {len(images)} of {B} images is NaN, first at index {images[0]} of the batch; "
+            f"the decoder's output for {len(wrong)} of {B} images is NaN, first at index {wrong[0]} of the batch; "
             "the model's weights or the image's features are not finite"
         )
 
