@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -85,11 +86,14 @@ class Captioner(CaptionMethods, nn.Module):
             the weighted penalty, averaged over the captions.
         """
         if images is None:
-            nothing = sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0
+            zero = torch.zeros((), device=self.device)
+            nothing = sum((p.sum() for p in self.parameters() if p.requires_grad), zero) * 0.0
             return CaptionLosses(nothing, nothing)
+        assert tokens is not None
         features = images if images.is_floating_point() else self.encoder(images)
-        options = dict(label_smoothing=label_smoothing, row_weights=row_weights)
+        options: dict[str, Any] = dict(label_smoothing=label_smoothing, row_weights=row_weights)
         if losses_only:
+            assert targets is not None
             return caption_losses(self.decoder, features, tokens, targets, **options)
         logits, attention = self.decoder(features, tokens.to(features.device))
         if targets is None:

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 import numpy as np
 import torch
@@ -45,7 +45,23 @@ class Caption:
 class CaptionMethods:
     """What a `Captioner` and an `Ensemble` have in common: `models`, one or several, asked for captions."""
 
-    models: Sequence[Captioner]
+    @property
+    def models(self) -> Sequence[Captioner]:
+        raise NotImplementedError
+
+    # `| Any`: a list where `search` asks for n_best above 1, and an error with errors="return".
+    @overload
+    def caption(
+        self, images: ImageSource, search: SearchConfig | None = None, *, n_best: int, **settings: Any
+    ) -> list[Caption] | Any: ...
+
+    @overload
+    def caption(self, images: ImageSource, search: SearchConfig | None = None, **settings: Any) -> Caption | Any: ...
+
+    @overload
+    def caption(
+        self, images: Sequence[ImageSource] | Tensor, search: SearchConfig | None = None, **settings: Any
+    ) -> list[Any]: ...
 
     def caption(
         self,
@@ -56,8 +72,8 @@ class CaptionMethods:
         processors: Sequence[LogitsProcessor] = (),
         errors: str = "raise",
         attention: bool = True,
-        **settings,
-    ) -> Caption | list:
+        **settings: Any,
+    ) -> Any:
         """Caption an image, or a list of images.
 
         Args:
@@ -82,15 +98,12 @@ class CaptionMethods:
             raise CallError(f"errors={errors!r}: choose 'raise' or 'return'")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise CallError(f"batch_size={str(batch_size)[:20]}: must be an integer of at least 1")
-        is_list = isinstance(images, Tensor | list | tuple)
-        if not is_list and isinstance(images, Sequence) and not isinstance(images, str | bytes):
-            images, is_list = list(images), True
-        if not is_list:
-            images = [images]
-        captions: list = []
+        is_list = isinstance(images, Tensor | Sequence) and not isinstance(images, str | bytes)
+        several: Any = images if is_list else [images]
+        captions: list[Any] = []
         with self._ready() as decoders:
-            for start in range(0, len(images), batch_size):
-                batch = images[start : start + batch_size]
+            for start in range(0, len(several), batch_size):
+                batch = several[start : start + batch_size]
                 pixels, failed = self._pixels(batch, errors == "raise")
                 found = iter(self._caption_batch(decoders, pixels, search, processors, attention))
                 captions += [failed.get(i) or _one_or_all(next(found), search) for i in range(len(batch))]
@@ -103,8 +116,8 @@ class CaptionMethods:
         *,
         processors: Sequence[LogitsProcessor] = (),
         attention: bool = True,
-        **settings,
-    ) -> list:
+        **settings: Any,
+    ) -> list[Any]:
         """Caption a batch of images from their features, float [B,P,D] as the encoder makes them (for an ensemble, a
         list with those of each model); everything else as in `caption`. Returns a list."""
         search = _search_config(search, settings)
@@ -131,7 +144,7 @@ class CaptionMethods:
         return [[found] for found in captions] if search.n_best == 1 else captions
 
     @contextlib.contextmanager
-    def _ready(self) -> Iterator[list[tuple[Decoder, GraphCache]]]:
+    def _ready(self) -> Iterator[list[tuple[Decoder, GraphCache | None]]]:
         """The models' prepared decoders, while the models are in evaluation mode."""
         with contextlib.ExitStack() as held:
             yield [held.enter_context(model._prepared()) for model in self.models]
@@ -159,7 +172,7 @@ class CaptionMethods:
     @torch.inference_mode()
     def _caption_batch(
         self,
-        decoders: Sequence[tuple[Decoder, GraphCache]],
+        decoders: Sequence[tuple[Decoder, GraphCache | None]],
         images: Tensor,
         search: SearchConfig,
         processors: Sequence[LogitsProcessor],
@@ -173,7 +186,7 @@ class CaptionMethods:
 
     def _search(
         self,
-        decoders: Sequence[tuple[Decoder, GraphCache]],
+        decoders: Sequence[tuple[Decoder, GraphCache | None]],
         features: list[Tensor],
         search: SearchConfig,
         processors: Sequence[LogitsProcessor],
@@ -201,12 +214,16 @@ class Ensemble(CaptionMethods):
     Raises CallError for models that differ in one of the three."""
 
     def __init__(self, models: Sequence[Captioner]):
-        self.models = list(models)
+        self._models = list(models)
         if not self.models:
             raise CallError("an ensemble needs at least one model")
         kinds = [(model.vocabulary.words, model.config.image_size, model.grid) for model in self.models]
         if any(kind != kinds[0] for kind in kinds):
             raise CallError("the models of an ensemble need the same vocabulary, image size and grid")
+
+    @property
+    def models(self) -> list[Captioner]:
+        return self._models
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -8,7 +8,6 @@ PACKAGES = (
     "torchvision",
     "numpy",
     "pillow",
-    "pycocotools",
     "safetensors",
     "tyro",
     "matplotlib",

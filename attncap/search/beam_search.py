@@ -75,7 +75,7 @@ def beam_search(
             images, grids or vocabularies.
         UserError: a decoder's output is NaN.
     """
-    decoders = decoders if isinstance(decoders, list | tuple) else [decoders]
+    decoders = list(decoders) if isinstance(decoders, Sequence) else [decoders]
     features = [features] if isinstance(features, Tensor) else features
     _check(decoders, features, processors)
     device, B = features[0].device, len(features[0])
@@ -130,7 +130,10 @@ def _trace_back(
     tokens, parents = np.zeros((T, B, K), dtype=np.int64), np.zeros((T, B, K), dtype=np.int64)  # parents by beam
     scores = np.full((B, (T + 1) * K), -np.inf, dtype=np.float32)  # of what ended in each step, then of live beams
     first_rows = np.zeros((T, B), dtype=np.int64)  # of an image, among the rows of a step
-    images, of_tokens, of_parents, of_ended = (_to_host([step[i] for step in steps]) for i in range(4))
+    images = _to_host([step.images for step in steps])
+    of_tokens = _to_host([step.tokens for step in steps])
+    of_parents = _to_host([step.parents for step in steps])
+    of_ended = _to_host([step.ended for step in steps])
     for t, step in enumerate(steps):
         J = step.ended.shape[1]
         tokens[t, images[t]] = of_tokens[t]
@@ -139,9 +142,9 @@ def _trace_back(
         first_rows[t, images[t]] = J * np.arange(len(images[t]))
     scores[beams.images.cpu().numpy(), T * K :] = beams.scores.cpu().numpy()
     if np.isnan(scores).any():
-        images = np.isnan(scores).any(axis=1).nonzero()[0].tolist()
+        wrong = np.unique(np.isnan(scores).nonzero()[0])
         raise UserError(
-            f"the decoder's output for {len(images)} of {B} images is NaN, first at index {images[0]} of the batch; "
+            f"the decoder's output for {len(wrong)} of {B} images is NaN, first at index {wrong[0]} of the batch; "
             "the model's weights or the image's features are not finite"
         )
 
@@ -162,20 +165,22 @@ def _trace_back(
         words[written, t] = tokens[t, of, beam[written]]
         beam[written] = parents[t, of, beam[written]]
         attended[written, t] = first_rows[t, of] + beam[written]
-    maps = _gather_attention(steps, attended, length) if with_attention else [None] * len(image)
-    hypotheses = [[] for _ in range(B)]
+    maps: Sequence[Tensor | None] = [None] * len(image)
+    if with_attention:
+        maps = _gather_attention([step.attention for step in steps if step.attention is not None], attended, length)
+    hypotheses: list[list[Hypothesis]] = [[] for _ in range(B)]
     for i, (b, n) in enumerate(zip(image, length, strict=True)):
         hypotheses[b].append(Hypothesis(words[i, :n].tolist(), float(scores[b, chosen[i]]), maps[i]))
     return hypotheses
 
 
-def _gather_attention(steps: list[Step], rows: np.ndarray, lengths: np.ndarray) -> Sequence[Tensor]:
+def _gather_attention(steps: list[Tensor], rows: np.ndarray, lengths: np.ndarray) -> Sequence[Tensor]:
     """The attention of C captions of so many words, float32 [length,P] on the CPU, from rows [C,T] of the steps."""
     is_word = np.arange(len(steps))[:, None] < lengths  # [T,C]
-    of_steps = torch.from_numpy(rows.T[is_word]).to(steps[0].attention.device).split(is_word.sum(axis=1).tolist())
-    weights = [step.attention[chosen] for step, chosen in zip(steps, of_steps, strict=True)]
-    by_caption = torch.from_numpy(is_word.nonzero()[1].argsort(kind="stable"))  # they are ordered by step
-    weights = torch.cat(weights).float().cpu()[by_caption]
+    of_steps = torch.from_numpy(rows.T[is_word]).to(steps[0].device).split(is_word.sum(axis=1).tolist())
+    by_step = torch.cat([step[chosen] for step, chosen in zip(steps, of_steps, strict=True)])
+    by_caption = torch.from_numpy(is_word.nonzero()[1].argsort(kind="stable"))
+    weights = by_step.float().cpu()[by_caption]
     with torch.inference_mode(False):  # plain tensors for the caller
         return weights.clone().split(lengths.tolist())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from pycocotools.coco import COCO
 
 from attncap.data import Example, Skipped, open_dataset, read_dataset, report_skipped
 from attncap.data.dataset import MAX_WARNINGS
@@ -282,6 +283,23 @@ def test_coco_example(coco_2017):
     assert example.captions == ("A dog 3.", "A dog 3.")
     assert example.path == coco_2017 / "train2017" / "000000000003.jpg"
     assert example.image().size == (2, 2)
+
+
+def test_coco_as_pycocotools_reads_it(tmp_path):
+    """Captions of different images in turn, in no order of their ids."""
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in (7, 300, 5)]
+    annotations = [{"id": 20 - i, "image_id": (5, 7, 300)[i % 3], "caption": f"A dog {i} ."} for i in range(8)]
+    for image in images:
+        photograph(tmp_path / "val2014" / image["file_name"])
+    path = write_json(tmp_path, "val2014", {"images": images, "annotations": annotations})
+    expected = COCO(path)
+    examples = [example for part in open_dataset(path, seed=0).values() for example in part]
+    assert sorted(int(example.name) for example in examples) == sorted(expected.getImgIds())
+    for example in examples:
+        [image], captions = expected.loadImgs(int(example.name)), expected.imgToAnns[int(example.name)]
+        assert example.path == tmp_path / "val2014" / image["file_name"]
+        assert list(example.captions) == [annotation["caption"] for annotation in captions]
+    assert coco.read_captions(path) == {example.name: list(example.captions) for example in examples}
 
 
 def test_coco_one_file(coco_2017):
