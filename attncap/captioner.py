@@ -112,7 +112,7 @@ class Captioner(CaptionMethods, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.decoder.word_output.weight.device
+        return next(self.decoder.parameters()).device
 
     @contextlib.contextmanager
     def _prepared(self) -> Iterator[tuple[Decoder, GraphCache | None]]:
