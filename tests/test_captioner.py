@@ -134,7 +134,7 @@ def test_features(model, flickr8k):
     for wrong in (features[:, :3], features[:, :, :3], features[0], pixels):
         with pytest.raises(CallError, match=r"features should be float \[B, 16, 64\], not"):
             model.caption_features(wrong)
-    with pytest.raises(CallError, match="features of 2 models for an ensemble of 1"):
+    with pytest.raises(CallError, match="features of 2 models are given; expected those of 1"):
         model.caption_features([features, features])
 
 
@@ -212,7 +212,7 @@ def test_ensemble(model, trained, flickr8k):
     [caption] = Ensemble(same_grid).caption(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), max_length=3)
     assert caption.attention.shape[1:] == (4, 4)
     other.vocabulary = Vocabulary(other.vocabulary.words[:-1])
-    with pytest.raises(CallError, match="the same vocabulary"):
+    with pytest.raises(CallError, match="need the same vocabulary"):
         Ensemble([model, other])
     with pytest.raises(CallError, match="at least one model"):
         Ensemble([])
@@ -225,7 +225,7 @@ def test_wrong_settings(model, flickr8k):
         (dict(suppressed=("<end>",)), "'<end>'"),
         (dict(prefix="a zebra"), "'zebra'"),
         (dict(prefix="a " * 9, max_length=5), "must be shorter than max_length=5"),
-        (dict(beams=4), "beams: not a setting of a search; these are beam_size, method"),
+        (dict(beams=4), "beams: not a setting of the search; choose from beam_size, method"),
         (dict(batch_size=0), "batch_size=0"),
         (dict(beam_size=33), "beam_size=33"),
         (dict(beam_size="3"), "beam_size='3': must be an integer"),

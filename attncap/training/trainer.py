@@ -47,7 +47,7 @@ class Batch:
     indices: Sequence[int]  # of the examples
     images: Tensor | None = None  # uint8 [B,3,S,S]; if the encoder is frozen, their features [B,P,D]
     tokens: Tensor | None = None  # int64 [N,T], the words that are fed
-    targets: Tensor | None = None  # int64 [N,T], the words that follow; on the CPU where that is where they come from
+    targets: Tensor | None = None  # int64 [N,T], the words that follow; on the CPU, except in self-critical training
     row_weights: Tensor | None = None  # [N]
     reward: float = 0.0  # summed over rows
 
@@ -137,7 +137,7 @@ class Trainer:
             self.logger = RunLogger(self.output, self.config.run.best_by, self.epoch, self.steps_done)
         try:
             if self.config.run.start_from and self.schedule.best is None:  # the model that epochs are compared with
-                self.rate({"epoch": 0, **self.validate()})
+                self.record_epoch({"epoch": 0, **self.validate()})
                 self.save_checkpoint()
             while self.epoch < self.config.run.epochs and not self.schedule.should_stop:
                 self.train_epoch()
@@ -207,35 +207,35 @@ class Trainer:
         if images is None:
             return Batch([])
         images = images.to(self.device, non_blocking=True)
-        if not self.self_critical:
-            count, seed = self.captions_per_image, config.run.seed
-            captions = [
-                draw_rows(self.tokens_by_image[index], count, seed_of("captions", seed, self.epoch, index))
-                for index in indices
-            ]
-            # The decoder sorts images by their longest caption, longest first; here, before the features exist, it is
-            # cheaper.
-            order = sorted(range(len(indices)), key=lambda i: -max(map(len, captions[i])))
-            indices, images = [indices[i] for i in order], images[order]
-            tokens = pad([row for i in order for row in captions[i]])
-            tokens, targets = tokens[:, :-1], tokens[:, 1:]
-        frozen = not any(parameter.requires_grad for parameter in self.model.encoder.parameters())
-        if frozen or self.self_critical or objective.scheduled_sampling:
-            features = self.features(images)
-            images = features if frozen else images
-        row_weights, reward = None, 0.0
+        is_frozen = not any(parameter.requires_grad for parameter in self.model.encoder.parameters())
         sample_seed = seed_of("samples", config.run.seed, self.steps_done)  # an image has the same in any process
         if self.self_critical:
+            features = self.features(images)
             decoder = self.model.decoder.for_inference(table=False)
             tokens, row_weights, metrics = self.self_critical(decoder, features, indices, sample_seed)
-            tokens, targets = tokens[:, :-1], tokens[:, 1:]
-            row_weights, reward = row_weights.to(self.device), metrics["reward"] * len(tokens)
-        elif objective.scheduled_sampling:
+            images, reward = features if is_frozen else images, metrics["reward"] * len(tokens)
+            return Batch(indices, images, tokens[:, :-1], tokens[:, 1:], row_weights.to(self.device), reward)
+
+        count, seed = self.captions_per_image, config.run.seed
+        captions = [
+            draw_rows(self.tokens_by_image[index], count, seed_of("captions", seed, self.epoch, index))
+            for index in indices
+        ]
+        # The decoder sorts images by their longest caption, longest first; here, before the features exist, it is
+        # cheaper.
+        order = sorted(range(len(indices)), key=lambda i: -max(map(len, captions[i])))
+        indices, images = [indices[i] for i in order], images[order]
+        tokens = pad([row for i in order for row in captions[i]])
+        tokens, targets = tokens[:, :-1], tokens[:, 1:]
+        if is_frozen or objective.scheduled_sampling:
+            features = self.features(images)
+            images = features if is_frozen else images
+        if objective.scheduled_sampling:
             decoder = self.model.decoder.for_inference(table=False)
             probability = objective.scheduled_sampling * self.steps_done / (config.run.epochs * self.steps)
             seeds = [(sample_seed, index) for index in indices]
             tokens = sample_inputs(decoder, features, tokens.to(self.device), probability, seeds)
-        return Batch(indices, images, tokens, targets, row_weights, reward)
+        return Batch(indices, images, tokens, targets)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -317,9 +317,10 @@ class Trainer:
         bad = [batch for batch, values in zip(step_batches, terms, strict=True) if not all(map(math.isfinite, values))]
         if not bad and not math.isfinite(norm) and not self.scaler.is_enabled():  # a scaler checks the gradients itself
             bad = step_batches
-        rewards = sum(batch.reward for batch in step_batches)
-        *sums, count = distributed.all_reduce_sum([*map(sum, zip(*terms, strict=True)), rewards, len(bad)])
-        if count:
+        sums = [sum(values) for values in zip(*terms, strict=True)]
+        sums.append(sum(batch.reward for batch in step_batches))
+        *sums, bad_batches = distributed.all_reduce_sum([*sums, len(bad)])
+        if bad_batches:
             examples = self.splits["train"]
             names = distributed.all_gather([examples[index].name for batch in bad for index in batch.indices])
             raise UserError(
@@ -343,7 +344,8 @@ class Trainer:
 
     def validation_metrics(self) -> dict[str, float]:
         """The metrics of the model's captions of the validation images."""
-        self.average.eval()  # this also drops what was prepared from earlier weights
+        self.average.eval()
+        self.average.refresh()  # its weights have changed in place
         with tqdm(total=len(self.splits["val"]), desc="captioning", unit="image", leave=False) as bar:
             scores, _ = evaluate(
                 self.average,
@@ -363,14 +365,16 @@ class Trainer:
         rates = {"learning_rate": decoder["lr"]}
         if encoder["params"]:
             rates["encoder_learning_rate"] = encoder["lr"]
-        self.rate({"epoch": self.epoch + 1, **self.means(), **rates, "seconds": round(self.seconds, 1), **metrics})
+        self.record_epoch(
+            {"epoch": self.epoch + 1, **self.means(), **rates, "seconds": round(self.seconds, 1), **metrics}
+        )
         self.epoch, self.step = self.epoch + 1, 0
         self.start_sums()
         self.save_checkpoint()
         if distributed.is_main() and self.logger.wants_captions and not self.signals.signum:
             self.logger.log_captions(self.captioned())
 
-    def rate(self, line: dict[str, float]) -> None:
+    def record_epoch(self, line: dict[str, float]) -> None:
         """Log an epoch, 0 before the first one, and keep the model if it is the best so far."""
         # Where the first metric cannot distinguish models (CIDEr is 0 for a single image), the next one decides.
         self.schedule.epoch_ended([line[name] for name in (self.config.run.best_by, "BLEU-4", "ROUGE-L")])

@@ -627,7 +627,7 @@ def test_the_end_cannot_be_suppressed():
 
 
 def test_every_image_has_its_seed():
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="2 seeds for 3 images"):
         beam_search(make_decoder(), make_features(3), SearchConfig(method="sample", max_length=5), seeds=[0, 1])
 
 
