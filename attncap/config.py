@@ -11,6 +11,7 @@ The K rows of an image (its captions in training, its beams in the search) are n
 
 import dataclasses
 import json
+import numbers
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -53,7 +54,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Raises CallError for a value that is out of range."""
-        check_choices(self)
+        check_types(self)
         check_at_least(self, 1, "image_size", "attention_size", "embedding_size", "hidden_size")
         check_at_least(self, 0, "dropout")
         if self.grid is not None:
@@ -92,13 +93,32 @@ class ModelConfig:
             raise UserError(f"{path}: not the settings of a model: {error}; train or copy the model again") from error
 
 
-def check_choices(config: Any) -> None:
-    """Raises CallError for a field of a dataclass that is declared as a Literal and has another value."""
+def check_types(config: Any) -> None:
+    """Raises CallError for a field of a dataclass whose value is not of its declared type: a number, a string, a bool,
+    or one of the values of a Literal. Fields of other types are not checked."""
     for setting in dataclasses.fields(config):
         kind = get_args(setting.type)[0] if get_origin(setting.type) is Annotated else setting.type
-        value = getattr(config, setting.name)
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise CallError(f"{setting.name}={value!r}: choose {_in_words(get_args(kind))}")
+        name, value = setting.name, getattr(config, setting.name)
+        if get_origin(kind) is Literal:
+            if not isinstance(value, str) or value not in get_args(kind):
+                raise CallError(f"{name}={_short(value)}: choose {_in_words(get_args(kind))}")
+        elif kind in _KINDS:
+            expected, description = _KINDS[kind]
+            if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
+                raise CallError(f"{name}={_short(value)}: must be {description}")
+
+
+_KINDS = {
+    int: (numbers.Integral, "an integer"),
+    float: (numbers.Real, "a number"),
+    str: (str, "a string"),
+    bool: (bool, "True or False"),
+}
+
+
+def _short(value: object) -> str:
+    """A value for an error message; of what may be long, such as an array, only the type."""
+    return repr(value)[:80] if isinstance(value, str | int | float | None) else f"<{type(value).__name__}>"
 
 
 def check_at_least(config: Any, least: int, *names: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from attncap.errors import CallError
 
 
-def find_device(name: str = "auto") -> torch.device:
+def find_device(name: str | torch.device = "auto") -> torch.device:
     """The device with this name; "auto" is CUDA if there is a GPU, otherwise the CPU. Raises CallError for a device
     that does not exist."""
     if name == "auto":

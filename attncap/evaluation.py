@@ -82,16 +82,16 @@ def summary(
     """The report of an evaluation: the metrics with their 95 % intervals, and how varied the captions are, compared
     with the model's vocabulary and the captions it was trained on, where these are given."""
     intervals = bootstrap.intervals(scores)
-    figures = {}
+    metrics = {}
     for name, value in scores.corpus().items():
         low, high = intervals[name]
-        figures[name] = {"value": value, "low": low, "high": high}
+        metrics[name] = {"value": value, "low": low, "high": high}
     words = None  # the share of a subword vocabulary that is used says little
     if vocabulary and vocabulary.merges is None:
         words = vocabulary.words[len(vocabulary.SPECIALS) :]
     seen = None if training is None else (tokenize(caption) for caption in training)
     varied = diversity([tokenize(caption) for caption in captions.values()], words, seen)
-    return {"images": len(captions), "figures": figures, "captions": varied}
+    return {"images": len(captions), "figures": metrics, "captions": varied}
 
 
 def results(captions: Mapping[str, str]) -> list[dict[str, int | str]]:

@@ -1,4 +1,4 @@
-"""beam_search: captions from features, by the tutorial's way, plain PyTorch eager and compiled, and attncap's search.
+"""beam_search: captions from features, by the naive baseline, plain PyTorch eager and compiled, and attncap's search.
 Captions are checked, then timed, and held against the machine's floor. Then the selection of the beams alone.
 
 python benchmarks/beam_search.py                     # CPU
@@ -49,9 +49,9 @@ class Config:
     steps: int = 20
     """Words of every caption."""
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] | None = None
-    """By default float32, on CUDA bfloat16 too. The tutorial's way is float32 in every case."""
-    tutorial_images: int = 1
-    """Images that the tutorial's way is given; it takes one at a time."""
+    """By default float32, on CUDA bfloat16 too. The naive baseline is float32 in every case."""
+    naive_images: int = 1
+    """Images that the naive baseline is given; it takes one at a time."""
     rounds: int = 7
     """Timed calls of each provider."""
     output: Path = Path(__file__).parent / "results"
@@ -81,14 +81,14 @@ def make_features(config: Config, B: int) -> Tensor:
     return (of_image + torch.randn(B, config.cells, config.channels, generator=random)).relu().to(config.device)
 
 
-def tutorial(decoder: LSTMDecoder, features: Tensor, K: int, steps: int) -> Captions:
+def naive(decoder: LSTMDecoder, features: Tensor, K: int, steps: int) -> Captions:
     """As the caption.py of sgrvinod's tutorial does it: an image at a time, its features repeated for each beam, copied
     and projected in every step."""
-    captions = [_tutorial_of_one(decoder, image, K, steps) for image in features]
+    captions = [_naive_of_one(decoder, image, K, steps) for image in features]
     return Captions([words for words, _ in captions], [score for _, score in captions])
 
 
-def _tutorial_of_one(decoder: LSTMDecoder, features: Tensor, K: int, steps: int) -> tuple[list[int], float]:
+def _naive_of_one(decoder: LSTMDecoder, features: Tensor, K: int, steps: int) -> tuple[list[int], float]:
     features = features.expand(K, *features.shape)
     mean = features.mean(dim=1)
     h, c = decoder.initial_h(mean), decoder.initial_c(mean)
@@ -201,7 +201,9 @@ def check(functions: dict[str, Callable], dtype: torch.dtype) -> dict[str, int]:
     for name, (words, scores) in captions.items():
         others[name] = 0
         expected = captions["eager"]
-        for image, (ours, theirs) in enumerate(zip(words, expected.words, strict=False)):  # the tutorial has fewer
+        for image, (ours, theirs) in enumerate(
+            zip(words, expected.words, strict=False)
+        ):  # the naive baseline has fewer
             others[name] += ours != theirs
             error = abs(scores[image] - expected.scores[image])
             allowed = abs(scores[image]) * 8 * torch.finfo(dtype).eps
@@ -232,8 +234,8 @@ def products(config: Config, decoder: LSTMDecoder, features: Tensor, K: int) -> 
 
 def measure_search(config: Config, decoder: LSTMDecoder, B: int, K: int, dtype: str) -> list[dict]:
     features = make_features(config, B)
-    few = features[: config.tutorial_images]
-    functions = {"tutorial": lambda decoder=decoder: tutorial(decoder, few, K, config.steps)}
+    few = features[: config.naive_images]
+    functions = {"naive": lambda decoder=decoder: naive(decoder, few, K, config.steps)}
     decoder, features = copy.deepcopy(decoder).to(getattr(torch, dtype)), features.to(getattr(torch, dtype))
     functions |= providers(config, decoder, features, K)
     others = check(functions, getattr(torch, dtype))
@@ -246,8 +248,8 @@ def measure_search(config: Config, decoder: LSTMDecoder, B: int, K: int, dtype: 
     floor = {"attention": config.steps * times.pop("read") * size / large.nbytes, "products": times.pop("products")}
     results = []
     for name, milliseconds in times.items():
-        images = len(few) if name == "tutorial" else B
-        at_once = 1 if name == "tutorial" else B
+        images = len(few) if name == "naive" else B
+        at_once = 1 if name == "naive" else B
         results.append(
             {
                 "B": B,

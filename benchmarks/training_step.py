@@ -1,5 +1,5 @@
-"""A training step of the decoder, forward and backward, from features: as tutorials do it, plain PyTorch eager and
-compiled, and attncap's sequence. Losses and gradients are checked, then timed.
+"""A training step of the decoder, forward and backward, from features: the naive baseline of tutorials, plain PyTorch
+eager and compiled, and attncap's sequence. Losses and gradients are checked, then timed.
 
 python benchmarks/training_step.py                     # CPU
 python benchmarks/training_step.py --device cuda
@@ -48,7 +48,7 @@ class Config:
     encoders: tuple[Literal["frozen", "fine-tuned"], ...] = ("frozen", "fine-tuned")
     """frozen: no gradient for the features."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] | None = None
-    """By default float32, on CUDA bfloat16 (by autocast) too. The tutorial's way is float32 in every case."""
+    """By default float32, on CUDA bfloat16 (by autocast) too. The naive baseline is float32 in every case."""
     rounds: int = 7
     """Timed calls of each provider."""
     output: Path = Path(__file__).parent / "results"
@@ -66,7 +66,7 @@ def make_tokens(N: int, words: float, vocabulary: int) -> Tensor:
     return tokens
 
 
-def tutorial(decoder: LSTMDecoder, features: Tensor, tokens: Tensor) -> Tensor:
+def naive(decoder: LSTMDecoder, features: Tensor, tokens: Tensor) -> Tensor:
     """As the train.py of sgrvinod's tutorial does it: captions sorted by length, their images' features projected in
     every step, logits of all steps in one padded tensor, packed for the loss."""
     features = features.repeat_interleave(len(tokens) // len(features), dim=0)
@@ -126,12 +126,12 @@ def providers(
 
     def step(loss: Callable, autocast: bool) -> tuple[Tensor, ...]:
         with torch.autocast(device.type, dtype, enabled=autocast and dtype != torch.float32):
-            value = loss(decoder, features, tokens.to(device) if loss is tutorial else tokens)
+            value = loss(decoder, features, tokens.to(device) if loss is naive else tokens)
         wanted = [*decoder.parameters(), *([features] if features.requires_grad else [])]
         return value.detach(), *torch.autograd.grad(value, wanted)
 
     return {
-        "tutorial": lambda: step(tutorial, False),
+        "naive": lambda: step(naive, False),
         "eager": lambda: step(partial(ours, ops=eager), True),
         "compiled": lambda: step(partial(ours, ops=compiled), True),
         "native": lambda: step(ours, True),
@@ -139,8 +139,8 @@ def providers(
 
 
 def check(functions: dict[str, Callable[[], tuple[Tensor, ...]]], dtype: torch.dtype) -> None:
-    """Loss and gradients against the tutorial's way in float32."""
-    truth = functions["tutorial"]()
+    """Loss and gradients against the naive baseline in float32."""
+    truth = functions["naive"]()
     allowed = 1e-4 if dtype == torch.float32 else 5e-2
     for name, function in functions.items():
         for index, (mine, true) in enumerate(zip(function(), truth, strict=True)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-# Started in the background by a shell, this process and those it starts would ignore Ctrl-C, which tests send.
+# A shell starts background jobs with SIGINT ignored, which they inherit; tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COLORS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 210)}
@@ -31,7 +31,7 @@ def device(request) -> str:
 @pytest.fixture
 def attncap(monkeypatch, capsys):
     """Runs `python -m attncap.NAME ARGUMENTS` in this process: (exit status, standard output, standard error). Java,
-    which takes seconds, is as if it were missing."""
+    which takes seconds, is not found."""
     monkeypatch.setattr("attncap.metrics.java.find_java", lambda: None)
 
     def run(name: str, *arguments) -> tuple[int, str, str]:
@@ -46,7 +46,7 @@ def attncap(monkeypatch, capsys):
 
 
 def make_flickr8k(folder, count: int = 60):
-    """A data set in Flickr8k's layout: `count` pictures of one colour each, a third of them for each colour."""
+    """A data set in Flickr8k's layout: `count` images of a single colour, a third of them in each colour."""
     (folder / "Images").mkdir(parents=True)
     lines = ["image,caption"]
     for index in range(count):
@@ -65,7 +65,7 @@ def flickr8k(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(flickr8k, tmp_path_factory):
-    """The folder of a model trained on `flickr8k`, in a process of its own as a user would."""
+    """The folder of a model trained on `flickr8k`, in another process, as a user would."""
     import subprocess
 
     output = tmp_path_factory.mktemp("runs") / "model"

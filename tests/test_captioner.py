@@ -228,10 +228,28 @@ def test_wrong_settings(model, flickr8k):
         (dict(beams=4), "beams: not a setting of a search; these are beam_size, method"),
         (dict(batch_size=0), "batch_size=0"),
         (dict(beam_size=33), "beam_size=33"),
+        (dict(beam_size="3"), "beam_size='3': must be an integer"),
+        (dict(beam_size=torch.ones(9, 9)), "beam_size=<Tensor>: must be an integer"),
+        (dict(temperature=None), "temperature=None: must be a number"),
+        (dict(method=np.zeros(3)), "method=<ndarray>: choose shrink, fixed or sample"),
+        (dict(suppressed=7), "suppressed: must be a tuple of words"),
+        (dict(batch_size=2.5), "batch_size=2.5"),
         (dict(search="fast"), "should be a SearchConfig, not str"),
     ):
         with pytest.raises(CallError, match=message):
             model.caption(path, **settings)
+    with pytest.raises(CallError, match="backend='cuda'"):
+        Captioner(model.config, model.vocabulary, backend="cuda")
+
+
+def test_wrong_folders_and_devices(trained, tmp_path):
+    for folder, options, message in (
+        (tmp_path / "no", {}, "no such model folder"),
+        (tmp_path, {}, "config.json"),
+        (trained, {"device": "tpu9"}, "device='tpu9'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Captioner.from_pretrained(folder, **options)
 
 
 def test_device_and_dtype(trained, flickr8k):

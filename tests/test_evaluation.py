@@ -49,7 +49,7 @@ def test_any_results_file_is_read_or_refused(tmp_path_factory, content):
         ('[{"image_id": "1", "caption": "a"}, {"image_id": 1, "caption": "b"}]', "image id 1 occurs twice"),
     ],
 )
-def test_wrong_results_files(tmp_path, content, reason):
+def test_invalid_results_files(tmp_path, content, reason):
     path = tmp_path / "results.json"
     path.write_text(content)
     with pytest.raises(UserError, match=f"{path}: .*{reason}"):

@@ -102,11 +102,11 @@ def main(config: EvaluateConfig) -> None:
         )
         report["left out"] |= {f"difference in {name}": reason for name, reason in compared.skipped.items()}
         differences = bootstrap.compare(scores, compared)
-        figures = {
+        metrics = {
             name: {"value": d.value, "low": d.low, "high": d.high, "above": d.share_above_zero}
             for name, d in differences.items()
         }
-        report["difference"] = {"from": config.compare, "figures": figures}
+        report["difference"] = {"from": config.compare, "figures": metrics}
     print(as_text(report))
     if config.output is not None:
         images = {example.name: example.image for example in examples}

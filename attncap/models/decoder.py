@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attncap.config import ModelConfig
+from attncap.errors import CallError
 from attncap.models.attention import SoftAttention
 
 State = Any
@@ -62,7 +63,7 @@ class LSTMDecoder(nn.Module):
         config: sizes A, E, H, the activation of the scores, the output layer, dropout.
         feature_size: D.
         vocabulary_size: V.
-        backend: "native" or "torch".
+        backend: "native" or "torch"; CallError for anything else.
 
     `version` counts the events that announce new weights: `train`, `load_state_dict`, `to` and its relatives. It lets
     the owner of a prepared decoder notice that it is outdated.
@@ -71,7 +72,7 @@ class LSTMDecoder(nn.Module):
     def __init__(self, config: ModelConfig, feature_size: int, vocabulary_size: int, backend: str = "native"):
         super().__init__()
         if backend not in ("native", "torch"):
-            raise ValueError(f"backend={backend!r}: must be 'native' or 'torch'")
+            raise CallError(f"backend={backend!r}: choose 'native' or 'torch'")
         embedding, hidden = config.embedding_size, config.hidden_size
         self.backend = backend
         self.version = 0

@@ -82,5 +82,5 @@ def losses_of_logits(
         logits.transpose(1, 2), targets, ignore_index=Vocabulary.PAD, label_smoothing=label_smoothing, reduction="none"
     ).sum(dim=1)
     attended = (attention.to(words.dtype) * is_word.unsqueeze(2)).sum(dim=1)
-    words = words if row_weights is None else words * row_weights
+    words = words if row_weights is None else words * row_weights.to(words)
     return CaptionLosses(words.sum(), (1 - attended).square().mean(dim=1).sum())

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from attncap.config import MAX_BEAMS, check_at_least, check_choices
+from attncap.config import MAX_BEAMS, check_at_least, check_types
 from attncap.errors import CallError
 
 
@@ -52,10 +52,15 @@ class SearchConfig:
     def __post_init__(self) -> None:
         """Split `suppressed` into words. Raises CallError for values that are out of range or contradict each other."""
         parts = (self.suppressed,) if isinstance(self.suppressed, str) else self.suppressed
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+            raise CallError("suppressed: must be a tuple of words")
         object.__setattr__(self, "suppressed", tuple(word for part in parts for word in part.split()))
-        check_choices(self)
-        if isinstance(self.length_penalty, str) and self.length_penalty not in ("none", "average"):
-            raise CallError(f"length_penalty={self.length_penalty!r}: choose none, average or a number")
+        check_types(self)
+        if isinstance(self.length_penalty, str):
+            if self.length_penalty not in ("none", "average"):
+                raise CallError(f"length_penalty={self.length_penalty!r}: choose none, average or a number")
+        elif not isinstance(self.length_penalty, float | int) or not 0 <= self.length_penalty <= 10:
+            raise CallError(f"length_penalty={str(self.length_penalty)[:20]}: must be from 0 to 10")
         if not 1 <= self.beam_size <= MAX_BEAMS:
             raise CallError(f"beam_size={self.beam_size}: must be from 1 to {MAX_BEAMS}")
         if not 0 <= self.min_length < self.max_length:
@@ -66,8 +71,6 @@ class SearchConfig:
             raise CallError(f"groups={self.groups}: must divide beam_size={self.beam_size}")
         if self.groups > 1 and self.method == "sample":
             raise CallError(f"groups={self.groups}: method='sample' has no groups; leave out one of the two")
-        if isinstance(self.length_penalty, float | int) and not 0 <= self.length_penalty <= 10:
-            raise CallError(f"length_penalty={self.length_penalty}: must be from 0 to 10")
         if not 1e-3 <= self.temperature <= 1e3:
             raise CallError(f"temperature={self.temperature}: must be from 0.001 to 1000")
         if not 0 < self.top_p <= 1:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from attncap.config import ModelConfig, check_at_least, check_choices
+from attncap.config import ModelConfig, check_at_least, check_types
 from attncap.errors import CallError, UserError
 from attncap.files import read_json
 from attncap.search.config import SearchConfig
@@ -47,6 +47,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises CallError for a value that is out of range."""
+        check_types(self)
         check_at_least(self, 1, "batch_size", "captions_per_image", "min_count")
         check_at_least(self, 0, "subwords")
         if self.vocabulary is not None and self.subwords:
@@ -91,7 +92,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raises CallError for a value that is out of range, or a recipe that does not exist."""
-        check_choices(self)
+        check_types(self)
         check_at_least(self, 1, "epochs")
         check_at_least(self, 0, "seed")
         if self.workers is not None:
@@ -116,6 +117,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         """Raises CallError for a value that is out of range."""
+        check_types(self)
         check_at_least(self, 0, "fine_tune_after")
         if not self.learning_rate >= 0:
             raise CallError(f"encoder.learning_rate={self.learning_rate}: must be at least 0")
@@ -141,7 +143,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         """Raises CallError for a value that is out of range."""
-        check_choices(self)
+        check_types(self)
         check_at_least(self, 2 if self.name == "scst" else 1, "samples")
         check_at_least(self, 0, "label_smoothing", "attention_penalty", "scheduled_sampling")
         if self.label_smoothing >= 1:
@@ -169,7 +171,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Raises CallError for a value that is out of range."""
-        check_choices(self)
+        check_types(self)
         check_at_least(self, 0, "learning_rate", "weight_decay", "clip_norm", "clip_value")
         check_at_least(self, 1, "accumulate")
 
@@ -192,7 +194,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         """Raises CallError for values that are out of range or contradict each other."""
-        check_choices(self)
+        check_types(self)
         check_at_least(self, 0, "warmup", "patience")
         check_at_least(self, 1, "plateau_patience")
         if self.warmup >= 1:

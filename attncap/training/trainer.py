@@ -229,7 +229,7 @@ class Trainer:
             decoder = self.model.decoder.for_inference(table=False)
             tokens, row_weights, metrics = self.self_critical(decoder, features, indices, sample_seed)
             tokens, targets = tokens[:, :-1], tokens[:, 1:]
-            row_weights, reward = row_weights.to(self.model.decoder.word_output.weight), metrics["reward"] * len(tokens)
+            row_weights, reward = row_weights.to(self.device), metrics["reward"] * len(tokens)
         elif objective.scheduled_sampling:
             decoder = self.model.decoder.for_inference(table=False)
             probability = objective.scheduled_sampling * self.steps_done / (config.run.epochs * self.steps)

@@ -51,8 +51,11 @@ def test_caption_several_captions_and_models(attncap, trained, flickr8k):
     status, out, _ = attncap("caption", picture, "--model", trained, *options)
     assert status == 0 and len(set(out.splitlines())) == 3
     assert attncap("caption", "--model", trained, "--model", trained, *options, picture)[1] == out
-    status, out, _ = attncap("caption", "--suppressed", "<unk> green", "--model", trained, "--workers", 0, picture)
-    assert status == 0 and "green" not in out.split(": ")[1]
+    for suppressed in (["<unk> green"], ["<unk>", "green"]):
+        status, out, _ = attncap("caption", picture, "--suppressed", *suppressed, "--model", trained, "--workers", 0)
+        assert status == 0 and "green" not in out.split(": ")[1]
+    status, out, _ = attncap("caption", "--suppressed", "", "--model", trained, "--workers", 0, picture)
+    assert status == 0 and "green" in out.split(": ")[1]
 
 
 def test_a_caption_when_no_word_is_allowed(attncap, trained, flickr8k):
@@ -84,34 +87,34 @@ def test_broken_images_are_skipped(attncap, trained, broken_images):
 
 
 def test_evaluate_a_model(attncap, trained, flickr8k, tmp_path):
-    output = tmp_path / "figures" / "metrics.json"
+    output = tmp_path / "results" / "metrics.json"
     arguments = ["--model", trained, "--data", flickr8k, "--output", output, "--workers", 0]
     status, out, _ = attncap("evaluate", *arguments)
-    figures = json.loads(output.read_text())
-    assert status == 0 and figures == json.loads((trained / "test.json").read_text())
-    for name, value in figures.items():
+    metrics = json.loads(output.read_text())
+    assert status == 0 and metrics == json.loads((trained / "test.json").read_text())
+    for name, value in metrics.items():
         assert f"{name:7}  {value:.4f}" in out
-    results = json.loads((tmp_path / "figures" / "metrics.results.json").read_text())
+    results = json.loads((tmp_path / "results" / "metrics.results.json").read_text())
     assert len(results) == 6
-    lines = list(map(json.loads, (tmp_path / "figures" / "metrics.images.jsonl").read_text().splitlines()))
+    lines = list(map(json.loads, (tmp_path / "results" / "metrics.images.jsonl").read_text().splitlines()))
     assert [{name: line[name] for name in ("image_id", "caption")} for line in lines] == results
-    assert sum(line["CIDEr"] for line in lines) / 6 == pytest.approx(figures["CIDEr"])
-    report = json.loads((tmp_path / "figures" / "metrics.report.json").read_text())
-    assert report["images"] == 6 and {name: f["value"] for name, f in report["figures"].items()} == figures
+    assert sum(line["CIDEr"] for line in lines) / 6 == pytest.approx(metrics["CIDEr"])
+    report = json.loads((tmp_path / "results" / "metrics.report.json").read_text())
+    assert report["images"] == 6 and {name: f["value"] for name, f in report["figures"].items()} == metrics
     assert all(f["low"] <= f["value"] <= f["high"] for name, f in report["figures"].items() if "BLEU" not in name)
     assert 0 < report["captions"]["vocabulary"] <= 1 and 0 <= report["captions"]["new"] <= 1
-    markdown = (tmp_path / "figures" / "metrics.report.md").read_text()
-    assert f"| CIDEr | {figures['CIDEr']:.4f} |" in markdown
-    page = (tmp_path / "figures" / "metrics.html").read_text()
+    markdown = (tmp_path / "results" / "metrics.report.md").read_text()
+    assert f"| CIDEr | {metrics['CIDEr']:.4f} |" in markdown
+    page = (tmp_path / "results" / "metrics.html").read_text()
     assert page.count("<img") == page.count("<article>") == 6
     cider = {str(line["image_id"]): line["CIDEr"] for line in lines}
     shown = [cider[name] for name in re.findall(r"<small>(.*?):", page)]
     assert shown == sorted(cider.values())
 
     # The captions just written, scored as a file against the same split, give the same.
-    again = ["--predictions", tmp_path / "figures" / "metrics.results.json", "--data", flickr8k]
+    again = ["--predictions", tmp_path / "results" / "metrics.results.json", "--data", flickr8k]
     status, out, err = attncap("evaluate", *again, "--compare", again[1], "--output", tmp_path / "again.json")
-    assert status == 0 and json.loads((tmp_path / "again.json").read_text()) == figures
+    assert status == 0 and json.loads((tmp_path / "again.json").read_text()) == metrics
     assert "METEOR skipped: no Java" in err and "SPICE skipped: no Java" in err
     assert re.search(r"CIDEr +\+0.0000  0.0000 to 0.0000  0.0% of resamples", out)
     assert not (tmp_path / "again.results.json").exists()

@@ -25,13 +25,13 @@ def test_evaluate_a_results_file_without_images(attncap, tmp_path):
         json.dumps({"annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations)]})
     )
     (tmp_path / "results.json").write_text(json.dumps(results))
-    predictions, figures = ["--predictions", tmp_path / "results.json"], []
+    predictions, metrics = ["--predictions", tmp_path / "results.json"], []
     for source in (["--data", tmp_path / "dataset_coco.json"], ["--references", tmp_path / "references.json"]):
         status, _, err = attncap("evaluate", *predictions, *source, "--output", tmp_path / "o.json")
         assert status == 0 and "images" not in err
-        figures.append(json.loads((tmp_path / "o.json").read_text()))
+        metrics.append(json.loads((tmp_path / "o.json").read_text()))
         assert (tmp_path / "o.html").read_text().count("<article>") == 2
-    assert figures[0] == figures[1]
+    assert metrics[0] == metrics[1]
     status, _, err = attncap("evaluate", *predictions, "--data", tmp_path / "dataset_coco.json", "--split", "train")
     assert status == 1 and "results.json: 2 of 2 image ids have no references in" in one_line(err)
 

@@ -20,8 +20,8 @@ def test_training_learns_what_is_in_the_pictures(trained, flickr8k):
     assert [line["epoch"] for line in log] == list(range(1, 16))
     assert log[-1]["loss_words"] < 0.5 * log[0]["loss_words"]
     assert {"seconds", "loss_attention", "BLEU-4", "ROUGE-L", "CIDEr"} <= log[0].keys()
-    figures = json.loads((trained / "test.json").read_text())
-    assert figures["BLEU-1"] > 0.9
+    metrics = json.loads((trained / "test.json").read_text())
+    assert metrics["BLEU-1"] > 0.9
     assert (trained / "attention.png").stat().st_size > 1000
     settings = json.loads((trained / "settings.json").read_text())
     assert settings["settings"]["run"]["epochs"] == 15 and settings["versions"]["torch"] == torch.__version__
@@ -38,8 +38,8 @@ def test_training_learns_what_is_in_the_pictures(trained, flickr8k):
         torch.testing.assert_close(one.attention.sum(dim=(1, 2)), torch.ones(len(one.words)))
 
 
-def test_resume_continues_as_if_never_stopped(attncap, flickr8k, tmp_path):
-    """Stopped after two of four epochs and resumed, the weights are those of an uninterrupted run, bit for bit."""
+def test_resume_gives_the_same_weights(attncap, flickr8k, tmp_path):
+    """Stopped after two of four epochs and resumed, a run ends in the weights of an uninterrupted one, bit for bit."""
     arguments = ["--data", flickr8k, *TINY, "--augment", "--dropout", "0.3", "--epochs"]
     assert attncap("train", *arguments, 4, "--output", tmp_path / "whole")[0] == 0
     script = (
@@ -145,7 +145,7 @@ def test_a_run_is_not_overwritten(attncap, trained, flickr8k):
     assert (trained / "model.safetensors").read_bytes() == before
 
 
-def test_a_model_without_a_run_is_not_overwritten_either(attncap, flickr8k, tmp_path):
+def test_a_model_without_a_run_is_not_overwritten(attncap, flickr8k, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"somebody's work")
     assert attncap("train", "--data", flickr8k, "--output", tmp_path, *TINY)[0] == 2
     assert (tmp_path / "model.safetensors").read_bytes() == b"somebody's work"
@@ -213,7 +213,7 @@ def test_subwords_and_another_runs_vocabulary(attncap, flickr8k, trained, tmp_pa
     assert Vocabulary.load(tmp_path / "mapped/vocabulary.json").words[4:] == ["picture", "zebra", "a"]
 
 
-def test_wrong_vocabularies(attncap, flickr8k, trained, tmp_path):
+def test_invalid_vocabularies(attncap, flickr8k, trained, tmp_path):
     (tmp_path / "foreign.json").write_text('{"犬": 1, "<start>": 2}')
     for arguments, status, message in (
         (["--vocabulary", tmp_path / "no.json"], 2, "no.json: no such file"),
@@ -268,7 +268,7 @@ def test_flags_that_agree_with_the_model_to_start_from(attncap, flickr8k, traine
     assert attncap(*arguments, "--resume", "--epochs", 2, "--attention-size", 48)[0] == 0
 
 
-def test_a_model_that_no_epoch_betters_is_kept(attncap, flickr8k, trained, tmp_path):
+def test_a_start_model_is_kept_if_no_epoch_is_better(attncap, flickr8k, trained, tmp_path):
     arguments = ["train", "--data", flickr8k, "--start-from", trained, "--output", tmp_path / "run", "--device", "cpu"]
     assert attncap(*arguments, *"--fine-tune-from none --epochs 1 --learning-rate 10 --batch-size 8".split())[0] == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -14,7 +14,7 @@ from attncap.training.signals import SignalHandler, Stopped
 STATE = {"model": {"w": torch.arange(3.0)}, "schedule": {"best": [0.5, 0.25], "lowered": 1.0}, "epoch": 2, "best": None}
 
 
-def test_what_was_saved_comes_back(tmp_path):
+def test_a_state_is_loaded_as_it_was_saved(tmp_path):
     checkpoint.save(tmp_path / "run", STATE)
     found = checkpoint.load(tmp_path / "run")
     assert found.pop("model")["w"].equal(STATE["model"]["w"])

@@ -53,7 +53,7 @@ def assert_same_run(one, other):
     assert all(torch.allclose(value, best[1][name], rtol=0, atol=1e-10) for name, value in best[0].items())
 
 
-def test_two_processes_are_as_one(server, data, alone, tmp_path):
+def test_two_processes_train_like_one(server, data, alone, tmp_path):
     arguments = ["--data", data, *SETTINGS, "--output", tmp_path / "run"]
     processes = server.start_processes(2, tmp_path / "log", arguments, DOUBLE)
     assert [process.status() for process in processes] == [0, 0], [process.text() for process in processes]
@@ -63,7 +63,7 @@ def test_two_processes_are_as_one(server, data, alone, tmp_path):
     assert other == "" or ("007.png" in other and other.count("\n") == 1)
 
 
-def test_one_process_asked_to_stop_stops_all(server, data, alone, tmp_path):
+def test_a_signal_to_one_process_stops_all(server, data, alone, tmp_path):
     """And the run continues with another number of processes."""
     arguments = ["--data", data, *SETTINGS, "--output", tmp_path / "run"]
     processes = server.start_processes(2, tmp_path / "log", [*arguments, "--workers", 1], DOUBLE)
@@ -73,8 +73,8 @@ def test_one_process_asked_to_stop_stops_all(server, data, alone, tmp_path):
     os.kill(processes[1].pid, signal.SIGTERM)
     assert [process.status() for process in processes] == [143, 143], [process.text() for process in processes]
     assert_gone(readers)
-    told = "attncap: stopped; continue with: torchrun --nproc-per-node 2 -m attncap.train"
-    assert [process.text().count(told) for process in processes] == [1, 0]
+    message = "attncap: stopped; continue with: torchrun --nproc-per-node 2 -m attncap.train"
+    assert [process.text().count(message) for process in processes] == [1, 0]
     assert checkpoint(tmp_path / "run")["epoch"] < 2
     processes = server.start_processes(3, tmp_path / "log", [*arguments, "--resume"], DOUBLE)
     assert [process.status() for process in processes] == [0, 0, 0], [process.text() for process in processes]

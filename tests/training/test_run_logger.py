@@ -127,7 +127,7 @@ def test_a_longer_run_has_no_more_to_draw(drawn):
     assert short == long
 
 
-def test_tensorboard_has_steps_epochs_and_pictures(tmp_path):
+def test_tensorboard_has_steps_epochs_and_captions(tmp_path):
     logger = RunLogger(tmp_path, "CIDEr")
     assert logger.wants_captions
     caption = Caption("a dog", -1.0, ["a", "dog"], torch.full((2, 4, 4), 1 / 16))
