@@ -252,6 +252,19 @@ def test_wrong_folders_and_devices(trained, tmp_path):
             Captioner.from_pretrained(folder, **options)
 
 
+def test_each_device_gives_the_same_captions(model, trained, flickr8k, device):
+    """Also in the second call, whose decoder and graphs are those of the first."""
+    paths, on_device = paths_of(flickr8k, 6), Captioner.from_pretrained(trained, device=device)
+    for settings in (dict(), dict(n_best=3, method="fixed"), dict(method="sample"), dict(prefix="a")):
+        expected = model.caption(paths, **settings)
+        for _ in range(2):
+            for one, other in zip(on_device.caption(paths, **settings), expected, strict=True):
+                captions = zip(one, other, strict=True) if isinstance(one, list) else [(one, other)]
+                for caption, true in captions:
+                    assert caption.text == true.text and caption.score == pytest.approx(true.score, abs=1e-3)
+                    torch.testing.assert_close(caption.attention, true.attention, rtol=1e-3, atol=1e-3)
+
+
 def test_device_and_dtype(trained, flickr8k):
     path = flickr8k / "Images" / "001.png"
     expected = Captioner.from_pretrained(trained).caption(path)

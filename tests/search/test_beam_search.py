@@ -20,6 +20,7 @@ from attncap.search.beam_search import Hypothesis
 from attncap.search.beam_search import beam_search as search_with_processors
 from attncap.search.beams import Search
 from attncap.search.config import SearchConfig
+from attncap.search.graphs import GraphCache
 from attncap.search.processors import SuppressTokens
 
 PAD, START, END, UNK = range(4)
@@ -53,7 +54,8 @@ def beam_search(
     decoders = decoders if isinstance(decoders, list) else [decoders]
     prepared = [decoder.for_inference() for decoder in decoders]
     rules = [SuppressTokens(tuple(suppressed))]
-    return search_with_processors(prepared, features, config, rules, seeds=seeds, backend=decoders[0].backend)
+    options = dict(backend=decoders[0].backend, graphs=GraphCache())  # graphs are used on CUDA
+    return search_with_processors(prepared, features, config, rules, seeds=seeds, **options)
 
 
 def make_features(B: int, which: int = 0, seed: int = 7) -> Tensor:
