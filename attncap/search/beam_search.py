@@ -176,7 +176,7 @@ def _trace_back(
 
 
 def _gather_attention(steps: list[Tensor], rows: np.ndarray, lengths: np.ndarray) -> Sequence[Tensor]:
-    """The attention of C captions of so many words, float32 [length,P] on the CPU, from rows [C,T] of the steps."""
+    """The attention of C captions of these lengths, float32 [length,P] on the CPU, from rows [C,T] of the steps."""
     is_word = np.arange(len(steps))[:, None] < lengths  # [T,C]
     of_steps = torch.from_numpy(rows.T[is_word]).to(steps[0].device).split(is_word.sum(axis=1).tolist())
     by_step = torch.cat([step[chosen] for step, chosen in zip(steps, of_steps, strict=True)])

@@ -80,7 +80,7 @@ def test_ctrl_c_in_the_first_epoch_leaves_a_model(attncap, flickr8k, tmp_path, m
         patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupt)
         assert attncap("train", *arguments)[0] == 130
     Captioner.from_pretrained(tmp_path / "run")
-    # And --resume does go on, after the step; settings other than the number of epochs must be the same.
+    # And --resume continues, after the step; settings other than the number of epochs must be the same.
     status, _, err = attncap("train", *arguments, "--resume", "--hidden-size", 48, "--seed", 3)
     assert status == 2 and "model.hidden_size=48 (was 32)" in err and "run.seed=3 (was 0)" in err
     assert attncap("train", *arguments, "--resume")[0] == 0

@@ -248,7 +248,7 @@ def test_a_fixed_search_stops_without_loss(backend, length_penalty, end_bias):
 
 
 def captions_up_to(length: int, V: int) -> list[tuple[int, ...]]:
-    """All captions of so many words at most, <unk> not among them."""
+    """All captions of at most `length` words, without <unk>."""
     return [words for n in range(length + 1) for words in itertools.product(range(UNK + 1, V), repeat=n)]
 
 
