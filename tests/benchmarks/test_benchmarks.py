@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -58,9 +59,9 @@ def test_beam_search(device, tmp_path):
 
 @DEVICES
 def test_training_step(device, tmp_path):
-    small = "--captions 6 --rows 1 3 --words 7 --cells 9 --channels 16 --size 8 --vocabulary 50"
+    small = "--captions 6 --rows 3 --words 7 --cells 9 --channels 16 --size 8 --vocabulary 50"
     record = run("training_step", device, f"{small} --dtypes float32 --rounds 1", tmp_path)
-    assert len(record["results"]) == 2 * 2 * 4  # encoders, rows, providers
+    assert len(record["results"]) == 2 * 1 * 4  # encoders, rows, providers
     for result in record["results"]:
         assert result["ms"] > 0 and result["words"] == 42
 

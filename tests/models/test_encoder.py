@@ -28,6 +28,7 @@ def build_backbone(name: str) -> torch.nn.Module:
     return torchvision.models.get_model(name, **({"init_weights": False, "transform_input": True} if special else {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "layer", "fx_name", "cells", "channels"),
     [

@@ -368,6 +368,7 @@ def test_opcheck(device, shrink, dtype):
         torch.library.opcheck(torch.ops.attncap.beam_search_step.default, (*inputs, *values, *rest))
 
 
+@pytest.mark.slow
 @both_ops
 def test_compile_fullgraph(device, op):
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -162,6 +162,7 @@ def test_opcheck(device, dtype, E):
     torch.library.opcheck(torch.ops.attncap.lstm_step.default, make_inputs(6, 9, E, device=device, dtype=dtype))
 
 
+@pytest.mark.slow
 @both_ops
 def test_compile_fullgraph(device, op):
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=True)

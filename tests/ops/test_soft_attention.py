@@ -359,6 +359,7 @@ def test_autocast(device, dtype, op):
     assert [t.grad.dtype for t in inputs] == [dtype] + [torch.float32] * 4
 
 
+@pytest.mark.slow
 @on_every_device
 @both_activations
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

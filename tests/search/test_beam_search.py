@@ -209,6 +209,7 @@ def test_equals_the_obvious_search(device, backend, output_layer, end_bias, meth
     check_search(SearchConfig(**fields), **models, **options)
 
 
+@pytest.mark.slow
 @both_backends
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(data=st.data())

@@ -19,10 +19,12 @@ import json, os, signal, sys
 from attncap.cli import train
 from attncap.metrics import java
 from attncap.training import run, run_logger, trainer
+from torch.utils.data._utils import worker
 java.find_java = lambda: None
 run.save_attention = lambda *_: None  # drawing takes longer than these runs
 run_logger.draw_curves = lambda *_: b""
 run_logger._open_board = lambda *_: None
+worker.MP_STATUS_CHECK_INTERVAL = 3600  # torch's workers do not notice themselves that their parent has died
 for line in sys.stdin:
     order = json.loads(line)
     if "wait" in order:
@@ -149,7 +151,7 @@ def wait_for_checkpoints(run: Path, count: int) -> None:
     """Wait until `count` more checkpoints are written than there are now, and at least the first one."""
     path = run / "checkpoint.pt"
     count, last = count + (not path.exists()), path.exists() and path.stat().st_ino
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while count and time.monotonic() < end:
         time.sleep(0.002)
         if path.exists() and path.stat().st_ino != last:
@@ -157,8 +159,8 @@ def wait_for_checkpoints(run: Path, count: int) -> None:
 
 
 def assert_gone(pids: list[int]) -> None:
-    """Wait for a second at most, which is less than torch's own workers take to notice that their parent has died."""
-    for _ in range(100):
+    """Wait until these processes have ended."""
+    for _ in range(6000):
         pids = [pid for pid in pids if is_running(pid)]
         if not pids:
             return

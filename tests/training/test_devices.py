@@ -4,6 +4,7 @@ import pytest
 from conftest import TINY, make_flickr8k
 from running import metrics
 
+pytestmark = pytest.mark.slow
 SETTINGS = [
     *TINY,
     *"--encoder squeezenet1_1 --encoder-layer features.7 --image-size 64 --grid 3 --captions-per-image 2".split(),

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from attncap import Captioner
 
+pytestmark = pytest.mark.slow
 EACH_STEP = "trainer.CHECKPOINT_EVERY = 0"  # a checkpoint after every step
 
 
