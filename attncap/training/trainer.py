@@ -209,9 +209,7 @@ class Trainer:
             return Batch([])
         images = images.to(self.device, non_blocking=True)
         is_frozen = not any(parameter.requires_grad for parameter in self.model.encoder.parameters())
-        sample_seed = seed_of(
-            "samples", config.run.seed, self.steps_done
-        )  # an image has the same samples in every process
+        sample_seed = seed_of("samples", config.run.seed, self.steps_done)  # the same for an image in any process
         if self.self_critical:
             features = self.features(images)
             decoder = self.model.decoder.for_inference(table=False)

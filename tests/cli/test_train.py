@@ -228,7 +228,7 @@ def test_invalid_vocabularies(attncap, flickr8k, trained, tmp_path):
             1,
             "foreign.json: contains none of the words of the training captions",
         ),
-        (["--vocabulary", trained / "vocabulary.json", "--subwords", 9], 2, "give one of the two"),
+        (["--vocabulary", trained / "vocabulary.json", "--subwords", 9], 2, "give only one of the two"),
         (["--subwords", -1], 2, "subwords=-1: must be at least 0"),
         (["--suppressed", "<unk> zebra"], 2, "'zebra' cannot be suppressed"),
     ):

@@ -39,7 +39,7 @@ def test_every_recipe_loads():
         (RunConfig, {"backend": "cuda"}, "backend='cuda': choose native or torch"),
         (DataConfig, {"batch_size": 0}, "batch_size=0: must be at least 1"),
         (DataConfig, {"subwords": -1}, "subwords=-1: must be at least 0"),
-        (DataConfig, {"subwords": 9, "vocabulary": "vocabulary.json"}, "give one of the two"),
+        (DataConfig, {"subwords": 9, "vocabulary": "vocabulary.json"}, "give only one of the two"),
         (EncoderConfig, {"fine_tune_after": -1}, "fine_tune_after=-1"),
         (EncoderConfig, {"learning_rate": -1.0}, "encoder.learning_rate=-1.0"),
         (ScheduleConfig, {"patience": -1}, "patience=-1"),
@@ -100,7 +100,7 @@ def test_help_shows_the_recipe(attncap, arguments, expected):
     text = " ".join(out.replace("│", " ").split())
     recipe = recipes.load(expected)
     assert status == 0
-    assert f"else flickr8k. (default: {expected})" in text
+    assert f"flickr8k for other data. (default: {expected})" in text
     assert f"Number of passes over the training images. (default: {recipe.run.epochs})" in text
     assert f"in the training captions become <unk>. (default: {recipe.data.min_count})" in text
 
