@@ -25,7 +25,7 @@ from attncap.errors import CallError, UserError
 from attncap.files import write_atomically
 from attncap.models.decoder import Decoder, LSTMDecoder
 from attncap.models.encoder import Encoder
-from attncap.models.losses import CaptionLosses, caption_losses, losses_of_logits
+from attncap.models.losses import CaptionLosses, caption_losses, check_targets, losses_from_logits
 from attncap.search.beam_search import Hypothesis
 from attncap.search.graphs import GraphCache
 
@@ -36,9 +36,9 @@ class Captioner(CaptionMethods, nn.Module):
     """An image captioner with soft attention.
 
     In evaluation mode it keeps a prepared decoder (see `LSTMDecoder.for_inference`) from one call to the next. It is
-    dropped by `train`, `load_state_dict`, `to` and similar methods, and when the decoder gets gradients. After any
-    other change to the decoder's weights in evaluation mode, call `refresh`. Several threads may use one model for
-    captioning.
+    dropped by `train`, and replaced after `load_state_dict`, `to` and similar methods of this model or its decoder, and
+    after the decoder gets gradients. After any other change to the decoder's weights in evaluation mode (in place, by
+    `.data`, or by a method of one of its parts), call `refresh`. Several threads may use one model for captioning.
 
     Args:
         config: what the model is built from.
@@ -86,27 +86,35 @@ class Captioner(CaptionMethods, nn.Module):
         Returns:
             logits [N,T,V] and attention [N,T,P]; with targets the loss too: the mean cross entropy of the words plus
             the weighted penalty, averaged over the captions.
+
+        Raises ValueError for arguments that do not fit together.
         """
-        if images is None:
+        if images is None and tokens is None and losses_only:
             zero = torch.zeros((), device=self.device)
             nothing = sum((p.sum() for p in self.parameters() if p.requires_grad), zero) * 0.0
             return CaptionLosses(nothing, nothing)
-        assert tokens is not None
+        if images is None or tokens is None or (losses_only and targets is None):
+            raise ValueError("forward needs images and tokens, and targets for the losses")
         features = images if images.is_floating_point() else self.encoder(images)
         options: dict[str, Any] = dict(label_smoothing=label_smoothing, row_weights=row_weights)
-        if losses_only:
-            assert targets is not None
+        if losses_only and targets is not None:
             return caption_losses(self.decoder, features, tokens, targets, **options)
         logits, attention = self.decoder(features, tokens.to(features.device))
         if targets is None:
             return logits, attention
-        losses = losses_of_logits(logits, attention, targets, **options)
+        check_targets(targets, tokens)
+        losses = losses_from_logits(logits, attention, targets, **options)
         words = (targets != Vocabulary.PAD).sum().to(features.device)
         return logits, attention, losses.words / words + attention_penalty * losses.attention / len(tokens)
 
     def refresh(self) -> None:
-        """Drop everything that was prepared from the decoder's weights."""
-        self._kept = None
+        """Drop the decoder that was prepared from earlier weights."""
+        with self._lock:
+            self._kept = None
+
+    def train(self, mode: bool = True) -> Captioner:
+        self._kept = None  # its memory can be used in training
+        return super().train(mode)
 
     @property
     def models(self) -> list[Captioner]:
@@ -130,7 +138,7 @@ class Captioner(CaptionMethods, nn.Module):
                         module.training = mode
                 return
             kept = self._kept
-            if kept is None or not kept.is_current(self.decoder):
+            if kept is None or not kept.is_made_from(self.decoder):
                 kept = self._kept = _Prepared(self.decoder)
         yield kept.decoder, kept.graphs
 
@@ -170,6 +178,10 @@ class Captioner(CaptionMethods, nn.Module):
         """Load what `save_pretrained` wrote, in evaluation mode, on `device` (by default the CPU) and in `dtype` (by
         default float32). Raises CallError when there is no such folder or device, UserError when one of its files is
         missing, cut short, or belongs to another model."""
+        if not isinstance(folder, str | os.PathLike):
+            raise CallError(f"the model's folder should be a path, not {type(folder).__name__}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise CallError(f"dtype={str(dtype)[:40]}: must be a floating-point torch.dtype, such as torch.bfloat16")
         folder = Path(folder)
         if not folder.is_dir():
             raise CallError(f"{folder}: no such model folder; train one with python -m attncap.train --output {folder}")
@@ -192,12 +204,12 @@ class Captioner(CaptionMethods, nn.Module):
 
 
 class _Prepared:
-    """A decoder prepared for inference, its CUDA graphs, and whether it is up to date."""
+    """A decoder prepared for inference, its CUDA graphs, and what they were made from."""
 
     def __init__(self, decoder: LSTMDecoder):
-        self.version = decoder.version
+        self.made_from, self.weights, self.version = decoder, _weights(decoder), decoder.version
         self.decoder, self.graphs = decoder.for_inference(), GraphCache()
-        # A gradient means that an optimizer will take a step, even if the gradient has been cleared by the next call.
+        # A gradient announces a step of an optimizer, even if it has been cleared by the next call.
         self.had_gradient = had_gradient = threading.Event()
         self.hooks = [
             p.register_post_accumulate_grad_hook(lambda _: had_gradient.set())
@@ -205,11 +217,17 @@ class _Prepared:
             if p.requires_grad
         ]
 
-    def is_current(self, decoder: LSTMDecoder) -> bool:
-        if self.version != decoder.version or self.had_gradient.is_set():
+    def is_made_from(self, decoder: LSTMDecoder) -> bool:
+        """Whether this is the decoder, and nothing has announced a change of its weights."""
+        if self.made_from is not decoder or self.version != decoder.version or self.had_gradient.is_set():
             return False
-        return all(p.grad is None for p in decoder.parameters())
+        return self.weights == _weights(decoder) and all(p.grad is None for p in decoder.parameters())
 
     def __del__(self) -> None:
         for hook in getattr(self, "hooks", ()):  # there are none if preparing failed
             hook.remove()
+
+
+def _weights(decoder: LSTMDecoder) -> list[tuple]:
+    """Which parameters a decoder has, and what they are, apart from their values."""
+    return [(id(p), p.requires_grad, p.dtype, p.device) for p in decoder.parameters()]

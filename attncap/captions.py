@@ -23,7 +23,7 @@ from attncap.models.decoder import Decoder
 from attncap.search.beam_search import beam_search
 from attncap.search.config import SearchConfig
 from attncap.search.graphs import GraphCache
-from attncap.search.processors import ForcedPrefix, LogitsProcessor, SuppressTokens
+from attncap.search.processors import LogitsProcessor, processors_for
 
 if TYPE_CHECKING:
     from attncap.captioner import Captioner
@@ -96,10 +96,13 @@ class CaptionMethods:
         search = _search_config(search, settings)
         if errors not in ("raise", "return"):
             raise CallError(f"errors={errors!r}: choose 'raise' or 'return'")
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if type(batch_size) is not int or batch_size < 1:
             raise CallError(f"batch_size={str(batch_size)[:20]}: must be an integer of at least 1")
-        is_list = isinstance(images, Tensor | Sequence) and not isinstance(images, str | bytes)
+        _check_processors(processors)
+        is_list = isinstance(images, Tensor | Sequence) and not isinstance(images, str | bytes | bytearray | memoryview)
         several: Any = images if is_list else [images]
+        if is_list and not isinstance(images, Tensor):
+            several = list(several)
         captions: list[Any] = []
         with self._ready() as decoders:
             for start in range(0, len(several), batch_size):
@@ -122,12 +125,15 @@ class CaptionMethods:
         """Caption a batch of images from their features, float [B,P,D] as returned by the encoder (for an ensemble, a
         list with the features of each model). Everything else is as in `caption`. Returns a list."""
         search = _search_config(search, settings)
-        given = [features] if isinstance(features, Tensor) else list(features)
+        _check_processors(processors)
+        given: list[Any] = list(features) if isinstance(features, list | tuple) else [features]
         if len(given) != len(self.models):
             raise CallError(f"features of {len(given)} models are given; expected those of {len(self.models)}")
         for model, x in zip(self.models, given, strict=True):
             P, D = model.grid[0] * model.grid[1], model.decoder.feature_size
-            if not x.is_floating_point() or x.dim() != 3 or x.shape[1:] != (P, D):
+            if not isinstance(x, Tensor):
+                raise CallError(f"features should be a tensor, float [B, {P}, {D}], not {type(x).__name__}")
+            if not x.is_floating_point() or x.dim() != 3 or x.shape != (len(given[0]), P, D):
                 raise CallError(f"features should be float [B, {P}, {D}], not {x.dtype} {list(x.shape)}")
         with self._ready() as decoders, torch.inference_mode():
             given = [x.to(model.device) for model, x in zip(self.models, given, strict=True)]
@@ -200,7 +206,7 @@ class CaptionMethods:
             [decoder for decoder, _ in decoders],
             features,
             search,
-            [*_rules(search, model.vocabulary), *processors],
+            [*processors_for(search, model.vocabulary), *processors],
             seeds=seeds,
             backend=model.decoder.backend,
             graphs=decoders[0][1],
@@ -216,6 +222,8 @@ class Ensemble(CaptionMethods):
     Raises CallError for models that differ in any of these."""
 
     def __init__(self, models: Sequence[Captioner]):
+        if not isinstance(models, list | tuple) or not all(isinstance(model, CaptionMethods) for model in models):
+            raise CallError("an ensemble takes a list of Captioners")
         self._models = list(models)
         if not self.models:
             raise CallError("an ensemble needs at least one model")
@@ -251,13 +259,9 @@ def _search_config(search: SearchConfig | None, settings: dict) -> SearchConfig:
     return replace(search or SearchConfig(), **settings)
 
 
-def _rules(search: SearchConfig, vocabulary: Vocabulary) -> list[LogitsProcessor]:
-    """The settings that name words, as processors. Raises CallError for words that the vocabulary lacks."""
-    rules: list[LogitsProcessor] = [SuppressTokens(tuple(vocabulary.suppress(search.suppressed)))]
-    prefix = tuple(vocabulary.tokens(search.prefix))
-    if len(prefix) >= search.max_length:
-        raise CallError(f"prefix={search.prefix!r}: must be shorter than max_length={search.max_length}")
-    return [*rules, ForcedPrefix(prefix)] if prefix else rules
+def _check_processors(processors: object) -> None:
+    if not isinstance(processors, list | tuple) or not all(callable(rule) for rule in processors):
+        raise CallError("processors: must be a list of callables, see attncap.search.processors")
 
 
 def _image_seeds(images: Tensor) -> list[int]:

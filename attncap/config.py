@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from attncap.errors import CallError, UserError
 from attncap.files import read_json, write_atomically
 
-MAX_BEAMS = 32  # of an image; kMaxBeams, csrc/beam_search_step/beam_search_step.h
 FORMAT_VERSION = 1  # of config.json
 MODEL_TYPE = "attention-lstm"
 
@@ -95,11 +94,16 @@ class ModelConfig:
 
 
 def check_types(config: Any) -> None:
-    """Raises CallError for a dataclass field whose value is not of its declared type: a number, a string, a bool, or
-    one of the values of a Literal. Fields of other types are not checked."""
+    """Raises CallError for a dataclass field whose value is not of its declared type: a number, a string, a bool, one
+    of the values of a Literal, or another dataclass; or None where it is optional. Fields of other types are not
+    checked."""
     for setting in dataclasses.fields(config):
-        kind = get_args(setting.type)[0] if get_origin(setting.type) is Annotated else setting.type
+        kind: Any = get_args(setting.type)[0] if get_origin(setting.type) is Annotated else setting.type
         name, value = setting.name, getattr(config, setting.name)
+        if type(None) in get_args(kind):
+            if value is None:
+                continue
+            kind = get_args(kind)[0]
         if get_origin(kind) is Literal:
             if not isinstance(value, str) or value not in get_args(kind):
                 raise CallError(f"{name}={_short(value)}: choose {_in_words(get_args(kind))}")
@@ -107,6 +111,10 @@ def check_types(config: Any) -> None:
             expected, description = _KINDS[kind]
             if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
                 raise CallError(f"{name}={_short(value)}: must be {description}")
+            if kind in (int, float) and not isinstance(value, int | float):  # a NumPy number, which JSON does not know
+                object.__setattr__(config, name, kind(value))
+        elif isinstance(kind, type) and dataclasses.is_dataclass(kind) and not isinstance(value, kind):
+            raise CallError(f"{name}={_short(value)}: must be a {kind.__name__}")
 
 
 _KINDS = {

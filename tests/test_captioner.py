@@ -134,6 +134,9 @@ def test_features(model, flickr8k):
     for wrong in (features[:, :3], features[:, :, :3], features[0], pixels):
         with pytest.raises(CallError, match=r"features should be float \[B, 16, 64\], not"):
             model.caption_features(wrong)
+    for wrong in (None, features.numpy()):
+        with pytest.raises(CallError, match="features should be a tensor"):
+            model.caption_features(wrong)
     with pytest.raises(CallError, match="features of 2 models are given; expected those of 1"):
         model.caption_features([features, features])
 
@@ -216,6 +219,9 @@ def test_ensemble(model, trained, flickr8k):
         Ensemble([model, other])
     with pytest.raises(CallError, match="at least one model"):
         Ensemble([])
+    for wrong in (5, [5], model):
+        with pytest.raises(CallError, match="takes a list of Captioners"):
+            Ensemble(wrong)
 
 
 def test_wrong_settings(model, flickr8k):
@@ -234,6 +240,8 @@ def test_wrong_settings(model, flickr8k):
         (dict(method=np.zeros(3)), "method=<ndarray>: choose shrink, fixed or sample"),
         (dict(suppressed=7), "suppressed: must be a tuple of words"),
         (dict(batch_size=2.5), "batch_size=2.5"),
+        (dict(processors=None), "processors: must be a list of callables"),
+        (dict(processors=[5]), "processors: must be a list of callables"),
         (dict(search="fast"), "should be a SearchConfig, not str"),
     ):
         with pytest.raises(CallError, match=message):
@@ -247,6 +255,9 @@ def test_wrong_folders_and_devices(trained, tmp_path):
         (tmp_path / "no", {}, "no such model folder"),
         (tmp_path, {}, "config.json"),
         (trained, {"device": "tpu9"}, "device='tpu9'"),
+        (trained, {"dtype": torch.int8}, "dtype=torch.int8: must be a floating-point"),
+        (trained, {"dtype": "half"}, "dtype=half: must be a floating-point"),
+        (None, {}, "should be a path, not NoneType"),
     ):
         with pytest.raises(UserError, match=message):
             Captioner.from_pretrained(folder, **options)
@@ -308,6 +319,13 @@ def test_forward(model):
     assert all(p.grad is not None for p in model.decoder.parameters())
     losses = model(images, tokens, targets, losses_only=True)
     assert [x.item() for x in losses] == pytest.approx([words, penalty], rel=1e-5)
+    for arguments, options in (((images, None), {}), ((images, tokens), dict(losses_only=True)), ((None, None), {})):
+        with pytest.raises(ValueError, match="forward needs images and tokens"):
+            model(*arguments, **options)
+    for wrong in (targets[:, :3], torch.full_like(targets, Vocabulary.PAD)):
+        for losses_only in (True, False):
+            with pytest.raises(ValueError, match="the shapes must be the same, and at least one word"):
+                model(images, tokens, wrong, losses_only=losses_only)
     nothing = model(None, None, losses_only=True)
     assert [x.item() for x in nothing] == [0, 0] and nothing.words.requires_grad
 
@@ -408,6 +426,57 @@ def test_a_step_of_an_optimizer(drawn, optimizer, cleared, chosen):
     check_change(model, images, change)
 
 
+def test_parameters_that_were_frozen(drawn):
+    """When the decoder was prepared; then they are trained."""
+    model, images = drawn
+    model.decoder.requires_grad_(False)
+
+    def change():
+        model.decoder.requires_grad_(True)
+        step = torch.optim.SGD(model.decoder.parameters(), lr=0.5)
+        backward(model, images, list(model.decoder.parameters()))
+        step.step()
+        step.zero_grad(set_to_none=True)
+
+    check_change(model, images, change)
+
+
+def test_another_decoder(drawn):
+    model, images = drawn
+    other = copy.deepcopy(model.decoder)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(-1.5)
+
+    def change():
+        model.decoder = other
+
+    check_change(model, images, change)
+
+
+def test_another_parameter(drawn):
+    model, images = drawn
+
+    def change():
+        model.decoder.word_output.bias = torch.nn.Parameter(torch.randn_like(model.decoder.word_output.bias))
+
+    check_change(model, images, change)
+
+
+@pytest.mark.parametrize("output_layer", ["deep", "plain"])
+def test_what_is_prepared_under_autocast_is_as_without(output_layer, monkeypatch):
+    """Also where weights are not packed."""
+    monkeypatch.setattr(sys.modules["attncap.ops.linear"], "_PACK", None)
+    torch.manual_seed(0)
+    sizes = dict(attention_size=8, embedding_size=8, hidden_size=16, output_layer=output_layer)
+    model = Captioner(ModelConfig("resnet18", "layer1", 32, **sizes), Vocabulary([*Vocabulary.SPECIALS, *"abc"])).eval()
+    features = torch.randn(3, 64, 64)
+    expected = copy.deepcopy(model).caption_features(features, max_length=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(model.caption_features(features, max_length=5), expected)
+    assert same(model.caption_features(features, max_length=5), expected)
+
+
 def test_gradients_set_by_hand(drawn):
     model, images = drawn
 
@@ -489,6 +558,26 @@ def test_prepared_once(drawn, monkeypatch):
     model.refresh()
     model.caption(images)
     assert len(prepared) == 3
+
+
+def test_threads_in_training_mode(drawn):
+    """It is left in training mode, and no caption is made in it; ensembles lock their models in one order."""
+    model, images = drawn
+    other = copy.deepcopy(model).train()
+    statistics = model.encoder.backbone.bn1.running_mean.clone()
+    expected = [found(model, images), found(Ensemble([model, other]), images)]
+    model.train()
+
+    def caption(_):
+        for _ in range(4):
+            assert found(model, images) == expected[0]
+            for ensemble in (Ensemble([model, other]), Ensemble([other, model])):
+                texts = [text for text, _ in found(ensemble, images)]
+                assert texts == [text for text, _ in expected[1]]
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(caption, range(4)))
+    assert model.training and model.encoder.training and statistics.equal(model.encoder.backbone.bn1.running_mean)
 
 
 def test_threads(trained, flickr8k):

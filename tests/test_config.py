@@ -3,11 +3,13 @@
 import json
 from dataclasses import FrozenInstanceError, asdict
 
+import numpy as np
 import pytest
 
 from attncap.config import ModelConfig
 from attncap.errors import CallError, UserError
 from attncap.search.config import SearchConfig
+from attncap.training.config import RunConfig, TrainConfig
 
 CONFIG = ModelConfig(encoder="resnet18", image_size=64, grid=4, dropout=0.1)
 
@@ -83,3 +85,28 @@ def test_suppressed_words_are_separated_by_spaces():
     ):
         assert SearchConfig(suppressed=given).suppressed == words
     assert SearchConfig().suppressed == ("<unk>",)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: ModelConfig(grid="2"), "grid='2': must be an integer"),
+        (lambda: ModelConfig(grid=2.5), "grid=2.5: must be an integer"),
+        (lambda: ModelConfig(grid=True), "grid=True: must be an integer"),
+        (lambda: ModelConfig(encoder_layer=3), "encoder_layer=3: must be a string"),
+        (lambda: ModelConfig(hidden_size=np.zeros(99)), "hidden_size=<ndarray>: must be an integer"),
+        (lambda: RunConfig(workers="2"), "workers='2': must be an integer"),
+        (lambda: RunConfig(resume=1), "resume=1: must be True or False"),
+        (lambda: TrainConfig(model={}), "model=<dict>: must be a ModelConfig"),
+        (lambda: SearchConfig(length_penalty=True), "length_penalty=True: must be a number from 0 to 10"),
+    ],
+)
+def test_values_of_other_types(make, message):
+    with pytest.raises(CallError, match=message):
+        make()
+
+
+def test_numpy_numbers_are_saved(tmp_path):
+    config = ModelConfig(hidden_size=np.int64(8), grid=np.int32(2), dropout=np.float32(0.25))
+    config.save(tmp_path / "config.json")
+    assert ModelConfig.load(tmp_path / "config.json") == config == ModelConfig(hidden_size=8, grid=2, dropout=0.25)

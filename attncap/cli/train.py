@@ -24,8 +24,8 @@ def run(prog: str, arguments: Sequence[str]) -> None:
 def defaults(arguments: Sequence[str]) -> TrainConfig:
     """The settings of the requested recipe, which the flags then change."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--data", default="shapes")
-    early.add_argument("--recipe")
+    early.add_argument("--data", nargs="?", default="shapes")  # a missing value is reported when the flags are read
+    early.add_argument("--recipe", nargs="?")
     chosen = early.parse_known_args(arguments)[0]
     name = chosen.recipe or ("shapes" if chosen.data == "shapes" else "flickr8k")
     # A name that is not a recipe is refused later, when the flags are read.

@@ -160,8 +160,11 @@ class LSTMDecoder(nn.Module):
         return super().train(mode)
 
     def _apply(self, *arguments, **options) -> "LSTMDecoder":
-        self.version += 1  # what `to`, `cuda`, `half` and so on call, of this module or of one that contains it
-        return super()._apply(*arguments, **options)
+        # What `to`, `cuda`, `half` and so on call, of this module or of one that contains it.
+        try:
+            return super()._apply(*arguments, **options)
+        finally:
+            self.version += 1
 
 
 def select_images(state: LSTMState, images: Tensor) -> LSTMState:

@@ -103,8 +103,12 @@ def unpack(values: Tensor, output: DecoderOutput, N: int, T: int) -> Tensor:
 class InferenceDecoder:
     """An `LSTMDecoder` with its weights laid out for `step`, see `LSTMDecoder.for_inference`. No gradients."""
 
-    @torch.no_grad()
     def __init__(self, decoder: LSTMDecoder, table: bool = True):
+        # What is kept must not depend on where it is made.
+        with torch.no_grad(), torch.autocast(decoder.word_output.weight.device.type, enabled=False):
+            self._lay_out(decoder, table)
+
+    def _lay_out(self, decoder: LSTMDecoder, table: bool) -> None:
         attention = decoder.attention
         self.feature_size, self.vocabulary_size = decoder.feature_size, decoder.vocabulary_size
         self.activation = attention.activation

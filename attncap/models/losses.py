@@ -45,12 +45,11 @@ def caption_losses(
     Raises ValueError for any other shapes, or if every target is <pad>.
     """
     check_rows(tokens, features)
+    check_targets(targets, tokens)
     lengths = (targets != Vocabulary.PAD).sum(dim=1).cpu()
-    if targets.shape != tokens.shape or not lengths.any():
-        raise ValueError(f"targets of shape {list(targets.shape)}: must be that of tokens, with at least one word")
     if decoder.backend == "torch":
         logits, attention = decoder(features, tokens.to(features.device)[:, : lengths.max()])
-        return losses_of_logits(
+        return losses_from_logits(
             logits, attention, targets[:, : lengths.max()], label_smoothing=label_smoothing, row_weights=row_weights
         )
     output = fused.teacher_forcing(decoder, features, tokens, lengths)
@@ -59,7 +58,7 @@ def caption_losses(
         decoder.word_output.weight,
         decoder.word_output.bias,
         targets.to(features.device)[output.rows, output.steps],
-        None if row_weights is None else row_weights[output.rows],
+        None if row_weights is None else row_weights.to(features.device)[output.rows],
         label_smoothing=label_smoothing,
     )
     attended = output.attention.new_zeros(len(tokens), output.attention.shape[1], dtype=words.dtype)
@@ -67,7 +66,7 @@ def caption_losses(
     return CaptionLosses(words, (1 - attended).square().mean(dim=1).sum())
 
 
-def losses_of_logits(
+def losses_from_logits(
     logits: Tensor,
     attention: Tensor,
     targets: Tensor,
@@ -84,3 +83,12 @@ def losses_of_logits(
     attended = (attention.to(words.dtype) * is_word.unsqueeze(2)).sum(dim=1)
     words = words if row_weights is None else words * row_weights.to(words)
     return CaptionLosses(words.sum(), (1 - attended).square().mean(dim=1).sum())
+
+
+def check_targets(targets: Tensor, tokens: Tensor) -> None:
+    """Raises ValueError unless the targets have the shape of the tokens, and at least one is not <pad>."""
+    if targets.shape != tokens.shape or not (targets != Vocabulary.PAD).any():
+        raise ValueError(
+            f"targets of shape {list(targets.shape)} for tokens {list(tokens.shape)}: the shapes must be the same, and "
+            "at least one word must not be <pad>"
+        )

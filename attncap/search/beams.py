@@ -139,7 +139,7 @@ class Search:
         """The best candidates, group by group."""
         config, (B, J), G = self.config, beams.scores.shape, self.config.groups
         logits, temperature = self.process(logits, beams.history)
-        banned, penalties = self.repeated(beams.history)
+        banned, penalties = self.repeated(beams.history) if t not in self.forced else (None, None)
         options = dict(
             end=Vocabulary.END,
             end_allowed=t >= self.min_length and t not in self.forced,
@@ -184,7 +184,7 @@ class Search:
             return logits, self.config.temperature
         log_probs = (logits.float() / self.config.temperature).log_softmax(dim=1)
         for rule in self.others:
-            log_probs = rule(log_probs, history)
+            log_probs = rule(log_probs, history).float()
         # The op takes a softmax. What the rules took away goes to <pad>, so that the other words keep their values. (If
         # rules make the sum of the probabilities larger than 1, the softmax divides by it.)
         log_probs = log_probs.clone()
@@ -208,11 +208,12 @@ class Search:
         allowed = log_probs.masked_fill(self.forced.get(t, self.suppressed), -torch.inf)
         if t < self.min_length:
             allowed[:, Vocabulary.END] = -torch.inf
-        for rule in (*self.ngrams, *self.others):
-            allowed = rule(allowed, beams.history)
+        for rule in (*(self.ngrams if t not in self.forced else ()), *self.others):
+            allowed = rule(allowed, beams.history).float()
         uniform = self.uniform[beams.images, t].flatten()
         tokens = draw(allowed, uniform, config.top_k, config.top_p).view(B, K)
         scores = beams.scores + log_probs.gather(1, tokens.view(-1, 1)).view(B, K)
+        scores = scores.masked_fill(allowed.isnan().any(dim=1).view(B, K), torch.nan)  # to be found at the end
         is_live = (beams.scores != -torch.inf) & (allowed != -torch.inf).any(dim=1).view(B, K)  # some word is allowed
         ends = (tokens == Vocabulary.END) & is_live
         continues = is_live & ~ends

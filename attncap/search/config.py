@@ -59,8 +59,9 @@ class SearchConfig:
         if isinstance(self.length_penalty, str):
             if self.length_penalty not in ("none", "average"):
                 raise CallError(f"length_penalty={self.length_penalty!r}: choose none, average or a number")
-        elif not isinstance(self.length_penalty, float | int) or not 0 <= self.length_penalty <= 10:
-            raise CallError(f"length_penalty={str(self.length_penalty)[:20]}: must be from 0 to 10")
+        elif type(self.length_penalty) not in (float, int) or not 0 <= self.length_penalty <= 10:
+            raise CallError(f"length_penalty={str(self.length_penalty)[:20]}: must be a number from 0 to 10")
+        check_at_least(self, 1, "max_length")
         if not 1 <= self.beam_size <= MAX_BEAMS:
             raise CallError(f"beam_size={self.beam_size}: must be from 1 to {MAX_BEAMS}")
         if not 0 <= self.min_length < self.max_length:

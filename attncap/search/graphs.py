@@ -133,6 +133,9 @@ class GraphCache:
         return self.searches[key]
 
 
+_one_capture = threading.Lock()  # all captures of a device share a stream
+
+
 class CudaGraph:
     """Work on CUDA, captured as a graph; `result` is what it returned, whose tensors every `replay` writes again.
     Graphs of one pool overwrite each other's."""
@@ -140,12 +143,14 @@ class CudaGraph:
     def __init__(self, work: Callable[[], Any], warm_up: Callable[[], Any], pool: tuple[int, int] | None):
         stream = capture_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # a first call may set things up that cannot be captured
-            warm_up()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.captured, pool, stream):
-            self.result = work()
+        with _one_capture:
+            with torch.cuda.stream(stream):  # a first call may set things up that cannot be captured
+                warm_up()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.captured = torch.cuda.CUDAGraph()
+            # "thread_local": meanwhile other threads may load models, allocate and synchronize.
+            with torch.cuda.graph(self.captured, pool, stream, capture_error_mode="thread_local"):
+                self.result = work()
         self.pool = self.captured.pool()
 
     def replay(self) -> torch.cuda.Event:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from attncap.data.vocabulary import Vocabulary
+from attncap.errors import CallError
+from attncap.search.config import SearchConfig
 
 
 class LogitsProcessor(Protocol):
@@ -18,7 +20,7 @@ class LogitsProcessor(Protocol):
     def __call__(self, log_probs: Tensor, history: Tensor) -> Tensor:
         """log_probs float32 [N,V] of the next word, history int64 [N,t] of the words so far (t = 0 at first; <start> is
         not among them) -> log_probs [N,V], perhaps changed in place: -inf forbids a word. The other words keep their
-        log-probabilities: nothing is normalised again."""
+        log-probabilities: nothing is normalised again, unless rules raise the sum of the probabilities above 1."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class SuppressTokens:
     """Forbids these words. (<end> cannot be suppressed; see `MinLength`.)"""
 
     tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", tuple(self.tokens))
 
     def __call__(self, log_probs: Tensor, history: Tensor) -> Tensor:
         tokens = [token for token in self.tokens if token != Vocabulary.END]
@@ -51,6 +56,10 @@ class NoRepeatNgram:
 
     n: int
 
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise CallError(f"n={self.n}: must be at least 1")
+
     def __call__(self, log_probs: Tensor, history: Tensor) -> Tensor:
         banned = self.banned(history)
         if banned is None:
@@ -69,9 +78,12 @@ class NoRepeatNgram:
 
 @dataclass(frozen=True)
 class ForcedPrefix:
-    """Makes every caption start with these words."""
+    """Makes every caption start with these words, whatever other rules say."""
 
     tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", tuple(self.tokens))
 
     def __call__(self, log_probs: Tensor, history: Tensor) -> Tensor:
         t = history.shape[1]
@@ -79,3 +91,13 @@ class ForcedPrefix:
             others = torch.arange(log_probs.shape[1], device=log_probs.device) != self.tokens[t]
             log_probs = log_probs.masked_fill(others, -torch.inf)
         return log_probs
+
+
+def processors_for(config: SearchConfig, vocabulary: Vocabulary) -> list[LogitsProcessor]:
+    """The settings of a search that name words, as processors. Raises CallError for words that the vocabulary does not
+    have, and for a prefix that is too long."""
+    suppressed = SuppressTokens(tuple(vocabulary.suppress(config.suppressed)))
+    prefix = ForcedPrefix(tuple(vocabulary.tokens(config.prefix)))
+    if len(prefix.tokens) >= config.max_length:
+        raise CallError(f"prefix={config.prefix!r}: must be shorter than max_length={config.max_length}")
+    return [suppressed, prefix] if prefix.tokens else [suppressed]

@@ -225,6 +225,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raises CallError for settings of different parts that contradict each other."""
+        check_types(self)
         if self.data.cache_features and self.data.augment:
             raise CallError("cache_features=True: the cache holds one set of features per image; set augment=False")
         if self.data.cache_features and self.encoder.fine_tune_from != "none":

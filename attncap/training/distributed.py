@@ -140,8 +140,10 @@ def log_on_main_only() -> Iterator[None]:
     """For a block in which every process would log the same: rank 0 alone does."""
     log = logging.getLogger("attncap")
     log.disabled = not is_main()
-    yield
-    log.disabled = False
+    try:
+        yield
+    finally:
+        log.disabled = False
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from attncap.evaluation import evaluate, results, summary
 from attncap.files import remove_temporary, write_atomically
 from attncap.pictures import save_attention
 from attncap.report import as_text
+from attncap.search.processors import processors_for
 from attncap.training import checkpoint, distributed
 from attncap.training.config import TrainConfig
 from attncap.training.trainer import Trainer
@@ -53,7 +54,7 @@ def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()
     if start and not config.run.resume:
         check_start(asked, start, given, captions)
     vocabulary = start.vocabulary if start else find_vocabulary(config, captions)
-    vocabulary.suppress(config.search.suppressed)  # a word that does not exist is an error now, not after an epoch
+    processors_for(config.search, vocabulary)  # a word that does not exist is an error now, not after an epoch
     torch.manual_seed(config.run.seed)
     # The weights of a resumed run come from its checkpoint.
     weights = "none" if config.run.resume else config.encoder.weights

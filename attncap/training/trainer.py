@@ -347,6 +347,7 @@ class Trainer:
         """The metrics of the model's captions of the validation images."""
         self.average.eval()
         self.average.refresh()  # its weights have changed in place
+        self.optimizer.zero_grad(set_to_none=True)  # with gradients a model would prepare its decoder for every batch
         with tqdm(total=len(self.splits["val"]), desc="captioning", unit="image", leave=False) as bar:
             scores, _ = evaluate(
                 self.average,

@@ -8,7 +8,7 @@ from attncap.config import ModelConfig
 from attncap.data.vocabulary import Vocabulary
 from attncap.models import fused
 from attncap.models.decoder import LSTMDecoder
-from attncap.models.losses import caption_losses, losses_of_logits
+from attncap.models.losses import caption_losses, losses_from_logits
 
 B, K, P, D, A, E, H, V = 2, 3, 5, 7, 6, 4, 8, 11
 
@@ -135,7 +135,7 @@ def test_losses_follow_the_paper(backend):
     options = dict(label_smoothing=smoothing, row_weights=row_weights)
     losses = caption_losses(decoder, features, inputs, tokens[:, 1:], **options)
     np.testing.assert_allclose([x.item() for x in losses], [words, attention], rtol=1e-11)
-    losses = losses_of_logits(*decoder(features, inputs), tokens[:, 1:], **options)
+    losses = losses_from_logits(*decoder(features, inputs), tokens[:, 1:], **options)
     np.testing.assert_allclose([x.item() for x in losses], [words, attention], rtol=1e-11)
 
 
@@ -165,7 +165,7 @@ def test_captions_without_words(backend):
     for wrong in (make_tokens([3, 2, 1]), make_tokens([3])[:0], make_tokens([0, 0])):
         with pytest.raises(ValueError, match="for 2 images"):
             decoder(features, wrong[:, :-1])
-    with pytest.raises(ValueError, match="at least one word"):
+    with pytest.raises(ValueError, match="at least one word must not be"):
         caption_losses(decoder, features, tokens, torch.full_like(tokens, Vocabulary.PAD))
 
 

@@ -83,7 +83,7 @@ def test_one_stream_for_the_captures_of_a_device(monkeypatch):
     """torch gives a pool's memory to the stream again that had it before, and to no other."""
     cuda, captures = MagicMock(), []
     cuda.Stream = lambda device=None: SimpleNamespace(device=device, wait_stream=lambda other: None)
-    cuda.graph = lambda captured, pool, stream: captures.append((pool, stream)) or contextlib.nullcontext()
+    cuda.graph = lambda captured, pool, stream, **_: captures.append((pool, stream)) or contextlib.nullcontext()
     monkeypatch.setattr(torch, "cuda", cuda)
     graphs.capture_stream.cache_clear()
     for device in (0, 0, 1):
