@@ -1,7 +1,7 @@
 """Image captioning with soft attention and its own CPU and CUDA kernels.
 
-`import attncap` imports neither torch nor torchvision, which take seconds: the names that need them are imported when
-they are first used.
+`import attncap` imports neither torch nor torchvision, which take seconds to import: the names that need them are
+loaded when they are first used.
 """
 
 import importlib

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import struct
 import threading
@@ -35,14 +36,15 @@ class Captioner(CaptionMethods, nn.Module):
     """An image captioner with soft attention.
 
     In evaluation mode it keeps a prepared decoder (see `LSTMDecoder.for_inference`) from one call to the next. It is
-    dropped by `train`, `load_state_dict`, `to` and its relatives, and by gradients of the decoder. After any other
-    change of the decoder's weights in evaluation mode, call `refresh`. Several threads may caption with one model.
+    dropped by `train`, `load_state_dict`, `to` and similar methods, and when the decoder gets gradients. After any
+    other change to the decoder's weights in evaluation mode, call `refresh`. Several threads may use one model for
+    captioning.
 
     Args:
         config: what the model is built from.
         vocabulary: its words.
-        encoder_weights: the encoder's weights to start from: "default", "none" or a file (see `Encoder`).
-        backend: "native" uses the project's own kernels, "torch" plain PyTorch; the captions are the same.
+        encoder_weights: the encoder's initial weights: "default", "none" or a file (see `Encoder`).
+        backend: "native" uses the project's own kernels, "torch" uses plain PyTorch; the captions are the same.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Captioner(CaptionMethods, nn.Module):
         self.config = replace(config, encoder_layer=self.encoder.layer)
         self.vocabulary = vocabulary
         cells, channels = self.encoder.grid_shape(config.image_size)
-        self.grid = (int(cells**0.5),) * 2  # rows, columns
+        self.grid = (math.isqrt(cells), math.isqrt(cells))  # rows, columns
         self.decoder = LSTMDecoder(config, channels, len(vocabulary), backend)
         self._kept: _Prepared | None = None
         self._lock = threading.RLock()
@@ -69,7 +71,7 @@ class Captioner(CaptionMethods, nn.Module):
         row_weights: Tensor | None = None,
         losses_only: bool = False,
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor] | CaptionLosses:
-        """Teacher forcing: predict every next word from the image and the true words before it.
+        """Teacher forcing: predict each word from the image and the true words before it.
 
         Args:
             images: uint8 [B,3,S,S]; or their features, float [B,P,D].
@@ -78,8 +80,8 @@ class Captioner(CaptionMethods, nn.Module):
             targets: int64 [N,T], the words that follow, <pad> where none does.
             label_smoothing, row_weights: see `caption_losses`.
             attention_penalty: weight of the doubly stochastic penalty (Xu et al. 2015, equation 14).
-            losses_only: return the `CaptionLosses` alone, sums, without making all logits. (With None for images and
-                tokens they are 0: the part of a process that has no images in a batch.)
+            losses_only: return only the `CaptionLosses`, which are sums, without computing all logits at once. (With
+                None for images and tokens they are 0: the share of a process that has no images in a batch.)
 
         Returns:
             logits [N,T,V] and attention [N,T,P]; with targets the loss too: the mean cross entropy of the words plus
@@ -103,7 +105,7 @@ class Captioner(CaptionMethods, nn.Module):
         return logits, attention, losses.words / words + attention_penalty * losses.attention / len(tokens)
 
     def refresh(self) -> None:
-        """Drop what was prepared from the decoder's weights."""
+        """Drop everything that was prepared from the decoder's weights."""
         self._kept = None
 
     @property
@@ -117,19 +119,20 @@ class Captioner(CaptionMethods, nn.Module):
     @contextlib.contextmanager
     def _prepared(self) -> Iterator[tuple[Decoder, GraphCache | None]]:
         """The prepared decoder and its CUDA graphs, while the model is in evaluation mode."""
-        if self.training:
-            with self._lock:
+        with self._lock:
+            if self.training:
+                modes = {module: module.training for module in self.modules()}
                 self.eval()
                 try:
-                    yield self.decoder.for_inference(), None
+                    yield self.decoder.for_inference(table=False), None
                 finally:
-                    self.train()
-            return
-        with self._lock:
+                    for module, mode in modes.items():
+                        module.training = mode
+                return
             kept = self._kept
             if kept is None or not kept.is_current(self.decoder):
                 kept = self._kept = _Prepared(self.decoder)
-        yield kept.prepared, kept.graphs
+        yield kept.decoder, kept.graphs
 
     def _caption(self, hypothesis: Hypothesis) -> Caption:
         words = [self.vocabulary.words[token] for token in hypothesis.tokens]
@@ -145,8 +148,9 @@ class Captioner(CaptionMethods, nn.Module):
         super().__setstate__({**state, "_lock": threading.RLock()})
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json`, `vocabulary.json` and `model.safetensors` into the folder. Each file is written whole
-        under a temporary name first, the weights last. Raises UserError when the folder cannot be written."""
+        """Write `config.json`, `vocabulary.json` and `model.safetensors` into the folder. Each file is first written
+        completely under a temporary name; the weights come last. Raises UserError when the folder cannot be written
+        to."""
         folder = Path(folder)
         self.config.save(folder / "config.json")
         self.vocabulary.save(folder / "vocabulary.json")
@@ -182,7 +186,7 @@ class Captioner(CaptionMethods, nn.Module):
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
+            reason = str(error).splitlines()[-1].strip()
             raise UserError(f"{weights}: does not fit {folder / 'config.json'}: {reason}") from error
         return model.to(device=None if device is None else find_device(device), dtype=dtype).eval()
 
@@ -192,21 +196,20 @@ class _Prepared:
 
     def __init__(self, decoder: LSTMDecoder):
         self.version = decoder.version
-        self.prepared, self.graphs = decoder.for_inference(), GraphCache()
-        # A gradient announces a step of an optimizer.
-        has_gradient = threading.Event()
-        self.has_gradient = has_gradient
+        self.decoder, self.graphs = decoder.for_inference(), GraphCache()
+        # A gradient means that an optimizer will take a step, even if the gradient has been cleared by the next call.
+        self.had_gradient = had_gradient = threading.Event()
         self.hooks = [
-            p.register_post_accumulate_grad_hook(lambda _: has_gradient.set())
+            p.register_post_accumulate_grad_hook(lambda _: had_gradient.set())
             for p in decoder.parameters()
             if p.requires_grad
         ]
 
     def is_current(self, decoder: LSTMDecoder) -> bool:
-        if self.version != decoder.version or self.has_gradient.is_set():
+        if self.version != decoder.version or self.had_gradient.is_set():
             return False
         return all(p.grad is None for p in decoder.parameters())
 
     def __del__(self) -> None:
-        for hook in self.hooks:
+        for hook in getattr(self, "hooks", ()):  # there are none if preparing failed
             hook.remove()

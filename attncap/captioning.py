@@ -24,12 +24,12 @@ def caption_examples(
     cannot be read are reported and left out.
 
     Args:
-        search: the default settings if None.
-        batch_size: images that go through the model together.
-        workers: processes that read images; 0 reads them in this process.
-        features: the examples' features, which saves encoding the images.
+        search: settings of the search; the defaults if None.
+        batch_size: number of images that go through the model together.
+        workers: number of processes that read images; 0 reads them in this process.
+        features: the examples' features, if they are cached; the images then need not be encoded.
         progress: called after each batch with the number of examples in it.
-        skipped_seen: what was reported already, see `report_skipped`.
+        skipped_seen: the items that have already been reported, see `report_skipped`.
     """
     search = search or SearchConfig()
     pictures = Pictures(examples, model.config.image_size) if features is None else features

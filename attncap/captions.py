@@ -1,4 +1,4 @@
-"""From images to captions: what a captioner and an ensemble of captioners are asked for."""
+"""From images to captions: the methods that a captioner and an ensemble of captioners share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from attncap.config import ModelConfig
-from attncap.data.images import open_image
+from attncap.data.images import ImageError, open_image
 from attncap.data.loader import to_tensor
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError, UserError
@@ -38,18 +38,18 @@ class Caption:
 
     text: str
     score: float  # sum of the log-probabilities of its words and of <end>; see `attncap.search.beam_search.Hypothesis`
-    words: list[str]  # with a vocabulary of subwords its pieces, ▁ before those that begin a word
+    words: list[str]  # for a vocabulary of subwords, the pieces, with ▁ before those that begin a word
     attention: Tensor | None  # float32 [len(words), rows, columns]: where the model looked for each word
 
 
 class CaptionMethods:
-    """What a `Captioner` and an `Ensemble` have in common: `models`, one or several, asked for captions."""
+    """The caption methods that `Captioner` and `Ensemble` share. `models` is the one model, or the ensemble's."""
 
     @property
     def models(self) -> Sequence[Captioner]:
         raise NotImplementedError
 
-    # `| Any`: a list where `search` asks for n_best above 1, and an error with errors="return".
+    # `| Any`: a list if `search` asks for n_best above 1, or an error with errors="return".
     @overload
     def caption(
         self, images: ImageSource, search: SearchConfig | None = None, *, n_best: int, **settings: Any
@@ -79,19 +79,19 @@ class CaptionMethods:
         Args:
             images: one image or a list: paths, bytes of image files, open binary files, Pillow images, NumPy arrays
                 uint8 [H,W,3]; or a tensor uint8 [B,3,S,S] of images at the model's size.
-            search: settings of the search; the default ones if None.
-            batch_size: images that go through the model together.
-            processors: further rules for the words, see `attncap.search.processors`.
-            errors: "raise" raises the error of the first image that cannot be read; "return" puts the UserError in the
+            search: settings of the search; the defaults if None.
+            batch_size: number of images that go through the model together.
+            processors: additional rules for the words, see `attncap.search.processors`.
+            errors: "raise" raises the error of the first image that cannot be read; "return" puts the UserError in
                 place of that image's caption.
-            attention: whether captions get their attention.
+            attention: whether captions include their attention.
             settings: fields of `SearchConfig` that differ from `search`: beam_size=3, length_penalty="average", ...
 
         Returns:
-            A Caption for an image, a list for a list. With n_best above 1, a list of Captions, best first, in the place
+            A Caption for an image, or a list for a list. With n_best above 1, a list of Captions, best first, in place
             of each Caption.
 
-        Raises UserError for an image that cannot be read, CallError for arguments other than the above.
+        Raises UserError for an image that cannot be read, and CallError for invalid arguments.
         """
         search = _search_config(search, settings)
         if errors not in ("raise", "return"):
@@ -105,8 +105,9 @@ class CaptionMethods:
             for start in range(0, len(several), batch_size):
                 batch = several[start : start + batch_size]
                 pixels, failed = self._pixels(batch, errors == "raise")
-                found = iter(self._caption_batch(decoders, pixels, search, processors, attention))
-                captions += [failed.get(i) or _one_or_all(next(found), search) for i in range(len(batch))]
+                found = iter(self._caption_pixels(decoders, pixels, search, processors, attention))
+                for i in range(len(batch)):
+                    captions.append(failed[i] if i in failed else _one_or_all(next(found), search))
         return captions if is_list else captions[0]
 
     def caption_features(
@@ -118,12 +119,12 @@ class CaptionMethods:
         attention: bool = True,
         **settings: Any,
     ) -> list[Any]:
-        """Caption a batch of images from their features, float [B,P,D] as the encoder makes them (for an ensemble, a
-        list with those of each model); everything else as in `caption`. Returns a list."""
+        """Caption a batch of images from their features, float [B,P,D] as returned by the encoder (for an ensemble, a
+        list with the features of each model). Everything else is as in `caption`. Returns a list."""
         search = _search_config(search, settings)
         given = [features] if isinstance(features, Tensor) else list(features)
         if len(given) != len(self.models):
-            raise CallError(f"features of {len(given)} models for an ensemble of {len(self.models)}")
+            raise CallError(f"features of {len(given)} models are given; expected those of {len(self.models)}")
         for model, x in zip(self.models, given, strict=True):
             P, D = model.grid[0] * model.grid[1], model.decoder.feature_size
             if not x.is_floating_point() or x.dim() != 3 or x.shape[1:] != (P, D):
@@ -147,7 +148,9 @@ class CaptionMethods:
     def _ready(self) -> Iterator[list[tuple[Decoder, GraphCache | None]]]:
         """The models' prepared decoders, while the models are in evaluation mode."""
         with contextlib.ExitStack() as held:
-            yield [held.enter_context(model._prepared()) for model in self.models]
+            # In one order for all ensembles, since a model in training mode is locked.
+            ready = {model: held.enter_context(model._prepared()) for model in sorted(set(self.models), key=id)}
+            yield [ready[model] for model in self.models]
 
     def _pixels(self, batch: Sequence[ImageSource] | Tensor, raises: bool) -> tuple[Tensor, dict[int, UserError]]:
         """uint8 [B,3,S,S] of the images that can be read, and the errors of the others by index."""
@@ -157,20 +160,19 @@ class CaptionMethods:
                 expected = f"torch.uint8 [B, 3, {size}, {size}]"
                 raise CallError(f"a tensor of images should be {expected}, not {batch.dtype} {list(batch.shape)}")
             return batch, {}
-        pixels, failed = [], {}
+        pixels: list[Tensor] = []
+        failed: dict[int, UserError] = {}
         for i, image in enumerate(batch):
             try:
                 pixels.append(to_tensor(open_image(image), size))
-            except CallError:
-                raise
-            except UserError as error:
+            except ImageError as error:
                 if raises:
                     raise
                 failed[i] = error
         return torch.stack(pixels) if pixels else torch.empty(0, 3, size, size, dtype=torch.uint8), failed
 
     @torch.inference_mode()
-    def _caption_batch(
+    def _caption_pixels(
         self,
         decoders: Sequence[tuple[Decoder, GraphCache | None]],
         images: Tensor,
@@ -208,18 +210,18 @@ class CaptionMethods:
 
 
 class Ensemble(CaptionMethods):
-    """Several captioners of the same vocabulary, image size and grid that write one caption together: the
-    probabilities of the words are averaged, and so is the attention.
+    """Several captioners with the same vocabulary, image size, grid and device that write a caption together: their
+    word probabilities are averaged, and so is their attention.
 
-    Raises CallError for models that differ in one of the three."""
+    Raises CallError for models that differ in any of these."""
 
     def __init__(self, models: Sequence[Captioner]):
         self._models = list(models)
         if not self.models:
             raise CallError("an ensemble needs at least one model")
-        kinds = [(model.vocabulary.words, model.config.image_size, model.grid) for model in self.models]
+        kinds = [(model.vocabulary.words, model.config.image_size, model.grid, model.device) for model in self.models]
         if any(kind != kinds[0] for kind in kinds):
-            raise CallError("the models of an ensemble need the same vocabulary, image size and grid")
+            raise CallError("the models of an ensemble need the same vocabulary, image size, grid and device")
 
     @property
     def models(self) -> list[Captioner]:
@@ -240,10 +242,10 @@ class Ensemble(CaptionMethods):
 
 
 def _search_config(search: SearchConfig | None, settings: dict) -> SearchConfig:
-    """The settings with those changed that are given by name. Raises CallError."""
+    """`search`, with the settings that are given by name changed. Raises CallError."""
     known = [field.name for field in fields(SearchConfig)]
     if unknown := [name for name in settings if name not in known]:
-        raise CallError(f"{unknown[0]}: not a setting of a search; these are {', '.join(known)}")
+        raise CallError(f"{unknown[0]}: not a setting of the search; choose from {', '.join(known)}")
     if search is not None and not isinstance(search, SearchConfig):
         raise CallError(f"search should be a SearchConfig, not {type(search).__name__}")
     return replace(search or SearchConfig(), **settings)
@@ -259,7 +261,7 @@ def _rules(search: SearchConfig, vocabulary: Vocabulary) -> list[LogitsProcessor
 
 
 def _image_seeds(images: Tensor) -> list[int]:
-    """A seed for each image that depends on its values alone."""
+    """A seed for each image, which depends on its values alone."""
     images = images.cpu().contiguous()
     return [zlib.crc32((image if image.dtype == torch.uint8 else image.float()).numpy()) for image in images]
 

@@ -6,7 +6,7 @@ The letters of every shape in this project:
     K   rows of an image  D   channels of a cell            E   embedding size     T   words in a caption, including
     N   rows, N = B K     S   side of an image in pixels    H   hidden size            <start> and <end>
 
-The K rows of an image (its captions in training, its beams in the search) are neighbours among the N rows.
+The K rows of an image (its captions in training, its beams in the search) are next to each other among the N rows.
 """
 
 import dataclasses
@@ -28,19 +28,19 @@ MAX_BEAMS = 32  # most beams per image in a search; the kernels' limit, kMaxBeam
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model: what it is built from. Saved as config.json beside its weights."""
+    """The model: what it is built from. Saved as config.json next to its weights."""
 
     encoder: str = "resnet50"
     """Name of a torchvision classification backbone with a feature grid: resnet18, vgg16, efficientnet_b0, ..."""
     encoder_layer: str | None = None
     """The backbone's layer whose output is the feature grid (torchvision's name, e.g. layer3).
-    By default the last one before the pooling."""
+    By default, the last one before the pooling."""
     image_size: int = 224
-    """Side length, in pixels, that images are resized to."""
+    """Side length in pixels to which images are resized."""
     grid: int | None = None
-    """Cells along each side of the feature grid, by adaptive average pooling. By default the backbone's own grid."""
+    """Cells along each side of the feature grid, by adaptive average pooling. By default, the backbone's own grid."""
     attention_size: int = 512
-    """Size of the space in which features and hidden state are compared."""
+    """Size of the space in which the features and the hidden state are compared."""
     embedding_size: int = 512
     """Size of a word embedding."""
     hidden_size: int = 512
@@ -69,7 +69,8 @@ class ModelConfig:
 
     @classmethod
     def load(cls, path: Path) -> "ModelConfig":
-        """Read config.json. A file without format_version and model_type, as older versions wrote it, is read too.
+        """Read config.json. Files without format_version and model_type, as written by older versions, can be read,
+        too.
 
         Raises UserError when the file is missing, is not JSON, has unknown fields or values, or was written by a newer
         version or for another kind of model.
@@ -94,8 +95,8 @@ class ModelConfig:
 
 
 def check_types(config: Any) -> None:
-    """Raises CallError for a field of a dataclass whose value is not of its declared type: a number, a string, a bool,
-    or one of the values of a Literal. Fields of other types are not checked."""
+    """Raises CallError for a dataclass field whose value is not of its declared type: a number, a string, a bool, or
+    one of the values of a Literal. Fields of other types are not checked."""
     for setting in dataclasses.fields(config):
         kind = get_args(setting.type)[0] if get_origin(setting.type) is Annotated else setting.type
         name, value = setting.name, getattr(config, setting.name)
@@ -117,7 +118,7 @@ _KINDS = {
 
 
 def _short(value: object) -> str:
-    """A value for an error message; of what may be long, such as an array, only the type."""
+    """A value for an error message; for what may be long, such as an array, only its type."""
     return repr(value)[:80] if isinstance(value, str | int | float | None) else f"<{type(value).__name__}>"
 
 

@@ -38,14 +38,15 @@ def evaluate(
     progress: Callable[[int], object] | None = None,
     skipped_seen: set[tuple[str, str]] | None = None,
 ) -> tuple[Scores, dict[str, str]]:
-    """Caption every example freely (no teacher forcing), and score the best caption of each against all its references.
+    """Caption every example freely (no teacher forcing), and score the best caption of each against all of its
+    references.
 
     Args:
         model, examples, search, batch_size, workers, features, progress, skipped_seen: see `caption_examples`.
         java_metrics: the metrics that need Java, "METEOR" and "SPICE", to compute as well.
 
     Returns:
-        The scores (see `metrics.score`; on `shapes` also `true`, the share of captions that are exactly true of their
+        The scores (see `metrics.score`; on `shapes`, also `true`, the share of captions that are exactly true of their
         scene, and `grounded`, see `grounding`), and the captions by image.
 
     Raises UserError when none of the images can be read.
@@ -79,8 +80,8 @@ def evaluate(
 def summary(
     scores: Scores, captions: Mapping[str, str], vocabulary: Vocabulary | None, training: Collection[str] | None
 ) -> dict:
-    """The report of an evaluation: the metrics with their 95 % intervals, and how varied the captions are, compared
-    with the model's vocabulary and the captions it was trained on, where these are given."""
+    """The report of an evaluation: the metrics with their 95% intervals, and how varied the captions are, compared with
+    the model's vocabulary and the captions it was trained on, if these are given."""
     intervals = bootstrap.intervals(scores)
     metrics = {}
     for name, value in scores.corpus().items():
@@ -100,14 +101,14 @@ def results(captions: Mapping[str, str]) -> list[dict[str, int | str]]:
 
 
 def image_id(name: str) -> int | str:
-    """An example's name as an image id of COCO's results format: COCO's ids are integers, other data sets have file
+    """An example's name as an image id of COCO's results format: COCO's ids are integers; other data sets use file
     names."""
     return int(name) if name.isdecimal() and str(int(name)) == name else name
 
 
 def read_results(path: str | Path) -> dict[str, str]:
-    """COCO's results format -> captions by image id. Raises CallError when there is no such file, and UserError, naming
-    the field, when its content has another form."""
+    """COCO's results format -> captions by image id. Raises CallError when there is no such file, and UserError, which
+    names the field, when its content has a different form."""
     if not Path(path).is_file():
         raise CallError(f"{path}: no such file")
     found = read_json(Path(path))
@@ -131,7 +132,7 @@ def check_predictions(
     path: str | Path, captions: Mapping[str, str], references: Mapping[str, Sequence[str]], source: str | Path
 ) -> None:
     """Raises UserError when the captions in `path` include images without references in `source`. Warns when images
-    with references have no caption: those are not scored."""
+    with references have no caption: these images are not scored."""
     unknown = [name for name in captions if not references.get(name)]
     if unknown:
         raise UserError(
@@ -139,10 +140,10 @@ def check_predictions(
         )
     if missing := [name for name in references if name not in captions]:
         counts = f"scoring {len(captions)} of the {len(references)} images with references"
-        log.warning("%s: %s; no caption for image %s and so on", path, counts, missing[0])
+        log.warning("%s: %s; no caption for image %s, for example", path, counts, missing[0])
 
 
 def check_comparison(path: str | Path, others: Mapping[str, str], captions: Mapping[str, str]) -> None:
-    """Raises UserError unless the captions in `path`, to compare with, include all the images."""
+    """Raises UserError unless the captions to compare with, in `path`, include all the images."""
     if missing := [name for name in captions if name not in others]:
         raise UserError(f"{path}: no caption for {len(missing)} of the images, e.g. image {missing[0]}")

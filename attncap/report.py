@@ -27,13 +27,13 @@ small { color: #777 }
 def tables(report: Mapping) -> list[list[tuple[str, ...]]]:
     """The tables of a report, each a header followed by rows. `report` is the result of `summary`, optionally with
     "left out" and "difference"."""
-    metrics = [("metric", "value", "95 % interval")]
+    metrics = [("metric", "value", "95% interval")]
     metrics += [(name, f"{m['value']:.4f}", _interval(m)) for name, m in report["figures"].items()]
     captions = [("captions", "value")]
     captions += [(name, f"{v}" if isinstance(v, int) else f"{v:.4f}") for name, v in report["captions"].items()]
     found = [metrics, captions]
     if "difference" in report:
-        rows = [("metric, difference", "value", "95 % interval", "above 0 in")]
+        rows = [("metric, difference", "value", "95% interval", "above 0 in")]
         for name, d in report["difference"]["figures"].items():
             rows.append((name, f"{d['value']:+.4f}", _interval(d), f"{d['above']:.1%} of resamples"))
         found.append(rows)

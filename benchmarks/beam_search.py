@@ -138,8 +138,8 @@ class EagerStep(nn.Module):
     def forward(
         self, features: Tensor, keys: Tensor, h: Tensor, c: Tensor, tokens: Tensor, scores: Tensor
     ) -> tuple[Tensor, ...]:
-        """From J beams an image, h and c [B*J,H], tokens [B*J], scores [B,J], to the K best that go on from them, best
-        first: the same, and the rows that they go on from [B*K]."""
+        """From J beams an image, h and c [B*J,H], tokens [B*J], scores [B,J], to the K best that continue them, best
+        first: the same, and the rows that they continue [B*K]."""
         (B, J), K = scores.shape, self.K
         recurrent, query, gate = F.linear(h, self.hidden_weight, self.hidden_bias).split(self.sizes, dim=1)
         context, _ = soft_attention_reference(features, keys, query, self.score_weight, activation="relu", gate=gate)
@@ -160,13 +160,13 @@ def batched(decoder: LSTMDecoder, step: Callable, features: Tensor, K: int, step
     keys, h, c = decoder.attention.key(features), decoder.initial_h(mean), decoder.initial_c(mean)
     tokens = torch.full((len(features),), Vocabulary.START, device=features.device)
     scores = torch.zeros(len(features), 1, device=features.device)
-    trail = []
+    history = []
     for _ in range(steps):
         h, c, tokens, scores, rows = step(features, keys, h, c, tokens, scores)
-        trail.append((tokens, rows))
+        history.append((tokens, rows))
     best = K * torch.arange(len(features), device=features.device)
     words = []
-    for tokens, rows in reversed(trail):
+    for tokens, rows in reversed(history):
         words.append(tokens[best])
         best = rows[best]
     return Captions(torch.stack(words[::-1], dim=1).tolist(), scores[:, 0].tolist())
@@ -269,7 +269,7 @@ def measure_search(config: Config, decoder: LSTMDecoder, B: int, K: int, dtype: 
 
 
 def measure_selection(config: Config, B: int, K: int, dtype: str) -> list[dict]:
-    """From logits to the beams that go on: the op, and log-softmax and top-k over all words of all beams."""
+    """From logits to the beams that continue: the op, and log-softmax and top-k over all words of all beams."""
     random, V = torch.Generator().manual_seed(0), config.vocabulary
     logits = 3 * torch.randn(B * K, V, generator=random)
     logits[:, NEVER_WRITTEN] = -1e4

@@ -134,7 +134,7 @@ def test_features(model, flickr8k):
     for wrong in (features[:, :3], features[:, :, :3], features[0], pixels):
         with pytest.raises(CallError, match=r"features should be float \[B, 16, 64\], not"):
             model.caption_features(wrong)
-    with pytest.raises(CallError, match="features of 2 models for an ensemble of 1"):
+    with pytest.raises(CallError, match="features of 2 models are given; expected those of 1"):
         model.caption_features([features, features])
 
 
@@ -212,7 +212,7 @@ def test_ensemble(model, trained, flickr8k):
     [caption] = Ensemble(same_grid).caption(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), max_length=3)
     assert caption.attention.shape[1:] == (4, 4)
     other.vocabulary = Vocabulary(other.vocabulary.words[:-1])
-    with pytest.raises(CallError, match="the same vocabulary"):
+    with pytest.raises(CallError, match="need the same vocabulary"):
         Ensemble([model, other])
     with pytest.raises(CallError, match="at least one model"):
         Ensemble([])
@@ -225,7 +225,7 @@ def test_wrong_settings(model, flickr8k):
         (dict(suppressed=("<end>",)), "'<end>'"),
         (dict(prefix="a zebra"), "'zebra'"),
         (dict(prefix="a " * 9, max_length=5), "must be shorter than max_length=5"),
-        (dict(beams=4), "beams: not a setting of a search; these are beam_size, method"),
+        (dict(beams=4), "beams: not a setting of the search; choose from beam_size, method"),
         (dict(batch_size=0), "batch_size=0"),
         (dict(beam_size=33), "beam_size=33"),
         (dict(beam_size="3"), "beam_size='3': must be an integer"),
@@ -250,6 +250,19 @@ def test_wrong_folders_and_devices(trained, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             Captioner.from_pretrained(folder, **options)
+
+
+def test_each_device_gives_the_same_captions(model, trained, flickr8k, device):
+    """Also in the second call, whose decoder and graphs are those of the first."""
+    paths, on_device = paths_of(flickr8k, 6), Captioner.from_pretrained(trained, device=device)
+    for settings in (dict(), dict(n_best=3, method="fixed"), dict(method="sample"), dict(prefix="a")):
+        expected = model.caption(paths, **settings)
+        for _ in range(2):
+            for one, other in zip(on_device.caption(paths, **settings), expected, strict=True):
+                captions = zip(one, other, strict=True) if isinstance(one, list) else [(one, other)]
+                for caption, true in captions:
+                    assert caption.text == true.text and caption.score == pytest.approx(true.score, abs=1e-3)
+                    torch.testing.assert_close(caption.attention, true.attention, rtol=1e-3, atol=1e-3)
 
 
 def test_device_and_dtype(trained, flickr8k):

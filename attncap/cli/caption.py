@@ -24,15 +24,15 @@ from attncap.errors import CallError, UserError
 class CaptionConfig(command.CaptioningConfig):
     images: tyro.conf.Positional[tuple[str, ...]]
     """Image files, and folders that are searched for images.
-    COCO's JSON files, e.g. image_info_test2017.json, stand for their images, which are then named by their ids."""
+    A COCO JSON file, e.g. image_info_test2017.json, stands for the images in it, which are then named by their ids."""
     model: tyro.conf.UseAppendAction[tuple[str, ...]]
-    """Folder of a trained model, as `attncap train` writes it.
-    Several (--model A --model B) are an ensemble: the probabilities of the words are averaged."""
+    """Folder of a trained model, as written by `attncap train`.
+    Several (--model A --model B) form an ensemble: their word probabilities are averaged."""
     format: Literal["text", "jsonl"] = "text"
     """Print `path: caption`, or one JSON object per line.
     With --n-best, the captions of an image are printed best first."""
     attention_dir: str | None = None
-    """Folder for a picture of each caption: its words, each with the places the model attended to."""
+    """Folder for pictures of the captions, which show where the model looked for each word."""
 
 
 def run(prog: str, arguments: Sequence[str]) -> None:
@@ -84,8 +84,8 @@ def main(config: CaptionConfig) -> None:
 
 
 def find_examples(paths: Sequence[str]) -> list[Example]:
-    """The images that the arguments name. Raises CallError for a path that does not exist, and UserError for a JSON
-    file that is not COCO's."""
+    """The images named by the arguments. Raises CallError for a path that does not exist, and UserError for a JSON file
+    that is not COCO's."""
     examples = []
     for path in paths:
         if path.lower().endswith(".json"):

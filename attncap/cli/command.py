@@ -22,10 +22,10 @@ class CaptioningConfig:
     """The flags of every command that captions images with a trained model."""
 
     batch_size: int = 32
-    """Images that go through the model together."""
+    """Number of images that go through the model together."""
     workers: int | None = None
-    """Processes that read images; 0 reads them in the main process.
-    By default 0 if the model runs on a CPU, and on a GPU one per CPU core, at most 8."""
+    """Number of processes that read images; 0 reads them in the main process.
+    By default, 0 if the model runs on a CPU, or one per CPU core, at most 8, if it runs on a GPU."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto uses a GPU if there is one."""
     # tyro lists aliases before the name, so this shows --backend first.
@@ -52,15 +52,15 @@ def run(
 ) -> None:
     """Run a command: read `arguments` into a dataclass, given as a class or as its defaults, and call `main` with it.
 
-    Ends the process with status 0, 1 (the work failed), 2 (the call was wrong) or 130 (interrupted). An error is one
-    line on standard error; --debug adds the traceback.
+    Ends the process with status 0 (success), 1 (the work failed), 2 (the call was wrong) or 130 (interrupted). An error
+    is one line on standard error; --debug adds the traceback.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may not be valid text
     logging.basicConfig(format="attncap: %(message)s")
     default = {} if isinstance(config, type) else {"default": config}
     kind = config if isinstance(config, type) else type(config)
     try:
-        # The flags of nested dataclasses are written without the names of these.
+        # Flags of nested dataclasses are written without the names of those dataclasses.
         options = {"prog": prog, "description": description, "config": (tyro.conf.OmitArgPrefixes,)}
         parsed = tyro.cli(kind, args=arguments, **options, **default)
         from tqdm.contrib.logging import logging_redirect_tqdm  # --help does without

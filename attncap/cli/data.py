@@ -29,15 +29,15 @@ CELLS, CHANNELS = 49, 2048  # of the default encoder's feature grid: ResNet-50, 
 @dataclass
 class DataConfig:
     path: tyro.conf.Positional[str]
-    """shapes, or the path of a data set: its folder, or its file of captions."""
+    """shapes, or the path of a data set: its folder or its caption file."""
     decode: bool = False
-    """Also read every image, to find the broken ones."""
+    """Also read every image to find broken ones."""
     convert: str | None = None
-    """Also write the data set to this file, NAME.jsonl: one line per caption with its image's path and its split."""
+    """Also write the data set to this file, NAME.jsonl: one line per caption, with its image's path and its split."""
     seed: int = 0
-    """Random seed of shapes, and of the splits where the data set has none."""
+    """Random seed for generating shapes, and for the splits if the data set has none."""
     workers: int = min(8, os.cpu_count() or 1)
-    """Processes that read images, for --decode; 0 reads them in the main process."""
+    """Number of processes that read images for --decode; 0 reads them in the main process."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -53,7 +53,7 @@ def main(config: DataConfig) -> None:
     if config.convert is not None and not config.convert.lower().endswith(".jsonl"):
         raise CallError(f"--convert {config.convert}: should be NAME.jsonl")
     if config.convert is not None and Path(config.convert).resolve() == Path(config.path).resolve():
-        raise CallError(f"--convert {config.convert}: is the data set itself; give another name")
+        raise CallError(f"--convert {config.convert}: this is the data set itself; give another name")
     if config.convert is not None and config.path == "shapes":
         raise CallError(f"--convert {config.convert}: shapes is synthetic and has no image files to name")
     dataset = read_dataset(config.path, config.seed)
@@ -67,7 +67,8 @@ def main(config: DataConfig) -> None:
 
 
 def describe(dataset: Dataset) -> str:
-    """The data set in numbers, as lines of text. Words are those of the training captions, as a model learns them."""
+    """The data set in numbers, as lines of text. The words are those of the training captions, as a model learns
+    them."""
     import numpy as np
     from tqdm import tqdm
 
@@ -88,7 +89,7 @@ def describe(dataset: Dataset) -> str:
     lines = [f"layout          {dataset.layout}", "", "split     images    captions"]
     lines += [f"{split:5} {n:10,}  {m:10,}" for split, n, m in [*sizes, ("all", images, captions)]]
     if counts:
-        lines += ["", "words seen at least   words    of the running words in train"]
+        lines += ["", "words seen at least   words    share of all words in train"]
         for least in MIN_COUNTS:
             kept = [n for word, n in counts.items() if n >= least and word not in Vocabulary.SPECIALS]
             lines.append(f"{least:10} times {len(kept):10,}    {sum(kept) / counts.total():7.2%}")

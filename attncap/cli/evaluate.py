@@ -32,25 +32,25 @@ log = logging.getLogger("attncap")
 class EvaluateConfig(command.CaptioningConfig):
     model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Folder of a trained model; needs --data.
-    Several (--model A --model B) are an ensemble: the probabilities of the words are averaged."""
+    Several (--model A --model B) form an ensemble: their word probabilities are averaged."""
     predictions: str | None = None
-    """File of captions to score instead of a model's; needs --data or --references.
-    Its format is that of COCO's results: [{"image_id": 1, "caption": "..."}, ...]."""
+    """File of captions to score instead of those of a model; needs --data or --references.
+    It has COCO's results format: [{"image_id": 1, "caption": "..."}, ...]."""
     data: str | None = None
     """shapes, or the path of a data set (see `attncap train --help`)."""
     split: str = "test"
     """Part of the data set to score: train, val or test."""
     references: str | None = None
-    """COCO's caption JSON with the references of the same image ids, instead of --data."""
+    """COCO caption file (JSON) with references for the same image ids, instead of --data."""
     compare: str | None = None
-    """File of another system's captions of the same images, in COCO's results format; also show the differences."""
+    """Also show the differences from another system: its captions of the same images, in COCO's results format."""
     output: str | None = None
-    """Also write the metrics to this JSON file, NAME.json, and other results to files beside it.
+    """Also write the metrics to this JSON file, NAME.json, and other results to files next to it.
     NAME.results.json: a model's captions. NAME.images.jsonl: the metrics of each image.
     NAME.report.json and NAME.report.md: the tables. NAME.html: the images with their captions, from worst to best."""
     seed: int | None = None
-    """Random seed of shapes, and of the splits where the data set has none.
-    By default the one the model was trained with."""
+    """Random seed for generating shapes, and for the splits if the data set has none.
+    By default, the seed that the model was trained with."""
 
 
 def run(prog: str, arguments: Sequence[str]) -> None:
@@ -82,7 +82,7 @@ def main(config: EvaluateConfig) -> None:
         evaluation.check_predictions(config.predictions, captions, references, config.references or config.data)
     if others:
         evaluation.check_comparison(config.compare, others, captions or references)
-    unavailable = java.unavailable()  # said before the work, not after it
+    unavailable = java.unavailable()  # reported before the work, not after it
     for name, reason in unavailable.items():
         log.warning("%s skipped: %s", name, reason)
     java_metrics = [name for name in java.NAMES if name not in unavailable]
@@ -114,7 +114,7 @@ def main(config: EvaluateConfig) -> None:
 
 
 def check(config: EvaluateConfig) -> None:
-    """Raises CallError for flags that do not go together."""
+    """Raises CallError for flags that cannot be used together."""
     for name in ("predictions", "data", "references", "compare", "output"):
         if getattr(config, name) == "":
             raise CallError(f"--{name} is empty; give a path, or leave it out")

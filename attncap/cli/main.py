@@ -35,7 +35,7 @@ COMPLETION_FLAGS = ("--tyro-print-completion", "--tyro-write-completion")
 
 
 def main() -> None:
-    """Run `attncap COMMAND OPTIONS`. Importing torch, which takes seconds, is left to the commands that need it."""
+    """Run `attncap COMMAND OPTIONS`. Only the commands that need torch import it, which takes seconds."""
     name, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     if name in ("-h", "--help"):
         lines = [f"  {command:10}{text}" for command, text in COMMANDS.items()]
@@ -49,7 +49,7 @@ def main() -> None:
     elif name not in COMMANDS:
         fail(f"no command {name!r}; choose one of {', '.join(COMMANDS)}")
     elif arguments and arguments[0] in COMPLETION_FLAGS:
-        complete(arguments)  # a shell has one script per program, so it is that of all commands
+        complete(arguments)  # a shell has one script per program, so it covers all commands
     else:
         importlib.import_module(f"attncap.cli.{name}").run(f"attncap {name}", arguments)
 

@@ -1,8 +1,8 @@
 """Train a captioner on your photographs and their captions, or on the synthetic data set shapes.
 
 After each epoch the model captions the validation images freely (no teacher forcing), and is kept if it is the best so
-far; at the end the best one captions the test images. Ctrl-C and SIGTERM stop a run at the next step, and --resume
-continues it. Several GPUs share every batch: torchrun --nproc-per-node 8 -m attncap.train ...
+far; at the end, the best model captions the test images. Ctrl-C and SIGTERM stop a run after the current step, and
+--resume continues it. To share every batch among several GPUs: torchrun --nproc-per-node 8 -m attncap.train ...
 """
 
 import argparse
@@ -22,7 +22,7 @@ def run(prog: str, arguments: Sequence[str]) -> None:
 
 
 def defaults(arguments: Sequence[str]) -> TrainConfig:
-    """The settings of the recipe that is asked for, which the flags then change."""
+    """The settings of the requested recipe, which the flags then change."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--data", default="shapes")
     early.add_argument("--recipe")
@@ -48,7 +48,7 @@ def main(prog: str, arguments: Sequence[str], config: TrainConfig) -> None:
 
 
 def given_settings(arguments: Sequence[str]) -> set[str]:
-    """The settings that the flags name, e.g. optimizer.learning_rate, also those that only repeat the recipe."""
+    """The settings named by flags, e.g. optimizer.learning_rate, including those that only repeat the recipe."""
     paths = setting_paths()
     flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     names = [flag.removeprefix("--").replace("-", "_") for flag in flags]

@@ -1,4 +1,5 @@
-"""What a data set is: images with captions, split into train, val and test, and the items that were left out."""
+"""What a data set is: images with captions, split into train, val and test, and a record of the items that were left
+out."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ log = logging.getLogger("attncap")
 
 
 class CaptionedImage(Protocol):
-    """An image of a data set and its captions. Anything with these members can be trained on, captioned and scored."""
+    """An image of a data set and its captions. Anything that has these members can be used for training, captioned and
+    scored."""
 
     @property
     def name(self) -> str:
@@ -35,10 +37,10 @@ class CaptionedImage(Protocol):
 
     @property
     def scene(self) -> Scene | None:
-        """The objects in the image, where a data set knows them exactly, as `shapes` does; None for photographs."""
+        """The objects in the image, if the data set knows them exactly, as `shapes` does; None for photographs."""
 
     def image(self) -> Image.Image:
-        """RGB and upright. Raises ImageError where the image cannot be read."""
+        """The image, in RGB and upright. Raises ImageError if it cannot be read."""
 
     def identity(self) -> str:
         """A key for caches: two images with the same key have the same pixels."""
@@ -60,7 +62,7 @@ class Example:
         return open_image(self.path)
 
     def identity(self) -> str:
-        """The file's path, size and modification time; the path alone where there is no such file."""
+        """The file's path, size and modification time; only the path if there is no such file."""
         path = os.path.abspath(self.path)
         try:
             status = os.stat(path)
@@ -93,10 +95,10 @@ class Dataset:
 
 
 def report_skipped(skipped: Iterable[Skipped], seen: set[tuple[str, str]] | None = None) -> None:
-    """Warn of what was left out, one line per item; more than MAX_WARNINGS items with one reason share a line.
+    """Warn about what was left out, one line per item; more than MAX_WARNINGS items with the same reason share a line.
 
-    A loop that meets the same items again and again passes a set of its own as `seen`: items in it are not reported,
-    and those that are reported are added.
+    A loop that meets the same items repeatedly passes a set of its own as `seen`: items in it are not reported, and
+    reported items are added to it.
     """
     names: dict[str, list[str]] = {}
     for item in skipped:
@@ -111,11 +113,11 @@ def report_skipped(skipped: Iterable[Skipped], seen: set[tuple[str, str]] | None
 
 
 def first_of(names: Sequence[object]) -> str:
-    """The first three names and the number of the others, on one line."""
+    """The first three names and how many more there are, on one line."""
     first = ", ".join(map(one_line, names[:3]))
     return first if len(names) <= 3 else f"{first} and {len(names) - 3:,} more"
 
 
 def one_line(name: object) -> str:
-    """Names come from files and may contain anything."""
+    """A name on one line, cut to 300 characters: names come from files and may contain anything."""
     return " ".join(str(name).split())[:300]

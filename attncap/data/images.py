@@ -33,16 +33,16 @@ class ImageError(UserError):
 
 
 def open_image(source: str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray) -> Image.Image:
-    """A new image in RGB, 8 bits per channel, turned upright as its EXIF orientation says.
+    """A new image in RGB, 8 bits per channel, turned upright according to its EXIF orientation.
 
     `source` is the path of an image file, its bytes, a binary file object, a Pillow image, or an array, uint8 [H,W,3]
-    (RGB), [H,W,4] (RGBA) or [H,W] (grey). Of an animation the first frame is taken.
+    (RGB), [H,W,4] (RGBA) or [H,W] (grey). For an animation, the first frame is used.
 
-    Raises ImageError, one line with the file and the reason, when the file is missing, empty, cut short, not an image,
-    or larger than Pillow's MAX_IMAGE_PIXELS; CallError for anything else that is given as an image.
+    Raises ImageError, with the file and the reason on one line, when the file is missing, empty, cut short, not an
+    image, or larger than Pillow's MAX_IMAGE_PIXELS; raises CallError for anything else that is passed as an image.
 
-    Several threads may call this at once: it changes no global state. So it does not silence Pillow's warnings about
-    odd metadata either.
+    Several threads may call this at once, because it changes no global state. For the same reason it does not silence
+    Pillow's warnings about odd metadata.
     """
     if isinstance(source, np.ndarray):
         return to_rgb(_from_array(source))
@@ -52,7 +52,7 @@ def open_image(source: str | os.PathLike | bytes | BinaryIO | Image.Image | np.n
             return _upright_rgb(source)
         file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
         with Image.open(file, formats=FORMATS) as image:
-            # Pillow itself warns above its limit, and refuses only what is twice as large.
+            # Pillow itself only warns above its limit, and refuses an image only if it is twice as large.
             if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError
             return _upright_rgb(image)
@@ -81,7 +81,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def _name(source: object) -> str:
-    """What error messages call the image. Raises CallError for what cannot be an image."""
+    """The name of the image in error messages. Raises CallError for anything that cannot be an image."""
     if isinstance(source, str | os.PathLike):
         return str(source)
     if isinstance(source, bytes | bytearray | memoryview):
@@ -99,11 +99,11 @@ def _name(source: object) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any of Pillow's modes in RGB.
+    """Convert an image in any of Pillow's modes to RGB.
 
-    16-bit values are divided by 257 (65535 becomes 255), where Pillow would clip them. 32-bit integers and floats have
-    no agreed white, so their own range becomes 0 to 255. Transparent pixels become white: drawings with a transparent
-    background are made for white pages, and the colour under it is arbitrary, mostly black.
+    16-bit values are divided by 257 (65535 becomes 255), whereas Pillow would clip them. 32-bit integers and floats
+    have no agreed white, so their own range becomes 0 to 255. Transparent pixels become white: drawings with a
+    transparent background are made for white pages, and the colour of those pixels is arbitrary, mostly black.
     """
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.float32)
@@ -120,7 +120,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """The given files, and for each folder the images in it and its subfolders, sorted.
+    """The given files, and for each folder the images in it and in its subfolders, sorted.
 
     In folders, images are recognised by their suffix, in upper or lower case. Raises CallError for a path that does not
     exist and UserError for a folder that cannot be read.
@@ -142,10 +142,12 @@ def _refuse(error: OSError) -> None:
 
 
 def find_image_folder(names: Iterable[str], roots: Iterable[Path]) -> Path:
-    """The folder that has most of the files `names` (which may name subfolders), from the first of `roots` with any.
+    """The folder that has the most of the files `names` (which may include subfolders), in the first of `roots` that
+    has any.
 
-    Looked at in each root: the root itself, the folders in it that are named after images (Images, Flicker8k_Dataset,
-    flickr30k-images, ...), and such folders in those. Where there is no file anywhere, the first root's best guess.
+    In each root, the candidates are the root itself, the folders in it that are named after images (Images,
+    Flicker8k_Dataset, flickr30k-images, ...), and such folders in those. If none of the files exist, it is the first
+    root's best guess.
     """
     files_in: dict[str, set[str]] = {}
     for name in names:
@@ -167,8 +169,8 @@ def find_image_folder(names: Iterable[str], roots: Iterable[Path]) -> Path:
 
 
 def image_roots(path: Path, source: Path) -> list[Path]:
-    """Where to look for the images of the file `source` of the data set at `path`: beside the file, then in the data
-    set's folder, never outside of it. Where `path` is the file itself, that folder may be one level up."""
+    """Where to look for the images of the file `source` of the data set at `path`: next to the file, then in the data
+    set's folder, never outside it. If `path` is the file itself, that folder may be one level up."""
     return [source.parent, path if path.is_dir() else source.parent.parent]
 
 
@@ -177,7 +179,7 @@ def _image_folders(root: Path) -> list[Path]:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted; [] where it cannot be read."""
+    """The folders in a folder, sorted; [] if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return sorted(folder / entry.name for entry in entries if _is_folder(entry))
@@ -193,7 +195,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def file_names(folder: Path) -> set[str]:
-    """The names in a folder; none where there is no such folder. Raises OSError when it cannot be read."""
+    """The names in a folder; empty if there is no such folder. Raises OSError when it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries}

@@ -45,7 +45,7 @@ class Pictures(Dataset):
 
 
 class AugmentedPictures(Pictures):
-    """For training: a random part of each image (60 to 100 % of its area), mirrored half of the time. The draw depends
+    """For training: a random part of each image (60 to 100% of its area), mirrored half of the time. The draw depends
     only on the seed, the epoch and the image's index, not on the process that reads it or on what was read before."""
 
     def __init__(self, examples: Sequence[CaptionedImage], size: int, seed: int, epoch: int):

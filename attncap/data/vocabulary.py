@@ -16,7 +16,7 @@ from attncap.files import write_atomically
 class Vocabulary:
     """Words by id: `words[id]`. Ids 0 to 3 are `<pad>`, `<start>`, `<end>` and `<unk>`.
 
-    In a vocabulary of subwords (see `data/subwords.py`) the words are pieces of words.
+    In a vocabulary of subwords (see `data/subwords.py`), the words are pieces of words.
     """
 
     PAD, START, END, UNK = range(4)
@@ -28,14 +28,15 @@ class Vocabulary:
         self.words = list(words)
         self.merges = merges
         self._ids = {word: i for i, word in enumerate(self.words)}
-        self._bpe: subwords.BpeEncoder | None = None  # made when it is needed: it takes the tokenizers library
+        self._bpe: subwords.BpeEncoder | None = None  # made when it is needed, because it needs the tokenizers library
 
     @classmethod
     def build(cls, captions: Iterable[str], min_count: int, pieces: int = 0) -> Vocabulary:
-        """The words seen at least `min_count` times, by decreasing count, equal counts in alphabetical order.
+        """The words seen at least `min_count` times, by decreasing count; words with equal counts are in alphabetical
+        order.
 
-        With `pieces` above 0, at most `pieces` subwords: the characters, and merges of pairs of pieces seen at least
-        `min_count` times. Raises CallError where the `tokenizers` library is missing.
+        With `pieces` above 0, at most `pieces` subwords instead: the characters, and merges of pairs of pieces seen at
+        least `min_count` times. Raises CallError if the `tokenizers` library is missing.
         """
         counts = Counter(word for caption in captions for word in tokenize(caption))
         for word in cls.SPECIALS:  # captions may contain them: mark-up is a word
@@ -51,12 +52,12 @@ class Vocabulary:
 
     def encode(self, caption: str, max_length: int) -> list[int]:
         """`<start>`, the ids of the first `max_length` words or pieces, `<end>`. Raises CallError for a vocabulary of
-        subwords where the `tokenizers` library is missing."""
+        subwords if the `tokenizers` library is missing."""
         return [self.START, *self._encode(tokenize(caption))[:max_length], self.END]
 
     def tokens(self, text: str) -> list[int]:
         """Ids of the words or pieces of a text, without `<start>` and `<end>`. Raises CallError for a word that is not
-        in the vocabulary, and as `encode` does."""
+        in the vocabulary, and in the same case as `encode`."""
         tokens = []
         for word in tokenize(text):
             ids = self._encode([word])
@@ -87,8 +88,8 @@ class Vocabulary:
         return " ".join(words if self.merges is None else subwords.spell(words))
 
     def suppress(self, words: Iterable[str]) -> list[int]:
-        """Ids of words, or pieces, that captions must not have. Raises CallError for `<end>`, which captions need, and
-        for words that are not in the vocabulary."""
+        """Ids of words, or pieces, that captions must not contain. Raises CallError for `<end>`, which captions need,
+        and for words that are not in the vocabulary."""
         ids = []
         for word in words:
             if word == self.words[self.END]:
@@ -101,13 +102,13 @@ class Vocabulary:
         return ids
 
     def save(self, path: str | Path) -> None:
-        """Write `{"words": [...]}`, one word per line in the order of ids, and for subwords "merges" too. Raises
-        UserError."""
+        """Write `{"words": [...]}`, one word per line in the order of ids, and for subwords also "merges". Raises
+        UserError when the file cannot be written."""
         content = {"words": self.words}
         if self.merges is not None:
             content["merges"] = list(self.merges)
         text = json.dumps(content, ensure_ascii=False, indent=0) + "\n"
-        write_atomically(path, text.encode("utf-8", "backslashreplace"))  # lone surrogates as JSON escapes
+        write_atomically(path, text.encode("utf-8", "backslashreplace"))  # unpaired surrogates become JSON escapes
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:

@@ -23,26 +23,26 @@ BLEU = [f"BLEU-{n}" for n in range(1, 5)]
 
 @dataclass
 class Scores:
-    """The scores of I images with one caption each, kept per image so that corpora can be resampled."""
+    """The scores of I images with one caption each, kept by image so that corpora can be resampled."""
 
     images: list[str]
     statistics: ndarray
     """The counts from which BLEU is computed, [I,4,4], see `bleu_statistics`."""
     by_image: dict[str, ndarray]
-    """The metrics whose corpus score is the mean over the images, [I] each."""
+    """The metrics whose score for the corpus is the mean over the images, [I] each."""
     meteor: ndarray | None = None
     """The counts from which METEOR is computed, [I,23], see `meteor_statistics`; None without METEOR."""
     skipped: dict[str, str] = field(default_factory=dict)
     """The reason for each metric that was requested and failed."""
 
     def corpus(self) -> dict[str, float]:
-        """The metrics of the whole corpus. BLEU and METEOR come from the sums of their counts, the others are means
-        over the images."""
+        """The metrics of the whole corpus. BLEU and METEOR are computed from the sums of their counts; the others are
+        means over the images."""
         return {name: float(value) for name, [value] in self.resampled(np.ones((1, len(self.images)))).items()}
 
     def resampled(self, counts: ndarray) -> dict[str, ndarray]:
-        """The metrics, [S] each, of S corpora in which image i occurs counts[s,i] times. CIDEr keeps the document
-        frequencies of the original corpus."""
+        """The metrics, [S] each, of S corpora, where corpus s contains image i counts[s,i] times. CIDEr keeps the
+        document frequencies of the original corpus."""
         means = {name: counts @ values / counts.sum(1) for name, values in self.by_image.items()}
         return {**self._from_statistics(lambda statistics: np.tensordot(counts, statistics.astype(float), 1)), **means}
 

@@ -21,13 +21,13 @@ class Difference:
     """A metric of one system minus that of another."""
 
     value: float
-    low: float  # of the 95 % interval
+    low: float  # of the 95% interval
     high: float
     share_above_zero: float  # the share of resamples in which the first system is better
 
 
 def intervals(scores: Scores, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """The 95 % interval of each metric: the 2.5 and 97.5 percentiles over resampled corpora, which have the same number
+    """The 95% interval of each metric: the 2.5 and 97.5 percentiles over resampled corpora, which have the same number
     of images, drawn with replacement. The caption and the references of an image stay together."""
     [resampled] = _resample([scores], seed)
     return {name: tuple(np.percentile(values, [2.5, 97.5]).tolist()) for name, values in resampled.items()}

@@ -20,7 +20,7 @@ from attncap.errors import CallError
 from attncap.models.attention import SoftAttention
 
 State = Any
-"""A NamedTuple of tensors that only its decoder understands. Everyone else stores it and passes it on."""
+"""A NamedTuple of tensors that only its decoder understands. All other code just stores it and passes it on."""
 
 
 class Decoder(Protocol):
@@ -38,9 +38,9 @@ class Decoder(Protocol):
     def step(self, state: State, parents: Tensor, tokens: Tensor) -> tuple[State, Tensor, Tensor]:
         """Continue rows `parents` (int64 [N]) of the state with the words `tokens` (int64 [N], <start> at first).
 
-        Rows may be continued several times or not at all, but stay in the order of the images, with as many for each
-        image. Returns the state of the N new rows, logits [N,V] of the words that follow, and attention [N,P], where
-        each row looked to predict them."""
+        Rows may be continued several times or not at all, but they stay in the order of the images, with the same
+        number for each image. Returns the state of the N new rows, logits [N,V] of the words that follow, and attention
+        [N,P]: where each row looked to predict them."""
 
     def select(self, state: State, images: Tensor) -> State:
         """The state of the images with indices `images` (int64, or bool [B])."""
@@ -65,7 +65,7 @@ class LSTMDecoder(nn.Module):
         vocabulary_size: V.
         backend: "native" or "torch"; CallError for anything else.
 
-    `version` counts the events that announce new weights: `train`, `load_state_dict`, `to` and its relatives. It lets
+    `version` counts the events that may mean new weights: `train`, `load_state_dict`, `to` and similar methods. It lets
     the owner of a prepared decoder notice that it is outdated.
     """
 
@@ -93,13 +93,14 @@ class LSTMDecoder(nn.Module):
         self.register_load_state_dict_post_hook(_count_change)
 
     def start(self, features: Tensor) -> LSTMState:
-        """See `Decoder`. Raises ValueError for features of another shape."""
-        features = check_features(features, self.feature_size).to(self.word_output.weight.dtype)
+        """See `Decoder`. Raises ValueError for features of any other shape."""
+        check_features(features, self.feature_size)
+        features = features.to(self.word_output.weight.dtype)
         mean = features.mean(dim=1)
         return LSTMState(features, self.attention.key(features), self.initial_h(mean), self.initial_c(mean))
 
     def step(self, state: LSTMState, parents: Tensor, tokens: Tensor) -> tuple[LSTMState, Tensor, Tensor]:
-        """See `Decoder`. Without dropout, in training too."""
+        """See `Decoder`. Applies no dropout, even in training."""
         state, output, weights = self._step(state, parents, tokens)
         return state, self.word_output(output), weights
 
@@ -111,17 +112,19 @@ class LSTMDecoder(nn.Module):
 
     def output(self, embedded: Tensor, h: Tensor, context: Tensor) -> Tensor:
         """What `word_output` turns into logits: [N,E] by equation 7, or [N,H] for the plain output layer."""
-        return embedded + self.hidden_output(h) + self.context_output(context) if self.deep else h
+        if not self.deep:
+            return h
+        return embedded + self.hidden_output(h) + self.context_output(context)
 
     def select(self, state: LSTMState, images: Tensor) -> LSTMState:
         """See `Decoder`."""
-        return select(state, images)
+        return select_images(state, images)
 
     def forward(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Teacher forcing: predict every next word from the true words before it.
+        """Teacher forcing: predict each word from the true words before it.
 
         features [B,P,D]; tokens int64 [N,T], the words that are fed, <start> first; the N / B rows of an image are next
-        to each other -> logits [N,T,V] of the words that follow, attention [N,T,P]. Raises ValueError for other
+        to each other -> logits [N,T,V] of the words that follow, attention [N,T,P]. Raises ValueError for any other
         shapes."""
         check_rows(tokens, features)
         if self.backend == "native":
@@ -140,8 +143,8 @@ class LSTMDecoder(nn.Module):
         return torch.stack(logits, dim=1), torch.stack(attention, dim=1)
 
     def for_inference(self, table: bool = True) -> Decoder:
-        """A decoder with the same results and its weights laid out for speed. It keeps the weights of this moment: make
-        a new one when they have changed. (With backend "torch" it is this decoder itself.)
+        """A decoder with the same results and its weights laid out for speed. It keeps the weights as they are now:
+        make a new one when they have changed. (With backend "torch" it is this decoder itself.)
 
         `table=False` skips a table over the whole vocabulary, which does not pay for itself when fewer words are
         written than the vocabulary has.
@@ -161,26 +164,25 @@ class LSTMDecoder(nn.Module):
         return super()._apply(*arguments, **options)
 
 
-def select(state: LSTMState, images: Tensor) -> LSTMState:
+def select_images(state: LSTMState, images: Tensor) -> LSTMState:
     """The state of some of its images."""
     rows = (x.unflatten(0, (len(state.features), -1))[images].flatten(0, 1) for x in (state.h, state.c))
     return LSTMState(state.features[images], state.keys[images], *rows)
 
 
-def check_features(features: Tensor, feature_size: int) -> Tensor:
-    """The features. Raises ValueError unless they are [B,P,D] with D = feature_size and at least one cell."""
+def check_features(features: Tensor, feature_size: int) -> None:
+    """Raises ValueError unless the features are [B,P,D] with D = feature_size and at least one cell."""
     if features.dim() != 3 or features.shape[1] == 0 or features.shape[2] != feature_size:
         raise ValueError(
             f"the decoder takes features [B, P, {feature_size}] of at least one cell, not {list(features.shape)}"
         )
-    return features
 
 
 def check_rows(tokens: Tensor, features: Tensor) -> None:
-    """Raises ValueError unless tokens [N,T] have at least one word, and as many rows for each of the images."""
+    """Raises ValueError unless tokens [N,T] have at least one word, and the same number of rows for each image."""
     B = len(features)
     if tokens.dim() != 2 or 0 in tokens.shape or B == 0 or len(tokens) % B:
-        raise ValueError(f"tokens of shape {list(tokens.shape)} for {B} images; each image needs as many rows [T]")
+        raise ValueError(f"tokens of shape {list(tokens.shape)} for {B} images; each image needs equally many rows [T]")
 
 
 def _rename_old_weights(decoder: LSTMDecoder, state: dict, prefix: str, *_) -> None:

@@ -28,12 +28,12 @@ class Encoder(nn.Module):
         layer: the module of the backbone whose output is the grid, by its name in torchvision. None selects the last
             one before the pooling; `self.layer` is then its name. For VGG16, `features.29` is the 14x14x512 grid of
             Xu et al. 2015, section 3.1.1.
-        grid: cells on a side after adaptive average pooling, or None for the backbone's own grid.
+        grid: cells along each side after adaptive average pooling, or None for the backbone's own grid.
         weights: "default" (torchvision's best ImageNet weights, downloaded once), "none" (random), or the path of a
             state dict of the whole backbone (.pth or .safetensors).
 
-    Raises CallError for an unknown backbone or an unsuitable layer, UserError for weights that cannot be obtained or
-    do not fit.
+    Raises CallError for an unknown backbone or an unsuitable layer, and UserError for weights that cannot be obtained
+    or do not fit.
     """
 
     def __init__(self, name: str, layer: str | None = None, grid: int | None = None, weights: str = "none"):
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
         return features.flatten(2).transpose(1, 2).contiguous()
 
     def grid_shape(self, image_size: int) -> tuple[int, int]:
-        """(P, D) for images of that side. Raises CallError when they are too small for the backbone."""
+        """(P, D) for images with this side length. Raises CallError when they are too small for the backbone."""
         images = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device="meta")
         try:
             _, cells, channels = _without_data(self)(images).shape
@@ -74,7 +74,7 @@ class Encoder(nn.Module):
 
     def fine_tune(self, first: str) -> None:
         """Make the backbone trainable from the layer `first` on, in the order in which the layers run, and nothing
-        before it; "all" is the whole backbone, "none" nothing. Raises CallError if no parameter is in that layer."""
+        before it; "all" means the whole backbone, "none" nothing. Raises CallError if no parameter is in that layer."""
         names = [name for name, _ in self.backbone.named_parameters()]
         if first in ("all", "none"):
             start = 0 if first == "all" else len(names)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attncap import ops
-from attncap.models.decoder import LSTMDecoder, LSTMState, check_features, check_rows, select
+from attncap.models.decoder import LSTMDecoder, LSTMState, check_features, check_rows, select_images
 from attncap.ops.linear import fixed_linear, linear
 
 
@@ -49,6 +49,11 @@ def teacher_forcing(decoder: LSTMDecoder, features: Tensor, tokens: Tensor, leng
     longest row of each image. Where images do not come sorted by it, longest first, their features are copied."""
     device, N, B = features.device, len(tokens), len(features)
     K = N // B
+    if not torch.is_autocast_enabled(device.type):
+        features = features.to(decoder.word_output.weight.dtype)
+    # For example lengths [1, 2] and [3, 1] of B = 2 images with K = 2 rows: the second image is sorted to the front,
+    # batch_sizes is [2, 2, 1], and the M = 10 words are those of rows 2, 3, 0, 1, then of 2, 3, 0, 1, then of 2, 3. The
+    # `predicted` ones are those within their row's length: 7 of the 10.
     longest, order = lengths.view(B, K).amax(dim=1).sort(descending=True, stable=True)
     batch_sizes = [int((longest > t).sum()) for t in range(longest[0])]  # images in each step
     if not order.equal(torch.arange(B)):
@@ -112,8 +117,8 @@ class InferenceDecoder:
             torch.cat([decoder.initial_h.bias, decoder.initial_c.bias]),
         )
         self.hidden = fixed_linear(*hidden_projection(decoder))
-        self.hidden_output = None
-        if decoder.deep:
+        self.deep = decoder.deep
+        if self.deep:
             context_weight = torch.cat([context_weight, decoder.context_output.weight])
             self.hidden_output = fixed_linear(decoder.hidden_output.weight, decoder.hidden_output.bias)
         self.context = fixed_linear(context_weight.contiguous(), None)
@@ -123,7 +128,8 @@ class InferenceDecoder:
         self.word_output = fixed_linear(decoder.word_output.weight, decoder.word_output.bias)
 
     def start(self, features: Tensor) -> LSTMState:
-        features = check_features(features, self.feature_size).to(self.score_weight.dtype)
+        check_features(features, self.feature_size)
+        features = features.to(self.score_weight.dtype)
         h, c = self.initial(features.mean(dim=1)).chunk(2, dim=1)
         return LSTMState(features, self.key(features), h, c)
 
@@ -137,16 +143,16 @@ class InferenceDecoder:
             table = self._word_part(self.embedding[tokens])
             entries = torch.arange(len(tokens), device=tokens.device)
         h, c, output = ops.lstm_step(recurrent, self.context(context), table, state.c, parents, entries)
-        if self.hidden_output is None:
-            output = h
-        else:
+        if self.deep:
             output += self.hidden_output(h)
+        else:
+            output = h
         return state._replace(h=h, c=c), self.word_output(output), weights[parents]
 
     def select(self, state: LSTMState, images: Tensor) -> LSTMState:
-        return select(state, images)
+        return select_images(state, images)
 
     def _word_part(self, embedded: Tensor) -> Tensor:
         """embedded [M,E] -> [M,4H+E]: a word's part of the LSTM's gates and of the deep output layer (else [M,4H])."""
         part = self.word(embedded)
-        return part if self.hidden_output is None else torch.cat([part, embedded], dim=1)
+        return torch.cat([part, embedded], dim=1) if self.deep else part

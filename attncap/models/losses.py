@@ -13,7 +13,7 @@ from attncap.ops.library import accumulate_dtype
 
 
 class CaptionLosses(NamedTuple):
-    """The terms of the loss, Xu et al. 2015, equation 14, as sums: the caller knows what to divide them by."""
+    """The terms of the loss, Xu et al. 2015, equation 14, as sums: it is up to the caller what to divide them by."""
 
     words: Tensor
     """Cross entropy, summed over all words that are not <pad>."""
@@ -31,23 +31,23 @@ def caption_losses(
     label_smoothing: float = 0.0,
     row_weights: Tensor | None = None,
 ) -> CaptionLosses:
-    """The losses of predicting `targets` from the words before them, without logits of all words at once where the
-    backend is native.
+    """The losses of predicting `targets` from the words before them. With the native backend, the logits of all words
+    are never computed at once.
 
     Args:
         features: [B,P,D].
         tokens: int64 [N,T], the words that are fed; N / B rows for each image, next to each other.
-        targets: int64 [N,T], the words that follow; <pad> does not count, and only <pad> follows it. On the CPU this
-            is fastest, since the lengths are needed there.
+        targets: int64 [N,T], the words that follow; <pad> does not count, and only <pad> follows it. Targets on the CPU
+            are fastest, since the lengths are needed there.
         label_smoothing: share of a word's target that is spread over the whole vocabulary.
-        row_weights: [N], factors of the rows' cross entropies.
+        row_weights: [N], factors by which the rows' cross entropies are multiplied.
 
-    Raises ValueError for other shapes, or where every target is <pad>.
+    Raises ValueError for any other shapes, or if every target is <pad>.
     """
     check_rows(tokens, features)
     lengths = (targets != Vocabulary.PAD).sum(dim=1).cpu()
     if targets.shape != tokens.shape or not lengths.any():
-        raise ValueError(f"targets of shape {list(targets.shape)}: must be those of tokens, with at least one word")
+        raise ValueError(f"targets of shape {list(targets.shape)}: must be that of tokens, with at least one word")
     if decoder.backend == "torch":
         logits, attention = decoder(features, tokens.to(features.device)[:, : lengths.max()])
         return losses_of_logits(

@@ -24,7 +24,7 @@ class Hypothesis:
     """A caption as the search found it."""
 
     tokens: list[int]  # without <start> and <end>
-    score: float  # sum of the log-probabilities of its words, and of <end> where it was reached, minus diversity's
+    score: float  # sum of the log-probabilities of its words, and of <end> if it was reached, minus diversity penalties
     attention: Tensor | None  # float32 [len(tokens),P], on the CPU
 
 
@@ -43,32 +43,33 @@ def beam_search(
     """The best captions of each image.
 
     A step takes every beam one word further. Its candidates are all words of all beams, ranked by the sum of their
-    log-probabilities. <pad> and <start> are never written. Of equal scores the lower beam, then the lower word comes
-    first.
+    log-probabilities. <pad> and <start> are never written. Among equal scores, the lower beam comes first, then the
+    lower word.
 
-    "shrink" is Show, Attend and Tell's own search: a candidate of <end> among the best is taken out as a hypothesis and
-    the width shrinks by one; an image is finished when no beam is left. "fixed" keeps K beams going beside the K best
-    hypotheses, until no beam can improve on the worst of these. Either way hypotheses are compared by score over length
-    penalty. Live beams follow, in the order of their scores, only where fewer than `n_best` have ended. "sample" draws
-    K captions independently, each word from the distribution that temperature, then top_k, then top_p leave; a score is
-    the sum of the log-probabilities before top_k and top_p.
+    "shrink" is Show, Attend and Tell's own search: a candidate with <end> that is among the best becomes a hypothesis,
+    and the width shrinks by one; an image is finished when no beam is left. "fixed" keeps K beams going alongside the K
+    best hypotheses, until no beam can improve on the worst of these. Either way, hypotheses are compared by their score
+    divided by the length penalty. Only if fewer than `n_best` have ended do live beams follow, in the order of their
+    scores. "sample" draws K captions independently, each word from the distribution that temperature, then top_k, then
+    top_p leave; a score is the sum of the log-probabilities before top_k and top_p are applied.
 
     Args:
-        decoders: one, or several of one vocabulary, whose probabilities are averaged (an ensemble). A decoder made by
-            `for_inference` is faster than the model itself.
-        features: [B,P,D] for each decoder. The search runs in the decoder's dtype, under autocast too. Captions depend
-            neither on an image's batch nor on its position in it, apart from the rounding of matrix products of other
-            sizes.
-        processors: rules for the words, beside those that `config` contains.
-        seeds: of each image, at least 0, for sampling; 0, 1, 2, ... by default.
+        decoders: one decoder, or several with the same vocabulary, whose probabilities are averaged (an ensemble). A
+            decoder made by `for_inference` is faster than the model itself.
+        features: [B,P,D] for each decoder. The search runs in the decoder's dtype, even under autocast. Captions depend
+            neither on an image's batch nor on its position in it, apart from the rounding of matrix products, whose
+            sizes differ.
+        processors: rules for the words, in addition to those that `config` contains.
+        seeds: for sampling, the seed of each image, at least 0; by default 0, 1, 2, ...
         backend: of beam_search_step, "native" or "torch".
-        graphs: keeps what is captured on CUDA, for the next search of the same decoder. Without it, and in ensembles,
-            sampling, and searches with processors of your own, no CUDA graphs are used.
-        attention: whether hypotheses get their attention.
+        graphs: keeps what is captured on CUDA for the next search with the same decoder. Without it, and for ensembles,
+            sampling, and searches with processors other than `SuppressTokens` and `ForcedPrefix`, no CUDA graphs are
+            used.
+        attention: whether hypotheses include their attention.
 
     Returns:
-        For each image its `n_best` hypotheses (fewer where there are no more), best first. Where no word was allowed,
-        an empty one with score -inf.
+        For each image its `n_best` hypotheses (fewer where there are no more), best first. If no word was allowed, an
+        empty one with score -inf.
 
     Raises:
         ValueError: features, suppressed words or seeds that do not fit, or ensemble members that differ in their
@@ -82,7 +83,7 @@ def beam_search(
     if B == 0:
         return []
     with torch.autocast(device.type, enabled=False), contextlib.ExitStack() as held:
-        if graphs and device.type == "cuda" and len(decoders) == 1 and _can_be_captured(config, processors):
+        if graphs is not None and device.type == "cuda" and len(decoders) == 1 and _can_be_captured(config, processors):
             held.enter_context(torch.cuda.device(device))
             held.enter_context(graphs.lock)
             steps, beams = graphs.of(decoders[0], config, processors, features[0], backend).run(features[0])
@@ -175,7 +176,7 @@ def _trace_back(
 
 
 def _gather_attention(steps: list[Tensor], rows: np.ndarray, lengths: np.ndarray) -> Sequence[Tensor]:
-    """The attention of C captions of so many words, float32 [length,P] on the CPU, from rows [C,T] of the steps."""
+    """The attention of C captions of these lengths, float32 [length,P] on the CPU, from rows [C,T] of the steps."""
     is_word = np.arange(len(steps))[:, None] < lengths  # [T,C]
     of_steps = torch.from_numpy(rows.T[is_word]).to(steps[0].device).split(is_word.sum(axis=1).tolist())
     by_step = torch.cat([step[chosen] for step, chosen in zip(steps, of_steps, strict=True)])

@@ -79,7 +79,7 @@ class Search:
                     self.forced |= {t: words != token for t, token in enumerate(tokens)}
                 case _:
                     self.others.append(rule)
-        self.suppressed[Vocabulary.END] = False
+        self.suppressed[Vocabulary.END] = False  # when a caption may end is min_length's business
         self.keeps_history = bool(self.ngrams or self.others)
 
     def start(self, features: Sequence[Tensor], seeds: Sequence[int] = ()) -> Beams:
@@ -87,7 +87,9 @@ class Search:
         config, B, device = self.config, len(features[0]), features[0].device
         rows = config.beam_size if config.method == "sample" else config.groups
         if config.method == "sample":
-            seeds = [(config.sample_seed, seed) for _, seed in zip(range(B), seeds, strict=True)]
+            if len(seeds) != B:
+                raise ValueError(f"{len(seeds)} seeds for {B} images")
+            seeds = [(config.sample_seed, seed) for seed in seeds]
             self.uniform = uniform_numbers(seeds, config.max_length, rows).to(device)
         images = torch.arange(B, device=device)
         float32 = dict(dtype=torch.float32, device=device)
@@ -111,17 +113,27 @@ class Search:
         states, logits, attention = zip(*stepped, strict=True)
         logits = logits[0] if len(logits) == 1 else mean_probability(logits)
         logits = logits.float() if logits.dtype == torch.float64 else logits
-        chosen = (self.sample if self.config.method == "sample" else self.choose)(logits, beams, t)
+        if self.config.method == "sample":
+            chosen = self.sample(logits, beams, t)
+        else:
+            chosen = self.choose(logits, beams, t)
         history = beams.history
         if self.keeps_history:
             history = torch.cat([history[chosen.parents.flatten()], chosen.tokens.view(-1, 1)], dim=1)
-        if not self.with_attention:
-            attention = None
-        else:
-            attention = attention[0] if len(attention) == 1 else torch.stack(attention).mean(dim=0)
-        step = Step(beams.images, chosen.tokens, chosen.parents, chosen.ended, attention)
-        chosen = dict(parents=chosen.parents, tokens=chosen.tokens, scores=chosen.scores, finished=chosen.finished)
-        return beams._replace(states=states, width=beams.tokens.shape[1], history=history, **chosen), step
+        mean_attention = None
+        if self.with_attention:
+            mean_attention = attention[0] if len(attention) == 1 else torch.stack(attention).mean(dim=0)
+        step = Step(beams.images, chosen.tokens, chosen.parents, chosen.ended, mean_attention)
+        beams = beams._replace(
+            states=states,
+            width=beams.tokens.shape[1],
+            parents=chosen.parents,
+            tokens=chosen.tokens,
+            scores=chosen.scores,
+            finished=chosen.finished,
+            history=history,
+        )
+        return beams, step
 
     def choose(self, logits: Tensor, beams: Beams, t: int) -> BeamSearchStep:
         """The best candidates, group by group."""
@@ -173,7 +185,9 @@ class Search:
         log_probs = (logits.float() / self.config.temperature).log_softmax(dim=1)
         for rule in self.others:
             log_probs = rule(log_probs, history)
-        # The op takes a softmax. What the rules took away goes to <pad>, so that the other words keep their values.
+        # The op takes a softmax. What the rules took away goes to <pad>, so that the other words keep their values. (If
+        # rules make the sum of the probabilities larger than 1, the softmax divides by it.)
+        log_probs = log_probs.clone()
         log_probs[:, Vocabulary.PAD] = -torch.inf
         missing = (1 - log_probs.double().exp().sum(dim=1)).clamp(min=0).log()
         log_probs[:, Vocabulary.PAD] = missing.float()

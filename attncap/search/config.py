@@ -14,38 +14,38 @@ class SearchConfig:
     beam_size: int = 5
     """Beams per image: partial captions followed at the same time. 1 is greedy search; at most 32."""
     method: Literal["shrink", "fixed", "sample"] = "shrink"
-    """shrink: a finished beam is removed, and the width shrinks (Show, Attend and Tell).
-    fixed: the width stays the same, until no beam can beat the finished captions.
+    """shrink: a finished beam is removed and the width shrinks by one (Show, Attend and Tell).
+    fixed: the width stays the same until no beam can beat the finished captions.
     sample: every beam draws its words at random."""
     max_length: int = 50
-    """Maximum number of steps; each adds a word or ends the caption."""
+    """Maximum number of steps. Each step adds a word or ends the caption."""
     min_length: int = 0
     """Minimum number of words in a caption."""
     length_penalty: Literal["none", "average"] | float = "none"
     """What a finished caption's score is divided by before captions are compared.
-    none: nothing. average: its length.
-    A number alpha: ((5 + length) / 6) ** alpha (Wu et al. 2016, equation 14). The length includes the end."""
+    none: it is not divided. average: its length.
+    A number alpha: ((5 + length) / 6) ** alpha (Wu et al. 2016, equation 14). The length includes <end>."""
     no_repeat_ngram: int = 0
     """No sequence of this many words occurs twice in a caption. 0: no limit."""
     temperature: float = 1.0
-    """The logits are divided by this; for an ensemble, the logarithms of the mean probabilities."""
+    """The logits are divided by this; in an ensemble, the logarithms of the mean probabilities are."""
     n_best: int = 1
     """Captions per image, best first. At most the beam size."""
     groups: int = 1
     """Diverse beam search: groups of beams, each discouraged from the words that earlier groups chose.
     Must divide the beam size (Vijayakumar et al. 2016)."""
     diversity: float = 0.5
-    """Diverse beam search: subtracted from a score for each earlier group's beam that chose the same word in that step.
-    It stays in the score. The end is not counted as a word, so groups may end with the same caption."""
+    """Diverse beam search: amount subtracted from a score for each beam of an earlier group that chose the same word in
+    that step. It stays in the score. <end> does not count as a word, so groups may end with the same caption."""
     top_k: int = 0
-    """sample: draw from this many of the most likely words only. 0: from all."""
+    """sample: draw only from this many of the most likely words. 0: from all words."""
     top_p: float = 1.0
     """sample: draw only from the most likely words that together have this probability."""
     sample_seed: int = 0
     """sample: random seed. What is drawn for an image depends on the seed and the image alone."""
     suppressed: tuple[str, ...] = ("<unk>",)
     """Words that never occur in a caption. "" suppresses none.
-    For a subword vocabulary, pieces as they are written in vocabulary.json."""
+    For a model with subwords, entries as they are written in its vocabulary.json."""
     prefix: str = ""
     """Words that every caption starts with."""
 

@@ -72,7 +72,7 @@ class SearchGraphs:
         return steps, self.beams[size, segment + 1]
 
     def graph(self, size: int, segment: int) -> CudaGraph:
-        """The graph of a segment for so many images; its result is the list of steps."""
+        """The graph of a segment for `size` images; its result is the list of steps."""
         if (size, segment) not in self.graphs:
             search, first = self.search, segment * SEGMENT
             count = min(SEGMENT, search.config.max_length - first)

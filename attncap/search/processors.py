@@ -1,4 +1,5 @@
-"""Rules for the words that a caption may have. Write your own as any callable like `LogitsProcessor`."""
+"""Rules for the words that a caption may contain. Your own rule can be any callable with the signature of
+`LogitsProcessor`."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from attncap.data.vocabulary import Vocabulary
 
 
 class LogitsProcessor(Protocol):
-    """A rule. It is asked before every word, for all rows (unfinished captions) at once."""
+    """A rule. It is called before every word, for all rows (unfinished captions) at once."""
 
     def __call__(self, log_probs: Tensor, history: Tensor) -> Tensor:
         """log_probs float32 [N,V] of the next word, history int64 [N,t] of the words so far (t = 0 at first; <start> is
@@ -22,7 +23,7 @@ class LogitsProcessor(Protocol):
 
 @dataclass(frozen=True)
 class SuppressTokens:
-    """Never writes these words. (<end> cannot be suppressed; see `MinLength`.)"""
+    """Forbids these words. (<end> cannot be suppressed; see `MinLength`.)"""
 
     tokens: tuple[int, ...]
 
@@ -34,7 +35,7 @@ class SuppressTokens:
 
 @dataclass(frozen=True)
 class MinLength:
-    """Does not end a caption before it has `length` words."""
+    """Keeps captions from ending before they have `length` words."""
 
     length: int
 
@@ -46,7 +47,7 @@ class MinLength:
 
 @dataclass(frozen=True)
 class NoRepeatNgram:
-    """Writes no sequence of n words twice in a caption."""
+    """Keeps any sequence of n words from occurring twice in a caption."""
 
     n: int
 
@@ -58,7 +59,7 @@ class NoRepeatNgram:
         return log_probs.scatter_add(1, banned.clamp(min=0), penalties)
 
     def banned(self, history: Tensor) -> Tensor | None:
-        """int64 [N,M], the words that would repeat an n-gram, -1 for none; None where there are no n-grams yet."""
+        """int64 [N,M], the words that would repeat an n-gram, -1 for none; None if there are no n-grams yet."""
         if history.shape[1] < self.n:
             return None
         ngrams = history.unfold(1, self.n, 1)  # [N,M,n]
@@ -68,7 +69,7 @@ class NoRepeatNgram:
 
 @dataclass(frozen=True)
 class ForcedPrefix:
-    """Starts every caption with these words."""
+    """Makes every caption start with these words."""
 
     tokens: tuple[int, ...]
 

@@ -28,10 +28,11 @@ def draw(log_probs: Tensor, uniform: Tensor, top_k: int = 0, top_p: float = 1.0)
     probabilities exceeds `uniform`.
 
     Args:
-        log_probs: [N,V], up to a constant of each row; what is -inf is not drawn. (A row of NaN gives some word.)
+        log_probs: [N,V], up to a constant for each row; words at -inf are not drawn. (For a row of NaN the word is
+            arbitrary.)
         uniform: float64 [N], in [0, 1).
-        top_k: draw from the top_k most probable words only; 0: from all.
-        top_p: then, draw from the most probable words that reach this probability together.
+        top_k: draw only from the top_k most probable words; 0: from all.
+        top_p: of these, draw only from the most probable words that together reach this probability.
 
     Returns int64 [N].
     """
@@ -58,8 +59,8 @@ def sample_captions(
 
     Args:
         features: [B,P,D].
-        seeds: of each image, see `uniform_numbers`.
-        max_length: words of a caption at most, <end> included; a caption that is cut there has no <end>.
+        seeds: one for each image, see `uniform_numbers`.
+        max_length: maximum number of words in a caption, including <end>; a caption that is cut off there has no <end>.
 
     Returns int64 [N,T], N = B K: <start>, the words, <end>, then <pad>.
     """

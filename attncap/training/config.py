@@ -1,8 +1,8 @@
-"""Settings of a training run, one dataclass for each part of it. `recipes` has a file for each kind of data.
+"""Settings of a training run, one dataclass for each part of it. `recipes` has one file for each kind of data.
 
 The flags of `attncap train` are the names of the fields, apart from the few that are named in the annotations, e.g.
 --optimizer for optimizer.name. The text below a field is its help, in which tyro keeps the line breaks. Every dataclass
-checks its own values, and TrainConfig checks how they go together.
+checks its own values, and TrainConfig checks that they fit together.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ class DataConfig:
 
     path: Annotated[str, arg(name="data")] = "shapes"
     """shapes, a synthetic data set, or the path of a data set.
-    The layouts are Flickr8k, Flickr30k, COCO, Karpathy's splits, and a table of your own (see `attncap data PATH`)."""
+    Layouts: Flickr8k, Flickr30k, COCO, Karpathy's splits, or a table of your own (see also `attncap data PATH`)."""
     batch_size: int = 8
-    """Images per batch, each with --captions-per-image captions. With torchrun, its processes share them."""
+    """Images per batch, each with --captions-per-image captions. With torchrun, the processes share each batch."""
     captions_per_image: int = 5
-    """cross-entropy: captions per image in a batch. An image with more captions gets others in the next epoch."""
+    """cross-entropy: captions per image in a batch. If an image has more, every epoch draws from them."""
     augment: bool = True
     """Train on random crops of the images, half of them mirrored."""
     cache_features: bool = False
@@ -39,8 +39,8 @@ class DataConfig:
     min_count: int = 3
     """Words that occur less often than this in the training captions become <unk>."""
     vocabulary: str | None = None
-    """File with the words to use instead of those of the training captions.
-    The vocabulary.json of another run, or the WORDMAP of the tutorial a-PyTorch-Tutorial-to-Image-Captioning."""
+    """File with the vocabulary to use, instead of the words of the training captions:
+    the vocabulary.json of another run, or the WORDMAP of the tutorial a-PyTorch-Tutorial-to-Image-Captioning."""
     subwords: int = 0
     """Number of subwords to learn from the training captions (byte-pair encoding). 0: use whole words.
     For languages with very many words. Needs the tokenizers library."""
@@ -51,7 +51,9 @@ class DataConfig:
         check_at_least(self, 1, "batch_size", "captions_per_image", "min_count")
         check_at_least(self, 0, "subwords")
         if self.vocabulary is not None and self.subwords:
-            raise CallError("subwords, vocabulary: a vocabulary file has its words already; give one of the two")
+            raise CallError(
+                "subwords, vocabulary: a vocabulary file already defines the words; give only one of the two"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +61,20 @@ class RunConfig:
     """The run: how long, where, and what it writes."""
 
     recipe: str = "flickr8k"
-    """Recipe with the defaults of all other settings: shapes, flickr8k, flickr30k, coco or tutorial.
-    Each is a file in attncap/training/recipes. By default shapes for --data shapes, else flickr8k."""
+    """Recipe that gives the defaults of all other settings: shapes, flickr8k, flickr30k, coco or tutorial.
+    Each is a file in attncap/training/recipes. By default, shapes for --data shapes and flickr8k for other data."""
     output: str | None = None
-    """Folder for the model and the log. By default runs/NAME, named after the data."""
+    """Folder for the model and the log. By default, runs/NAME, where NAME is that of the data."""
     epochs: int = 10
     """Number of passes over the training images."""
     start_from: str | None = None
     """Folder of a trained model whose weights, sizes and vocabulary the run starts from.
-    A flag that asks for other ones is an error.
-    The model is validated first, as epoch 0, and kept if no epoch is better."""
+    Flags that contradict these are an error.
+    This model is validated first, as epoch 0, and is kept if no epoch is better."""
     resume: bool = False
     """Continue the run in --output."""
     seed: int = 0
-    """Random seed of the weights, the order of the images, and the splits where the data set has none."""
+    """Random seed for the weights, the order of the images, and the splits if the data set has none."""
     best_by: Literal["CIDEr", "BLEU-4"] = "CIDEr"
     """Validation metric that decides which epoch's model is kept, and what counts as an improvement."""
     average_weights: bool = True
@@ -82,8 +84,8 @@ class RunConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto uses a GPU if there is one."""
     workers: int | None = None
-    """Processes that read images; 0 reads them in the main process.
-    By default 0 if the model runs on a CPU, and on a GPU one per CPU core, at most 8."""
+    """Number of processes that read images; 0 reads them in the main process.
+    By default, 0 if the model runs on a CPU, or one per CPU core, at most 8, if it runs on a GPU."""
     # tyro lists aliases before the name, so this shows --backend first.
     backend: Annotated[Literal["native", "torch"], arg(name="implementation", aliases=("--backend",))] = "native"
     """native: this project's own kernels. torch: plain PyTorch."""
@@ -106,12 +108,12 @@ class EncoderConfig:
     """The encoder's weights, and how they are trained."""
 
     weights: Annotated[str, arg(name="encoder-weights")] = "default"
-    """default (torchvision's ImageNet weights), none (random weights), or the file of a state dict."""
+    """default (torchvision's ImageNet weights), none (random weights), or the path of a state dict."""
     fine_tune_from: str = "none"
     """First layer of the encoder that is trained (torchvision's name, e.g. layer3).
     all trains every layer, none freezes the encoder."""
     fine_tune_after: int = 0
-    """Number of epochs in which the whole encoder is frozen, before these layers are trained."""
+    """Number of epochs for which the whole encoder stays frozen, before these layers are trained."""
     learning_rate: Annotated[float, arg(name="encoder-learning-rate")] = 1e-4
     """Peak learning rate of the encoder's trained layers."""
 
@@ -131,14 +133,14 @@ class ObjectiveConfig:
     """cross-entropy: predict the next word of a given caption.
     scst: maximise the CIDEr-D of sampled captions (self-critical training, Rennie et al. 2017). Needs --start-from."""
     samples: int = 5
-    """scst: captions sampled per image, at least 2. Each one's baseline is the mean of the others."""
+    """scst: captions sampled per image, at least 2. The baseline of each is the mean reward of the others."""
     label_smoothing: float = 0.1
     """cross-entropy: share of a word's target that is spread over the whole vocabulary, below 1."""
     attention_penalty: float = 1.0
     """cross-entropy: weight of the doubly stochastic penalty.
     It pushes the attention that a cell gets over a whole caption towards 1."""
     scheduled_sampling: float = 0.0
-    """cross-entropy: probability that the model is fed its own word instead of the given caption's. 0: never.
+    """cross-entropy: probability that the model is fed its own word instead of the true one. 0: never.
     It rises linearly from 0 to this value at the end of the run (scheduled sampling, Bengio et al. 2015)."""
 
     def __post_init__(self) -> None:
@@ -154,7 +156,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The optimizer, and the gradients it gets."""
+    """The optimizer, and how gradients are accumulated and clipped."""
 
     name: Annotated[Literal["adamw", "adam"], arg(name="optimizer")] = "adamw"
     """adamw: Adam with decoupled weight decay. adam: Adam with weight decay added to the gradients."""
@@ -165,9 +167,9 @@ class OptimizerConfig:
     accumulate: int = 1
     """Batches per step of the optimizer."""
     clip_norm: float = 5.0
-    """Gradients are scaled down to at most this norm, all together. 0: not scaled."""
+    """All gradients are scaled down together so that their total norm is at most this. 0: no scaling."""
     clip_value: float = 0.0
-    """Each gradient value is then clamped to this, on both sides of 0. 0: not clamped."""
+    """Each gradient value is then clamped to the range from minus this value to this value. 0: no clamping."""
 
     def __post_init__(self) -> None:
         """Raises CallError for a value that is out of range."""
@@ -182,15 +184,15 @@ class ScheduleConfig:
 
     name: Annotated[Literal["cosine", "plateau", "constant"], arg(name="schedule")] = "cosine"
     """What the learning rates do after the warm-up.
-    cosine: they fall to 0 along a cosine. plateau: they fall when validation stops improving. constant: they stay."""
+    cosine: they fall to 0 along a cosine. plateau: they fall when validation stops improving. constant: no change."""
     warmup: float = 0.1
-    """Share of the run in which the learning rates rise to their peak, below 1."""
+    """Share of the run during which the learning rates rise to their peak, below 1."""
     plateau_factor: float = 0.8
-    """plateau: factor that lowers the learning rates, above 0 and below 1."""
+    """plateau: factor by which the learning rates are multiplied, above 0 and below 1."""
     plateau_patience: int = 8
-    """plateau: epochs without improvement after which the learning rates are lowered, and again after as many more."""
+    """plateau: lower the learning rates after this many epochs without improvement, and again after as many more."""
     patience: int = 0
-    """Epochs without improvement on the validation images after which the run ends. 0: never."""
+    """Number of epochs without improvement on the validation images after which the run ends. 0: no early stopping."""
 
     def __post_init__(self) -> None:
         """Raises CallError for values that are out of range or contradict each other."""
@@ -224,17 +226,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Raises CallError for settings of different parts that contradict each other."""
         if self.data.cache_features and self.data.augment:
-            raise CallError("cache_features=True: an image has one set of features in the cache; set augment=False")
+            raise CallError("cache_features=True: the cache holds one set of features per image; set augment=False")
         if self.data.cache_features and self.encoder.fine_tune_from != "none":
             raise CallError(
                 "cache_features=True: features change while the encoder is trained from "
                 f"{self.encoder.fine_tune_from} on; set fine_tune_from='none'"
             )
         if self.objective.name == "scst" and self.run.start_from is None:
-            raise CallError("objective 'scst': it starts from a trained model; set start_from to its folder")
+            raise CallError("objective 'scst': needs a trained model to start from; set start_from to its folder")
 
 
-# Flags that are not the name of their field, and the field. Older settings.json files, which were not nested, have
+# Flags whose name is not that of their field, and the field. Older settings.json files, which were not nested, use
 # these names too.
 RENAMED = {
     "data": "data.path",
@@ -255,14 +257,14 @@ def setting_paths() -> dict[str, str]:
 
 
 def flatten(settings: dict[str, dict]) -> dict[str, object]:
-    """Nested settings, as `dataclasses.asdict` gives them -> values by setting, e.g. optimizer.learning_rate, in the
-    form that JSON gives them back."""
+    """Nested settings, as `dataclasses.asdict` gives them -> values keyed by setting, e.g. optimizer.learning_rate, in
+    the form in which JSON returns them."""
     values = {f"{part}.{name}": value for part, inner in settings.items() for name, value in inner.items()}
     return json.loads(json.dumps(values))
 
 
 def read_settings(path: Path) -> dict[str, object]:
-    """The values in the file settings.json of a run by setting, e.g. optimizer.learning_rate.
+    """The values in a run's settings.json, keyed by setting, e.g. optimizer.learning_rate.
 
     Reads the files of older versions, too, in which most settings were not nested. Raises UserError for a file that is
     missing or damaged.

@@ -1,4 +1,4 @@
-"""A whole run: from the settings to the data, the vocabulary, the model and the trainer, and at the end the test."""
+"""A whole run: from the settings to the data, the vocabulary, the model and the trainer, and finally the test."""
 
 import dataclasses
 import json
@@ -26,16 +26,16 @@ from attncap.versions import versions
 
 
 def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()) -> None:
-    """Train a model as the settings say, and write it with its log to `config.run.output`. Where several processes
-    share a run, each calls this, inside `distributed.process_group`.
+    """Train a model according to the settings, and write it and its log to `config.run.output`. If several processes
+    share a run, each of them calls this inside `distributed.process_group`.
 
     Args:
         config: all settings.
-        device: this process's.
-        given: settings that the caller chose, e.g. "model.hidden_size", in contrast to those of a recipe: only these
-            can contradict the model that `start_from` names.
+        device: that of this process.
+        given: the settings that the caller has chosen, e.g. "model.hidden_size", as opposed to those of a recipe: only
+            these can contradict the model that `start_from` names.
 
-    Raises Stopped after Ctrl-C and SIGTERM, when the state of the run is written, CallError and UserError.
+    Raises Stopped after Ctrl-C or SIGTERM, once the state of the run has been written, and CallError and UserError.
     """
     output = Path(config.run.output or Path("runs") / Path(config.data.path).resolve().stem)
     start, asked = None, config
@@ -63,7 +63,7 @@ def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()
         trainer.load_checkpoint()
     if config.data.cache_features:
         trainer.cache_features()
-    with trainer.signals:  # from before the first checkpoint, so that any signal after it leaves a run to resume
+    with trainer.signals:  # entered before the first checkpoint, so that after any later signal the run can be resumed
         if not config.run.resume and distributed.is_main():
             settings = {"settings": dataclasses.asdict(config), "versions": versions()}
             write_atomically(output / "settings.json", json.dumps(settings, indent=2) + "\n")
@@ -79,8 +79,8 @@ def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()
 
 
 def check_output(config: TrainConfig, output: Path) -> None:
-    """Raises CallError unless the folder has no run yet, or, to resume it, one with the same settings. Removes files
-    that a killed process left half written."""
+    """Raises CallError unless the folder has no run yet or, when resuming, has a run with the same settings. Removes
+    files that a killed process left half-written."""
     if config.run.resume:
         checkpoint.check_settings(config, output)
     elif any((output / name).exists() for name in (checkpoint.NAME, "model.safetensors")):
@@ -89,7 +89,7 @@ def check_output(config: TrainConfig, output: Path) -> None:
 
 
 def check_start(config: TrainConfig, start: Captioner, given: Collection[str], captions: Sequence[str]) -> None:
-    """Raises CallError where settings that were given ask for another model than the one that `start_from` names."""
+    """Raises CallError if settings that were given contradict the model that `start_from` names."""
     differences = []
     for setting in dataclasses.fields(config.model):
         value, has = getattr(config.model, setting.name), getattr(start.config, setting.name)
@@ -101,7 +101,7 @@ def check_start(config: TrainConfig, start: Captioner, given: Collection[str], c
         vocabulary, of_start = find_vocabulary(config, captions), start.vocabulary
         if (vocabulary.words, vocabulary.merges) != (of_start.words, of_start.merges):
             values = ", ".join(f"{name}={getattr(config.data, name)}" for name in words)
-            differences.append(f"{values} (gives {len(vocabulary)} words; it has {len(of_start)} other ones)")
+            differences.append(f"{values} (gives {len(vocabulary)} words; it has its own {len(of_start)})")
     if differences:
         raise CallError(
             f"{config.run.start_from}: the model to start from differs from the settings: {', '.join(differences)}; "
@@ -110,13 +110,13 @@ def check_start(config: TrainConfig, start: Captioner, given: Collection[str], c
 
 
 def find_vocabulary(config: TrainConfig, captions: Sequence[str]) -> Vocabulary:
-    """The vocabulary of the file that the settings name, or else one built from the training captions. Raises CallError
-    and UserError."""
+    """The vocabulary in the file that the settings name, or otherwise one built from the training captions. Raises
+    CallError and UserError."""
     path = config.data.vocabulary
     if path is None:
         return Vocabulary.build(captions, config.data.min_count, config.data.subwords)
     if not Path(path).is_file():
-        raise CallError(f"{path}: no such file, for the vocabulary")
+        raise CallError(f"{path}: no such vocabulary file")
     vocabulary = Vocabulary.load(path)
     ids = Counter(i for caption in captions for i in vocabulary.encode(caption, sys.maxsize)[1:-1])
     if ids.total() == ids[Vocabulary.UNK]:
@@ -129,7 +129,7 @@ def find_vocabulary(config: TrainConfig, captions: Sequence[str]) -> Vocabulary:
 
 def test(config: TrainConfig, splits: Splits, training: Sequence[str], output: Path, device: torch.device) -> None:
     """Caption the test images with the best model. Writes the metrics, the captions, and a picture of the attention.
-    `training` are the training captions, which the report compares the model's with."""
+    `training` are the training captions, with which the report compares those of the model."""
     model = Captioner.from_pretrained(output, device=device, backend=config.run.backend)
     with tqdm(total=len(splits["test"]), desc="captioning", unit="image", leave=False) as bar:
         scores, captions = evaluate(
@@ -150,4 +150,4 @@ def test(config: TrainConfig, splits: Splits, training: Sequence[str], output: P
     for name, caption in zip(names, shown, strict=True):
         print(f"{name}: {caption.text}")
     save_attention(output / "attention.png", list(zip(images, shown, strict=True)))
-    print(f"where the model attended: {output / 'attention.png'}")
+    print(f"picture of the attention: {output / 'attention.png'}")

@@ -17,19 +17,19 @@ from attncap.search.sampling import draw, uniform_numbers
 def sample_inputs(
     decoder: Decoder, features: Tensor, tokens: Tensor, probability: float, seeds: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Replace some of the words that teacher forcing feeds by the model's own. The targets stay the true words.
+    """Replace some of the words that teacher forcing feeds with the model's own. The targets are still the true words.
 
-    Each word is replaced with `probability`, independently, by one drawn from the model's distribution after the words
-    before it, replaced ones included. <start>, <end> and <pad> stay where they are and are never drawn: captions keep
-    their lengths, and the model is fed nothing that it will not meet. Words are drawn without dropout and, under
-    autocast, in the precision of the weights.
+    Independently and with probability `probability`, each word is replaced by one that is drawn from the model's
+    distribution given the words before it, including replaced ones. <start>, <end> and <pad> stay where they are and
+    are never drawn: captions keep their lengths, and the model is fed nothing that it would not be fed when it
+    captions. Words are drawn without dropout and, under autocast, in the precision of the weights.
 
     Args:
         decoder: what `LSTMDecoder.for_inference` returns, or any other.
         features: [B,P,D].
         tokens: int64 [N,T], the words to feed, <start> first; the K captions of an image next to each other, N = B K.
         probability: from 0 (nothing is replaced) to 1 (every word is).
-        seeds: of each image, see `uniform_numbers`; the same seeds give the same words.
+        seeds: one for each image, see `uniform_numbers`; the same seeds give the same words.
 
     Returns:
         int64 [N,T].

@@ -1,7 +1,9 @@
-"""Self-critical training: the model writes captions, and learns from how much better each is than the others.
+"""Self-critical training: the model writes several captions for an image, and learns from how much better each one is
+than the others.
 
 Rennie et al., "Self-critical Sequence Training for Image Captioning", 2017, with the baseline of Luo, "A Better Variant
-of Self-Critical Sequence Training", 2020: the mean of the image's other samples, in place of the greedy caption.
+of Self-Critical Sequence Training", 2020: the mean reward of the image's other samples, in place of that of the greedy
+caption.
 """
 
 from collections import defaultdict
@@ -20,18 +22,18 @@ END = -1  # the end of a caption, among the ids of the reward's words
 
 
 class SelfCritical:
-    """From a batch's images to the captions that the model learns from, and the weight of each.
+    """From the images of a batch to the captions that the model learns from, and the weight of each caption.
 
     The reward is CIDEr-D against all of the image's captions, with the document frequencies of the training split.
-    <end> is a word in it, on both sides: without it a caption loses nothing by stopping at "a man in a", since its
-    n-grams are also those of a longer one. <unk> is a word that no reference has. Subwords are joined to the words that
-    they spell.
+    <end> counts as a word in samples and references: otherwise a caption would lose nothing by stopping at "a man in
+    a", since its n-grams are also those of a longer caption. <unk> is a word that no reference contains. Subwords are
+    joined into the words that they spell.
 
     Args:
-        vocabulary: the model's.
-        captions: of each training image.
-        samples: K, captions sampled for an image, at least 2.
-        max_length: words of a sample at most, <end> included.
+        vocabulary: that of the model.
+        captions: those of each training image.
+        samples: K, the number of captions sampled for each image, at least 2.
+        max_length: maximum number of words in a sample, including <end>.
     """
 
     def __init__(self, vocabulary: Vocabulary, captions: Sequence[Sequence[str]], samples: int, max_length: int):
@@ -46,7 +48,7 @@ class SelfCritical:
         return [self.ids[word] for word in words]
 
     def rewards(self, tokens: Tensor, images: Sequence[int]) -> Tensor:
-        """CIDEr-D, float64 [N], of samples int64 [N,T], each with its training image."""
+        """CIDEr-D, float64 [N], of samples int64 [N,T]; `images` are their training images, by index."""
         captions = []
         for row in tokens[:, 1:].tolist():
             pieces = [self.pieces[token] for token in row if token > Vocabulary.END]
@@ -59,14 +61,14 @@ class SelfCritical:
         self, decoder: Decoder, features: Tensor, images: Sequence[int], seed: int
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Sample captions and compare them. With `tokens` and `row_weights`, the expected gradient of `caption_losses`
-        is that of -K times the expected reward, summed over the batch's images: provided that it is taken without
-        dropout, as the words are drawn.
+        is that of -K times the expected reward, summed over the batch's images, provided that it is computed without
+        dropout, like the samples.
 
         Args:
             decoder: what `LSTMDecoder.for_inference` returns, or any other.
             features: [B,P,D].
             images: the B training images, by index.
-            seed: of the samples; an image's samples depend on it and on the image's index.
+            seed: for sampling; an image's samples depend on it and on the image's index.
 
         Returns:
             tokens int64 [N,1+T] and row_weights float64 [N] for `caption_losses` (tokens[:, :-1] are fed, tokens[:, 1:]

@@ -41,13 +41,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class Batch:
-    """A process's share of a batch, on its device. If none of its images can be read, `indices` is empty and the rest
-    is None."""
+    """A process's share of a batch, on the process's device. If none of its images can be read, `indices` is empty and
+    the rest is None."""
 
     indices: Sequence[int]  # of the examples
     images: Tensor | None = None  # uint8 [B,3,S,S]; if the encoder is frozen, their features [B,P,D]
     tokens: Tensor | None = None  # int64 [N,T], the words that are fed
-    targets: Tensor | None = None  # int64 [N,T], the words that follow; on the CPU where that is where they come from
+    targets: Tensor | None = None  # int64 [N,T], the words that follow; on the CPU, except in self-critical training
     row_weights: Tensor | None = None  # [N]
     reward: float = 0.0  # summed over rows
 
@@ -65,9 +65,9 @@ class Batch:
 class Trainer:
     """One run: a model, its data, and the folder its files go to.
 
-    `epoch` and `step` are its position: complete epochs, and steps of the optimizer in the next one. All that is drawn
-    at random (order, captions, augmentation, dropout, samples) depends on the seed and the position alone, so a
-    checkpoint needs no state of random generators.
+    `epoch` and `step` are its position: the number of complete epochs, and of optimizer steps in the current one.
+    Everything that is drawn at random (order, captions, augmentation, dropout, samples) depends only on the seed and
+    the position, so a checkpoint needs no random generator states.
 
     Args:
         config: all settings.
@@ -94,17 +94,17 @@ class Trainer:
         if config.objective.name == "scst":
             self.captions_per_image = config.objective.samples
             self.self_critical = SelfCritical(model.vocabulary, captions, self.captions_per_image, max_length)
-        else:  # encoded once: doing it in every epoch would take longer than a GPU needs to train on them
+        else:  # encoded once: encoding them in every epoch would take longer than training on them takes on a GPU
             encode = functools.partial(model.vocabulary.encode, max_length=max_length)
             self.tokens_by_image = [list(map(encode, of_image)) for of_image in captions]
-        self.skipped_seen: set[tuple[str, str]] = set()  # images that were reported
+        self.skipped_seen: set[tuple[str, str]] = set()  # images that have been reported
         self.signals = SignalHandler()
         self.epoch = self.step = 0
         self.start_sums()
 
     def cache_features(self) -> None:
-        """Find the features of the images in the cache, or compute them with the encoder's present weights (for a
-        resumed run, those of its checkpoint). Raises UserError, see `FeatureCache.of`."""
+        """Find the images' features in the cache, or compute them with the encoder's current weights (for a resumed
+        run, those of its checkpoint). Raises UserError, see `FeatureCache.of`."""
         encoder, size = self.model.encoder, self.model.config.image_size
         with distributed.main_first():
             for split in ("train", "val"):
@@ -113,7 +113,7 @@ class Trainer:
                 )
 
     def start_sums(self) -> None:
-        """Reset what the log shows of an epoch: sums over its words and captions, and the time."""
+        """Reset what is logged for an epoch: sums over its words and captions, and the time."""
         self.sums = dict.fromkeys((*TERMS, "reward"), 0.0)
         self.words, self.rows, self.seconds = 0, 0, 0.0
 
@@ -131,13 +131,13 @@ class Trainer:
         return self.epoch * self.steps + self.step
 
     def fit(self) -> None:
-        """Train for the rest of the run. Raises Stopped after Ctrl-C and SIGTERM, when a checkpoint is written, and
-        UserError when the loss is not finite or no image can be read."""
+        """Train for the rest of the run. Raises Stopped after Ctrl-C or SIGTERM, once a checkpoint has been written,
+        and UserError when the loss is not finite or no image can be read."""
         if distributed.is_main():
             self.logger = RunLogger(self.output, self.config.run.best_by, self.epoch, self.steps_done)
         try:
             if self.config.run.start_from and self.schedule.best is None:  # the model that epochs are compared with
-                self.rate({"epoch": 0, **self.validate()})
+                self.record_epoch({"epoch": 0, **self.validate()})
                 self.save_checkpoint()
             while self.epoch < self.config.run.epochs and not self.schedule.should_stop:
                 self.train_epoch()
@@ -173,7 +173,8 @@ class Trainer:
         ) as bar:
             pin = self.device.type == "cuda"
             loader = batches(self.pictures(), config.data.batch_size, self.workers, shares, pin=pin)
-            # Only the loop refers to the loader's iterator, so the workers end with the loop, whatever ends it.
+            # Only the loop holds a reference to the loader's iterator, so the workers end with the loop, however it
+            # ends.
             for group in in_groups(loader, batches_per_step):
                 torch.manual_seed(seed_of("step", seed, self.steps_done, distributed.rank()))  # for dropout
                 self.train_step(model, [self.prepare(*batch) for batch in group])
@@ -200,42 +201,44 @@ class Trainer:
         return Pictures(examples, size)
 
     def prepare(self, indices: Sequence[int], images: Tensor | None, skipped: Sequence[Skipped]) -> Batch:
-        """A batch of the loader -> a batch on the device, with captions, and with features instead of images unless
-        gradients go through the encoder."""
+        """A batch from the loader -> a batch on the device, with captions, and with features instead of images unless
+        gradients flow through the encoder."""
         config, objective = self.config, self.config.objective
         report_skipped(skipped, self.skipped_seen)
         if images is None:
             return Batch([])
         images = images.to(self.device, non_blocking=True)
-        if not self.self_critical:
-            count, seed = self.captions_per_image, config.run.seed
-            captions = [
-                draw_rows(self.tokens_by_image[index], count, seed_of("captions", seed, self.epoch, index))
-                for index in indices
-            ]
-            # The decoder sorts images by their longest caption, longest first; here, before the features exist, it is
-            # cheaper.
-            order = sorted(range(len(indices)), key=lambda i: -max(map(len, captions[i])))
-            indices, images = [indices[i] for i in order], images[order]
-            tokens = pad([row for i in order for row in captions[i]])
-            tokens, targets = tokens[:, :-1], tokens[:, 1:]
-        frozen = not any(parameter.requires_grad for parameter in self.model.encoder.parameters())
-        if frozen or self.self_critical or objective.scheduled_sampling:
-            features = self.features(images)
-            images = features if frozen else images
-        row_weights, reward = None, 0.0
-        sample_seed = seed_of("samples", config.run.seed, self.steps_done)  # an image has the same in any process
+        is_frozen = not any(parameter.requires_grad for parameter in self.model.encoder.parameters())
+        sample_seed = seed_of(
+            "samples", config.run.seed, self.steps_done
+        )  # an image has the same samples in every process
         if self.self_critical:
+            features = self.features(images)
             decoder = self.model.decoder.for_inference(table=False)
             tokens, row_weights, metrics = self.self_critical(decoder, features, indices, sample_seed)
-            tokens, targets = tokens[:, :-1], tokens[:, 1:]
-            row_weights, reward = row_weights.to(self.device), metrics["reward"] * len(tokens)
-        elif objective.scheduled_sampling:
+            images, reward = features if is_frozen else images, metrics["reward"] * len(tokens)
+            return Batch(indices, images, tokens[:, :-1], tokens[:, 1:], row_weights.to(self.device), reward)
+
+        count, seed = self.captions_per_image, config.run.seed
+        captions = [
+            draw_rows(self.tokens_by_image[index], count, seed_of("captions", seed, self.epoch, index))
+            for index in indices
+        ]
+        # The decoder sorts images by their longest caption, longest first; sorting is cheaper here, before the features
+        # exist.
+        order = sorted(range(len(indices)), key=lambda i: -max(map(len, captions[i])))
+        indices, images = [indices[i] for i in order], images[order]
+        tokens = pad([row for i in order for row in captions[i]])
+        tokens, targets = tokens[:, :-1], tokens[:, 1:]
+        if is_frozen or objective.scheduled_sampling:
+            features = self.features(images)
+            images = features if is_frozen else images
+        if objective.scheduled_sampling:
             decoder = self.model.decoder.for_inference(table=False)
             probability = objective.scheduled_sampling * self.steps_done / (config.run.epochs * self.steps)
             seeds = [(sample_seed, index) for index in indices]
             tokens = sample_inputs(decoder, features, tokens.to(self.device), probability, seeds)
-        return Batch(indices, images, tokens, targets, row_weights, reward)
+        return Batch(indices, images, tokens, targets)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -254,7 +257,7 @@ class Trainer:
         return torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "float32")
 
     def train_step(self, model: nn.Module, step_batches: Sequence[Batch]) -> None:
-        """One step of the optimizer. Its loss is that of all batches of the step, and of all processes, together."""
+        """One step of the optimizer. Its loss is that of all batches of the step in all processes together."""
         words, rows = sum(batch.words for batch in step_batches), sum(batch.rows for batch in step_batches)
         words, rows = distributed.all_reduce_sum([words, rows])
         if not rows:
@@ -280,7 +283,7 @@ class Trainer:
                         losses_only=True,
                     )
                 loss = losses.words / words + penalty * losses.attention / rows
-                # The processes' gradients are averaged, and should be summed.
+                # The gradients are averaged over the processes, but should be summed.
                 self.scaler.scale(loss * distributed.size()).backward()
             terms.append(torch.stack(losses).detach())
         self.scaler.unscale_(self.optimizer)
@@ -312,26 +315,27 @@ class Trainer:
         the rewards.
 
         Raises UserError in all processes if one of the terms, or the norm of the gradients, is not finite. The caller
-        then keeps nothing of this step.
+        then discards this step.
         """
         bad = [batch for batch, values in zip(step_batches, terms, strict=True) if not all(map(math.isfinite, values))]
         if not bad and not math.isfinite(norm) and not self.scaler.is_enabled():  # a scaler checks the gradients itself
             bad = step_batches
-        rewards = sum(batch.reward for batch in step_batches)
-        *sums, count = distributed.all_reduce_sum([*map(sum, zip(*terms, strict=True)), rewards, len(bad)])
-        if count:
+        sums = [sum(values) for values in zip(*terms, strict=True)]
+        sums.append(sum(batch.reward for batch in step_batches))
+        *sums, bad_batches = distributed.all_reduce_sum([*sums, len(bad)])
+        if bad_batches:
             examples = self.splits["train"]
             names = distributed.all_gather([examples[index].name for batch in bad for index in batch.indices])
             raise UserError(
-                f"the loss or its gradient is not finite in epoch {self.epoch + 1}, step {self.step + 1}, at the "
+                f"the loss or its gradient is not finite in epoch {self.epoch + 1}, step {self.step + 1}, for the "
                 f"images {', '.join(names)}; the last checkpoint, from before this step, is kept; check these images "
                 "and their captions, or try a new run with a lower learning rate"
             )
         return dict(zip((*TERMS, "reward"), sums, strict=True))
 
     def validate(self) -> dict[str, float]:
-        """Caption the validation images and score the captions, in rank 0, while the other processes wait. A signal
-        interrupts it, and a resumed run starts with it."""
+        """Caption the validation images and score the captions in rank 0, while the other processes wait. A signal
+        interrupts this, and a resumed run then starts with it."""
         metrics = None
         if distributed.is_main():
             with contextlib.suppress(Stopped), self.signals.raising():
@@ -343,7 +347,8 @@ class Trainer:
 
     def validation_metrics(self) -> dict[str, float]:
         """The metrics of the model's captions of the validation images."""
-        self.average.eval()  # this also drops what was prepared from earlier weights
+        self.average.eval()
+        self.average.refresh()  # its weights have changed in place
         with tqdm(total=len(self.splits["val"]), desc="captioning", unit="image", leave=False) as bar:
             scores, _ = evaluate(
                 self.average,
@@ -358,21 +363,24 @@ class Trainer:
         return scores.corpus()
 
     def end_epoch(self, metrics: dict[str, float]) -> None:
-        """Log the epoch, keep the model if it is the best so far, write the checkpoint, and draw last: it is slow."""
+        """Log the epoch, keep the model if it is the best so far, write the checkpoint, and draw captions last, because
+        that is slow."""
         decoder, encoder = self.optimizer.param_groups
         rates = {"learning_rate": decoder["lr"]}
         if encoder["params"]:
             rates["encoder_learning_rate"] = encoder["lr"]
-        self.rate({"epoch": self.epoch + 1, **self.means(), **rates, "seconds": round(self.seconds, 1), **metrics})
+        self.record_epoch(
+            {"epoch": self.epoch + 1, **self.means(), **rates, "seconds": round(self.seconds, 1), **metrics}
+        )
         self.epoch, self.step = self.epoch + 1, 0
         self.start_sums()
         self.save_checkpoint()
         if distributed.is_main() and self.logger.wants_captions and not self.signals.signum:
             self.logger.log_captions(self.captioned())
 
-    def rate(self, line: dict[str, float]) -> None:
-        """Log an epoch, 0 before the first one, and keep the model if it is the best so far."""
-        # Where the first metric cannot distinguish models (CIDEr is 0 for a single image), the next one decides.
+    def record_epoch(self, line: dict[str, float]) -> None:
+        """Log an epoch (epoch 0 is the state before the first one), and keep the model if it is the best so far."""
+        # If the first metric cannot distinguish models (CIDEr is 0 for a single image), the next one decides.
         self.schedule.epoch_ended([line[name] for name in (self.config.run.best_by, "BLEU-4", "ROUGE-L")])
         if distributed.is_main():
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
@@ -381,7 +389,7 @@ class Trainer:
             self.logger.log_epoch(line)
 
     def captioned(self) -> list[tuple[Image.Image, Caption]]:
-        """Four validation images with the captions that the model gives them now."""
+        """Four validation images with the captions that the model currently gives them."""
         images = []
         for example in self.splits["val"]:
             with contextlib.suppress(UserError):
@@ -392,7 +400,7 @@ class Trainer:
         return list(zip(images, captions, strict=True))
 
     def save_checkpoint(self) -> None:
-        """Write the state of the run, in rank 0; every process has the same."""
+        """Write the state of the run, in rank 0; it is the same in every process."""
         if not distributed.is_main():
             return
         state = {
@@ -412,7 +420,7 @@ class Trainer:
         checkpoint.save(self.output, state)
 
     def load_checkpoint(self) -> None:
-        """Restore the state that was written last. Raises UserError for a file that is damaged or does not fit."""
+        """Restore the last state that was written. Raises UserError for a file that is damaged or does not fit."""
         state = distributed.broadcast(checkpoint.load(self.output) if distributed.is_main() else None)
         try:
             if state["images"] != len(self.splits["train"]):

@@ -82,7 +82,7 @@ def test_ctrl_c_in_the_first_epoch_leaves_a_model(attncap, flickr8k, tmp_path, m
         patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupt)
         assert attncap("train", *arguments)[0] == 130
     Captioner.from_pretrained(tmp_path / "run")
-    # And --resume does go on, after the step; settings other than the number of epochs must be the same.
+    # And --resume continues, after the step; settings other than the number of epochs must be the same.
     status, _, err = attncap("train", *arguments, "--resume", "--hidden-size", 48, "--seed", 3)
     assert status == 2 and "model.hidden_size=48 (was 32)" in err and "run.seed=3 (was 0)" in err
     assert attncap("train", *arguments, "--resume")[0] == 0
@@ -250,14 +250,14 @@ def test_flags_that_contradict_the_model_to_start_from(attncap, flickr8k, traine
             "hidden_size=512 (it has 32)",
             "dropout=0.25 (it has 0.0)",
             "encoder.weights=default (it has its own)",
-            "min_count=3, subwords=25 (gives 29 words; it has 10 other ones)",
+            "min_count=3, subwords=25 (gives 29 words; it has its own 10)",
         ]
     )
     expected = f"{trained}: the model to start from differs from the settings: {differences}; leave these settings out"
     assert status == 2 and err.splitlines()[-1] == f"attncap: error: {expected}"
     (tmp_path / "words.json").write_text(json.dumps({"words": [*Vocabulary.SPECIALS, *"abcdef", "picture"]}))
     status, _, err = attncap(*start, "--vocabulary", tmp_path / "words.json")
-    assert status == 2 and f"vocabulary={tmp_path / 'words.json'} (gives 11 words; it has 10 other ones)" in err
+    assert status == 2 and f"vocabulary={tmp_path / 'words.json'} (gives 11 words; it has its own 10)" in err
     assert not (tmp_path / "run").exists()
 
 

@@ -55,7 +55,7 @@ def by_the_equations(decoder: LSTMDecoder, features: np.ndarray, tokens: list[in
 
 
 def make_tokens(lengths: list[int]) -> torch.Tensor:
-    """Captions of so many words, <end> counted, after <start>."""
+    """Captions of these lengths, which include <end> but not <start>."""
     random = torch.Generator().manual_seed(4)
     tokens = torch.full((len(lengths), max(lengths) + 1), Vocabulary.PAD)
     for row, length in zip(tokens, lengths, strict=True):

@@ -20,6 +20,7 @@ from attncap.search.beam_search import Hypothesis
 from attncap.search.beam_search import beam_search as search_with_processors
 from attncap.search.beams import Search
 from attncap.search.config import SearchConfig
+from attncap.search.graphs import GraphCache
 from attncap.search.processors import SuppressTokens
 
 PAD, START, END, UNK = range(4)
@@ -53,7 +54,8 @@ def beam_search(
     decoders = decoders if isinstance(decoders, list) else [decoders]
     prepared = [decoder.for_inference() for decoder in decoders]
     rules = [SuppressTokens(tuple(suppressed))]
-    return search_with_processors(prepared, features, config, rules, seeds=seeds, backend=decoders[0].backend)
+    options = dict(backend=decoders[0].backend, graphs=GraphCache())  # graphs are used on CUDA
+    return search_with_processors(prepared, features, config, rules, seeds=seeds, **options)
 
 
 def make_features(B: int, which: int = 0, seed: int = 7) -> Tensor:
@@ -247,7 +249,7 @@ def test_a_fixed_search_stops_without_loss(backend, length_penalty, end_bias):
 
 
 def captions_up_to(length: int, V: int) -> list[tuple[int, ...]]:
-    """All captions of so many words at most, <unk> not among them."""
+    """All captions of at most `length` words, without <unk>."""
     return [words for n in range(length + 1) for words in itertools.product(range(UNK + 1, V), repeat=n)]
 
 
@@ -628,7 +630,7 @@ def test_the_end_cannot_be_suppressed():
 
 
 def test_every_image_has_its_seed():
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="2 seeds for 3 images"):
         beam_search(make_decoder(), make_features(3), SearchConfig(method="sample", max_length=5), seeds=[0, 1])
 
 

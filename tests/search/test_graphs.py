@@ -1,4 +1,4 @@
-"""The search in graphs, on CUDA and, with what stands in for CUDA's graphs, on the CPU."""
+"""The search in graphs, on CUDA and, with a stand-in for CUDA graphs, on the CPU."""
 
 import contextlib
 import itertools

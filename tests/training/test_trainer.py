@@ -180,7 +180,7 @@ def test_a_loss_that_is_nan_names_the_images(server, data, tmp_path):
     arguments = ["--data", data, *SETTINGS, "--fine-tune-from", "none", "--output", tmp_path / "run"]
     status, text = run(server, tmp_path, arguments, spoil)
     names = (tmp_path / "run" / "names").read_text()
-    assert status == 1 and f"at the images {names}; the last checkpoint" in text, text
+    assert status == 1 and f"for the images {names}; the last checkpoint" in text, text
     state = checkpoint(tmp_path / "run")
     assert state["step"] == 2 and all(value.isfinite().all() for value in state["model"].values())
 

@@ -1,4 +1,4 @@
-"""Settings for different kinds of data, a file each; a new file here is a new recipe."""
+"""Settings for different kinds of data, one file each. To add a recipe, add a file here."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
 """COCO, 113,287 images in Karpathy's splits, on a GPU.
 
 Based on github.com/ruotianluo/ImageCaptioning.pytorch: ResNet-101, learning rate 5e-4, words that occur more than 5
-times, scheduled sampling up to 0.25. Its batches are 10 images with 5 captions each; these are larger, to keep a GPU
-busy.
+times, scheduled sampling up to 0.25. Its batches have 10 images with 5 captions each; the batches here are larger, to
+keep a GPU busy.
 
-Then self-critical training, with its batches and learning rate:
+Self-critical training, as the second run, uses that project's batch size and learning rate:
 
     attncap train --recipe coco --data PATH --output runs/scst --objective scst --start-from runs/coco
         --batch-size 10 --learning-rate 5e-5 --fine-tune-from none
 
-Measured: nothing yet. Guessed: batch size, epochs, and when and how fast the encoder is trained. GPUs older than Ampere
-have no bfloat16: use --precision float16.
+Measured: nothing yet. Guessed: the batch size, the number of epochs, and when and how fast the encoder is trained. GPUs
+older than Ampere have no bfloat16: use --precision float16.
 """
 
 from attncap.config import ModelConfig

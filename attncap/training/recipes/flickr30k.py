@@ -1,10 +1,10 @@
 """Flickr30k, and other collections of tens of thousands of photographs.
 
-Like the recipe for Flickr8k, with larger batches, fewer epochs, and a ResNet-101, the usual backbone of published grid
-features.
+Like the recipe for Flickr8k, but with larger batches, fewer epochs, and a ResNet-101, the usual backbone of published
+grid features.
 
-Measured: nothing yet. Guessed: batch size, epochs, and when and how fast the encoder is trained. `min_count` is that of
-Karpathy's neuraltalk.
+Measured: nothing yet. Guessed: the batch size, the number of epochs, and when and how fast the encoder is trained.
+`min_count` is that of Karpathy's neuraltalk.
 """
 
 from attncap.config import ModelConfig

@@ -1,11 +1,11 @@
 """Flickr8k, and other collections of a few thousand photographs: the default for `--data PATH`.
 
-A ResNet-50 with ImageNet weights. It is frozen for the first half of the run, when the gradients of an untrained
-decoder would only damage it; then its last stage is trained too.
+A ResNet-50 with ImageNet weights. It is frozen for the first half of the run, while the gradients of an untrained
+decoder would only damage it; then its last stage is trained, too.
 
-Measured: with a frozen MobileNetV2 and a smaller decoder, on 700 photographs (README.md, "Your photographs"). Guessed:
-the number of epochs, and when and how fast the encoder is trained. In so few captions, words that occur twice are too
-rare to be learned; larger collections have more of them to leave out.
+Measured: with a frozen MobileNetV2 and a smaller decoder, on 700 photographs (docs/recipes.md, "Small data sets").
+Guessed: the number of epochs, and when and how fast the encoder is trained. With so few captions, words that occur only
+twice are too rare to be learned; larger collections have more such words to leave out.
 """
 
 from attncap.config import ModelConfig

@@ -1,17 +1,18 @@
 """The settings of the most widely used tutorial, github.com/sgrvinod/a-PyTorch-Tutorial-to-Image-Captioning (train.py),
-to compare with it, or to continue from what one knows.
+for comparison with it, or as a familiar starting point.
 
-All that its train.py sets is set here: sizes, optimizer, learning rates and when they fall, clipping by value, batches
-of 32 captions, the loss (tests/training/test_recipes.py writes it out by hand). The second run that it recommends, with
-the encoder trained, is
+Everything that its train.py sets is set here: sizes, optimizer, learning rates and when they fall, clipping by value,
+batches of 32 captions, the loss (tests/training/test_recipes.py writes it out by hand). The second run that it
+recommends, in which the encoder is trained, is
 
     attncap train --recipe tutorial --data PATH --output runs/SECOND --start-from runs/FIRST --fine-tune-from layer2
 
-The remaining differences: the validation metric that decides is BLEU-4 of captions written freely by beam search, while
-the tutorial's are written after the true words; an epoch shows an image once with one of its captions, while the
-tutorial's shows it with each of its five, so 8 epochs are fewer steps; captions are cut after 50 words instead of left
-out; batch norms of the frozen encoder keep their ImageNet statistics; the last bias of the attention score, on which
-nothing depends, does not exist. Not trained to the end yet, so there are no results.
+The remaining differences: the decisive validation metric is BLEU-4 of captions written freely by beam search, while in
+the tutorial each word is predicted from the true words before it; an epoch shows each image once with one of its
+captions, while the tutorial's shows it with each of its five, so 8 epochs are fewer steps; captions are cut after 50
+words instead of being left out; the batch norms of the frozen encoder keep their ImageNet statistics; there is no final
+bias in the attention score, since nothing depends on it. This recipe has not been trained to the end yet, so there are
+no results.
 """
 
 from attncap.config import ModelConfig
