@@ -1,8 +1,13 @@
+import os
 import runpy
 import signal
 import sys
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores; set before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from PIL import Image
 

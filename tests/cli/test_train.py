@@ -221,7 +221,7 @@ def test_subwords_and_another_runs_vocabulary(attncap, flickr8k, trained, tmp_pa
 def test_invalid_vocabularies(attncap, flickr8k, trained, tmp_path):
     (tmp_path / "foreign.json").write_text('{"犬": 1, "<start>": 2}')
     for arguments, status, message in (
-        (["--vocabulary", tmp_path / "no.json"], 2, "no.json: no such file"),
+        (["--vocabulary", tmp_path / "no.json"], 2, "no.json: no such vocabulary file"),
         (["--vocabulary", trained / "config.json"], 1, 'field "words" should be a list of words'),
         (
             ["--vocabulary", tmp_path / "foreign.json"],
@@ -231,6 +231,7 @@ def test_invalid_vocabularies(attncap, flickr8k, trained, tmp_path):
         (["--vocabulary", trained / "vocabulary.json", "--subwords", 9], 2, "give only one of the two"),
         (["--subwords", -1], 2, "subwords=-1: must be at least 0"),
         (["--suppressed", "<unk> zebra"], 2, "'zebra' cannot be suppressed"),
+        (["--prefix", "a zebra"], 2, "'zebra' is not in the vocabulary"),
     ):
         found, _, err = attncap("train", "--data", flickr8k, *TINY, *arguments, "--output", tmp_path / "run")
         assert found == status and message in err.splitlines()[-1], err
