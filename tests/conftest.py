@@ -35,9 +35,10 @@ def device(request) -> str:
 
 @pytest.fixture
 def attncap(monkeypatch, capsys):
-    """Runs `python -m attncap.NAME ARGUMENTS` in this process: (exit status, standard output, standard error). Java,
-    which takes seconds, is not found."""
+    """Runs `python -m attncap.NAME ARGUMENTS` in this process: (exit status, standard output, standard error). Java and
+    TensorBoard, which take seconds, are not found."""
     monkeypatch.setattr("attncap.metrics.java.find_java", lambda: None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
 
     def run(name: str, *arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
