@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from filelock import FileLock
 from PIL import Image
 
 # A shell starts background jobs with SIGINT ignored, which they inherit; tests send it.
@@ -22,6 +23,11 @@ TINY = (
     "--attention-size 16 --embedding-size 16 --hidden-size 32 --dropout 0 --epochs 15 --batch-size 8 --workers 0 "
     "--learning-rate 1e-2 --encoder-learning-rate 1e-3 --label-smoothing 0 --no-augment --min-count 1 --device cpu"
 ).split()
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests first: then no process is left alone with them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -74,9 +80,14 @@ def trained(flickr8k, tmp_path_factory):
     """The folder of a model trained on `flickr8k`, in another process, as a user would."""
     import subprocess
 
-    output = tmp_path_factory.mktemp("runs") / "model"
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all test processes
+    output = folder / "trained"
     command = [sys.executable, "-m", "attncap.train", "--data", flickr8k, "--output", output, *TINY]
-    subprocess.run(list(map(str, command)), check=True, timeout=300)
+    with FileLock(folder / "trained.lock"):
+        if not output.exists():
+            subprocess.run(list(map(str, command)), check=True, timeout=300)
     return output
 
 
