@@ -55,7 +55,7 @@ class Vocabulary:
         subwords if the `tokenizers` library is missing."""
         return [self.START, *self._encode(tokenize(caption))[:max_length], self.END]
 
-    def tokens(self, text: str) -> list[int]:
+    def token_ids(self, text: str) -> list[int]:
         """Ids of the words or pieces of a text, without `<start>` and `<end>`. Raises CallError for a word that is not
         in the vocabulary, and in the same case as `encode`."""
         tokens = []

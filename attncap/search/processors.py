@@ -97,7 +97,7 @@ def processors_for(config: SearchConfig, vocabulary: Vocabulary) -> list[LogitsP
     """The settings of a search that name words, as processors. Raises CallError for words that the vocabulary does not
     have, and for a prefix that is too long."""
     suppressed = SuppressTokens(tuple(vocabulary.suppress(config.suppressed)))
-    prefix = ForcedPrefix(tuple(vocabulary.tokens(config.prefix)))
+    prefix = ForcedPrefix(tuple(vocabulary.token_ids(config.prefix)))
     if len(prefix.tokens) >= config.max_length:
         raise CallError(f"prefix={config.prefix!r}: must be shorter than max_length={config.max_length}")
     return [suppressed, prefix] if prefix.tokens else [suppressed]

@@ -76,7 +76,7 @@ def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()
         trainer.fit()
         if distributed.is_main():
             with trainer.signals.raising():
-                test(config, splits, captions, output, device)
+                evaluate_test_split(config, splits, captions, output, device)
 
 
 def check_output(config: TrainConfig, output: Path) -> None:
@@ -128,7 +128,9 @@ def find_vocabulary(config: TrainConfig, captions: Sequence[str]) -> Vocabulary:
     return vocabulary
 
 
-def test(config: TrainConfig, splits: Splits, training: Sequence[str], output: Path, device: torch.device) -> None:
+def evaluate_test_split(
+    config: TrainConfig, splits: Splits, training: Sequence[str], output: Path, device: torch.device
+) -> None:
     """Caption the test images with the best model. Writes the metrics, the captions, and a picture of the attention.
     `training` are the training captions, with which the report compares those of the model."""
     model = Captioner.from_pretrained(output, device=device, backend=config.run.backend)

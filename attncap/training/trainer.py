@@ -375,7 +375,7 @@ class Trainer:
         self.start_sums()
         self.save_checkpoint()
         if distributed.is_main() and self.logger.wants_captions and not self.signals.signum:
-            self.logger.log_captions(self.captioned())
+            self.logger.log_captions(self.captioned_examples())
 
     def record_epoch(self, line: dict[str, float]) -> None:
         """Log an epoch (epoch 0 is the state before the first one), and keep the model if it is the best so far."""
@@ -387,7 +387,7 @@ class Trainer:
                 self.average.save_pretrained(self.output)
             self.logger.log_epoch(line)
 
-    def captioned(self) -> list[tuple[Image.Image, Caption]]:
+    def captioned_examples(self) -> list[tuple[Image.Image, Caption]]:
         """Four validation images with the captions that the model currently gives them."""
         images = []
         for example in self.splits["val"]:

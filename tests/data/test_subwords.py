@@ -135,9 +135,9 @@ def test_wrong_merges(tmp_path, merges):
 
 
 def test_tokens_of_a_prefix(vocabulary):
-    assert vocabulary.tokens("Ein hunderennen") == vocabulary.encode("Ein hunderennen", 50)[1:-1]
+    assert vocabulary.token_ids("Ein hunderennen") == vocabulary.encode("Ein hunderennen", 50)[1:-1]
     with pytest.raises(CallError, match="^'zoo' is not in the vocabulary$"):
-        vocabulary.tokens("ein zoo im")
+        vocabulary.token_ids("ein zoo im")
 
 
 def test_the_error_for_a_word_that_is_no_piece_names_the_piece(vocabulary):

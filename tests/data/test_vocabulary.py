@@ -117,10 +117,10 @@ def test_wrong_wordmaps(tmp_path, content, reason):
 
 
 def test_tokens_of_a_prefix(vocabulary):
-    assert vocabulary.tokens("A dog, runs") == [4, 8, 5] and vocabulary.tokens(" ") == []
+    assert vocabulary.token_ids("A dog, runs") == [4, 8, 5] and vocabulary.token_ids(" ") == []
     for text, word in (("a zebra", "zebra"), ("a <end>", "<end>"), ("<unk> dog", "<unk>")):
         with pytest.raises(CallError, match=f"^'{word}' is not in the vocabulary$"):
-            vocabulary.tokens(text)
+            vocabulary.token_ids(text)
 
 
 def test_suppressed_words(vocabulary):

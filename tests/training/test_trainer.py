@@ -144,7 +144,7 @@ def test_killed_while_it_draws(server, data, tmp_path):
     arguments = ["--data", data, *SETTINGS, "--output", tmp_path / "run"]
     draw = (
         "run_logger._open_board = lambda *_: __import__('unittest.mock').mock.MagicMock()\n"
-        "trainer.Trainer.captioned = lambda _: os.kill(os.getpid(), signal.SIGKILL)"
+        "trainer.Trainer.captioned_examples = lambda _: os.kill(os.getpid(), signal.SIGKILL)"
     )
     status, text = run(server, tmp_path, arguments, draw)
     state = checkpoint(tmp_path / "run")
