@@ -25,7 +25,7 @@ from attncap.errors import CallError, UserError
 from attncap.files import write_atomically
 from attncap.models.decoder import Decoder, LSTMDecoder
 from attncap.models.encoder import Encoder
-from attncap.models.losses import CaptionLosses, caption_losses, check_targets, losses_from_logits
+from attncap.models.losses import CaptionLosses, caption_losses, losses_from_logits, target_lengths
 from attncap.search.beam_search import Hypothesis
 from attncap.search.graphs import GraphCache
 
@@ -102,9 +102,8 @@ class Captioner(CaptionMethods, nn.Module):
         logits, attention = self.decoder(features, tokens.to(features.device))
         if targets is None:
             return logits, attention
-        check_targets(targets, tokens)
+        words = target_lengths(targets, tokens).sum()
         losses = losses_from_logits(logits, attention, targets, **options)
-        words = (targets != Vocabulary.PAD).sum().to(features.device)
         return logits, attention, losses.words / words + attention_penalty * losses.attention / len(tokens)
 
     def refresh(self) -> None:

@@ -222,7 +222,8 @@ class Ensemble(CaptionMethods):
     Raises CallError for models that differ in any of these."""
 
     def __init__(self, models: Sequence[Captioner]):
-        if not isinstance(models, list | tuple) or not all(isinstance(model, CaptionMethods) for model in models):
+        is_list = isinstance(models, list | tuple)
+        if not is_list or not all(isinstance(m, CaptionMethods) and not isinstance(m, Ensemble) for m in models):
             raise CallError("an ensemble takes a list of Captioners")
         self._models = list(models)
         if not self.models:

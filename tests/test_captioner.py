@@ -219,7 +219,7 @@ def test_ensemble(model, trained, flickr8k):
         Ensemble([model, other])
     with pytest.raises(CallError, match="at least one model"):
         Ensemble([])
-    for wrong in (5, [5], model):
+    for wrong in (5, [5], model, [Ensemble([model])]):
         with pytest.raises(CallError, match="takes a list of Captioners"):
             Ensemble(wrong)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attncap import ops
-from attncap.models.decoder import LSTMDecoder, LSTMState, check_features, check_rows, select_images
+from attncap.models.decoder import LSTMDecoder, LSTMState, check_features, select_images
 from attncap.ops.linear import fixed_linear, linear
 
 
@@ -89,7 +89,6 @@ def teacher_forcing(decoder: LSTMDecoder, features: Tensor, tokens: Tensor, leng
 def forward(decoder: LSTMDecoder, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """`LSTMDecoder.forward` by `teacher_forcing`: logits [N,T,V], attention [N,T,P]."""
     check_features(features, decoder.feature_size)
-    check_rows(tokens, features)
     N, T = tokens.shape
     output = teacher_forcing(decoder, features, tokens, torch.full((N,), T))
     return unpack(decoder.word_output(output.outputs), output, N, T), unpack(output.attention, output, N, T)

@@ -45,8 +45,7 @@ def caption_losses(
     Raises ValueError for any other shapes, or if every target is <pad>.
     """
     check_rows(tokens, features)
-    check_targets(targets, tokens)
-    lengths = (targets != Vocabulary.PAD).sum(dim=1).cpu()
+    lengths = target_lengths(targets, tokens)
     if decoder.backend == "torch":
         logits, attention = decoder(features, tokens.to(features.device)[:, : lengths.max()])
         return losses_from_logits(
@@ -85,10 +84,13 @@ def losses_from_logits(
     return CaptionLosses(words.sum(), (1 - attended).square().mean(dim=1).sum())
 
 
-def check_targets(targets: Tensor, tokens: Tensor) -> None:
-    """Raises ValueError unless the targets have the shape of the tokens, and at least one is not <pad>."""
-    if targets.shape != tokens.shape or not (targets != Vocabulary.PAD).any():
+def target_lengths(targets: Tensor, tokens: Tensor) -> Tensor:
+    """The number of targets in each row that are not <pad>, int64 [N] on the CPU. Raises ValueError unless the targets
+    have the shape of the tokens, and at least one is not <pad>."""
+    lengths = (targets != Vocabulary.PAD).sum(dim=-1).cpu()
+    if targets.shape != tokens.shape or not lengths.any():
         raise ValueError(
             f"targets of shape {list(targets.shape)} for tokens {list(tokens.shape)}: the shapes must be the same, and "
             "at least one word must not be <pad>"
         )
+    return lengths

@@ -142,8 +142,8 @@ class CudaGraph:
 
     def __init__(self, work: Callable[[], Any], warm_up: Callable[[], Any], pool: tuple[int, int] | None):
         stream = capture_stream(torch.cuda.current_device())
-        stream.wait_stream(torch.cuda.current_stream())
         with _one_capture:
+            stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # a first call may set things up that cannot be captured
                 warm_up()
             torch.cuda.current_stream().wait_stream(stream)
