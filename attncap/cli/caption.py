@@ -15,7 +15,7 @@ import tyro
 
 from attncap.cli import command
 from attncap.data import Example, report_skipped
-from attncap.data.images import find_images
+from attncap.data.image_folders import find_images
 from attncap.data.readers import coco
 from attncap.errors import CallError, UserError
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attncap.data.images import ImageError, find_images, open_image, to_rgb
+from attncap.data.image_folders import find_images
+from attncap.data.images import ImageError, open_image, to_rgb
 from attncap.data.readers import coco
 from attncap.errors import CallError, UserError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from attncap.data import shapes
 from attncap.data.dataset import Dataset, Skipped, Splits, report_skipped
-from attncap.data.images import subfolders
+from attncap.data.image_folders import subfolders
 from attncap.data.readers import coco, karpathy, tables
 from attncap.errors import CallError, UserError
 

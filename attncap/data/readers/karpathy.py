@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from attncap.data.dataset import Dataset, Example, Skipped
-from attncap.data.images import find_image_folder, image_roots
+from attncap.data.image_folders import find_image_folder, image_roots
 from attncap.data.readers.splits import SPLITS, given_splits, keep_existing
 from attncap.errors import UserError
 from attncap.files import read_json

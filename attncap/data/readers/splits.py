@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from attncap.data.dataset import Example, Skipped, Splits, one_line
-from attncap.data.images import file_names
+from attncap.data.image_folders import file_names
 from attncap.errors import UserError
 
 # Names that data sets use -> names used here. Karpathy's restval is the part of COCO's val that is used for training.

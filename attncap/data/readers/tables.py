@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from attncap.data.dataset import Dataset, Example, Skipped, Splits
-from attncap.data.images import find_image_folder, image_roots
+from attncap.data.image_folders import find_image_folder, image_roots
 from attncap.data.readers.splits import SPLITS, draw_splits, given_splits, keep_existing
 from attncap.errors import UserError
 from attncap.files import read_text
