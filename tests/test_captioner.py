@@ -1,3 +1,4 @@
+import collections
 import copy
 import io
 import sys
@@ -79,6 +80,16 @@ def test_attention(model, flickr8k):
     assert model.caption(path, attention=False).attention is None
 
 
+def test_iterables_of_images(model, flickr8k):
+    paths = paths_of(flickr8k, 3)
+    expected = model.caption(paths)
+    for images in (iter(paths), (path for path in paths), map(str, paths), collections.deque(paths)):
+        assert same(model.caption(images), expected)
+    arrays = np.stack([np.array(Image.open(path).resize((32, 32))) for path in paths])
+    assert [caption.text for caption in model.caption(iter(arrays))] == [caption.text for caption in expected]
+    assert model.caption(iter(())) == []
+
+
 def test_training_mode_is_kept(model, flickr8k):
     """And it captions as in evaluation mode."""
     expected = model.caption(flickr8k / "Images" / "001.png")
@@ -93,8 +104,17 @@ def test_wrong_images(model, tmp_path):
         (torch.rand(1, 3, 32, 32), "torch.uint8"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), r"\[1, 3, 64, 64\]"),
         (np.zeros((4, 4, 3)), "float64"),
+        (np.zeros((2, 4, 4, 3), dtype=np.uint8), r"image of uint8 \[2, 4, 4, 3\]: an array must be uint8 \[H, W, 3\]"),
+        (torch.zeros(3, 32, 32, dtype=torch.uint8), r"not torch.uint8 \[3, 32, 32\]"),
+        (None, "image of type NoneType: must be a path"),
         ([None], "NoneType"),
         (7, "int"),
+        (set(), "image of type set"),
+        ({"no.jpg": 1}, "image of type dict"),
+        ([[tmp_path / "no.jpg"]], "image of type list"),
+        (iter([tmp_path / "no.jpg", torch.zeros(3, 32, 32, dtype=torch.uint8)]), "image of type Tensor"),
+        ([tmp_path / "no.jpg", 7], "int"),  # found before any work
+        (io.StringIO("text"), "must be opened in binary mode"),
     ):
         with pytest.raises(CallError, match=message) as raised:
             model.caption(images)

@@ -29,6 +29,7 @@ from attncap.versions import versions
 
 log = logging.getLogger("attncap")
 
+
 def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()) -> None:
     """Train a model according to the settings, and write it and its log to `config.run.output`. If several processes
     share a run, each of them calls this inside `distributed.process_group`.
