@@ -155,7 +155,10 @@ class CaptionMethods:
 
     @contextlib.contextmanager
     def _ready(self) -> Iterator[list[tuple[Decoder, GraphCache | None]]]:
-        """The models' prepared decoders, while the models are in evaluation mode."""
+        """The models' prepared decoders, while the models are in evaluation mode. Raises CallError for models without
+        weights."""
+        if self.models[0].device.type == "meta":
+            raise CallError("the model is on the meta device, which keeps no weights; load it with from_pretrained")
         with contextlib.ExitStack() as held:
             # In one order for all ensembles, since a model in training mode is locked.
             ready = {model: held.enter_context(model._prepared()) for model in sorted(set(self.models), key=id)}

@@ -81,7 +81,7 @@ def summary(
     scores: Scores, captions: Mapping[str, str], vocabulary: Vocabulary | None, training: Collection[str] | None
 ) -> dict:
     """The report of an evaluation: the metrics with their 95% intervals, and how varied the captions are, compared with
-    the model's vocabulary and the captions it was trained on, if these are given; and notes that explain the figures."""
+    the model's vocabulary and the captions it was trained on, if these are given. Notes explain the figures."""
     intervals = bootstrap.intervals(scores)
     metrics = {}
     for name, value in scores.corpus().items():

@@ -13,7 +13,6 @@ from attncap.data.tokenizer import tokenize
 from attncap.errors import CallError, UserError
 from attncap.files import write_atomically
 
-
 # Of Chinese and Japanese, and the dot between Tibetan syllables.
 UNSPACED_PUNCTUATION = re.compile(" ?([\u0f0b\u3001-\u3003\u3008-\u301f\uff01-\uff0f\uff1a-\uff20]) ?")
 

@@ -6,10 +6,9 @@ import sys
 from collections import Counter
 
 import pytest
+from conftest import COLORS, TINY, make_flickr8k
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from conftest import COLORS, TINY, make_flickr8k
 
 from attncap import Captioner
 from attncap.data import subwords
