@@ -193,7 +193,8 @@ class Captioner(CaptionMethods, nn.Module):
             raise UserError(f"{weights}: cannot read the model's weights: {error.strerror or error}") from error
         except (safetensors.SafetensorError, struct.error, json.JSONDecodeError) as error:
             raise UserError(f"{weights}: the file is damaged or cut short ({error}); copy or train it again") from error
-        model = cls(config, vocabulary, backend=backend)
+        with torch.device("cpu"):  # whatever the default device and dtype are
+            model = cls(config, vocabulary, backend=backend).float()
         try:
             model.load_state_dict(state)
         except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from attncap.captioner import Captioner
 from attncap.data import Splits, open_dataset
+from attncap.data.tokenizer import lacks_spaces
 from attncap.data.vocabulary import Vocabulary
 from attncap.devices import find_workers
 from attncap.errors import CallError, UserError
@@ -24,6 +26,8 @@ from attncap.training import checkpoint, distributed
 from attncap.training.config import TrainConfig
 from attncap.training.trainer import Trainer
 from attncap.versions import versions
+
+log = logging.getLogger("attncap")
 
 
 def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()) -> None:
@@ -115,6 +119,8 @@ def find_vocabulary(config: TrainConfig, captions: Sequence[str]) -> Vocabulary:
     CallError and UserError."""
     path = config.data.vocabulary
     if path is None:
+        if distributed.is_main() and not config.data.subwords and lacks_spaces(captions):
+            log.warning("the captions have no spaces between words, so each clause is one word; use --subwords 4000")
         return Vocabulary.build(captions, config.data.min_count, config.data.subwords)
     if not Path(path).is_file():
         raise CallError(f"{path}: no such vocabulary file")
