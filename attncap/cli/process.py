@@ -78,7 +78,8 @@ class StandardOutput(StandardError):
         if not self.optional:
             raise SystemExit(0) if gone else UserError(message)
         self.lost = self.lost or not gone
-        print(f"attncap: {'' if gone else 'error: '}{message}; files are still written", file=sys.stderr)
+        kind = "" if gone else "error: "
+        print(f"attncap: {kind}{message}; the command continues, since it writes files", file=sys.stderr)
 
 
 def go_on_without_output() -> None:
@@ -103,8 +104,8 @@ def run(work: Callable[[], object], debug: bool = False) -> NoReturn:
         handler = logging.StreamHandler()
         handler.setFormatter(Formatter("attncap: %(message)s"))
         logging.basicConfig(handlers=[handler])
-        status = attempt(work, debug) or attempt(stdout.flush, debug) or int(stdout.lost)
-    sys.exit(status)
+        worked, flushed = attempt(work, debug), attempt(stdout.flush, debug)
+    sys.exit(worked or flushed or int(stdout.lost))
 
 
 def attempt(work: Callable[[], object], debug: bool) -> int:
