@@ -21,13 +21,18 @@ SHOWN = [r"a\nb", r"tab\t", r"\x1b[2Jred", r"c1\x9bH", r"\x7f", r"line\u2028", r
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("PYTHONUNBUFFERED", "COLUMNS")}
 
 
+PROCESS = """
+from attncap.cli import process
+from attncap.errors import CallError
+def work():
+    {}
+process.run(work)
+"""
+
+
 def command(work: str) -> list[str]:
     """A process that does `work`, a few lines of Python, as commands do."""
-    return [
-        sys.executable,
-        "-c",
-        f"from attncap.cli import process\nfrom attncap.errors import CallError\ndef work():\n {work}\nprocess.run(work)",
-    ]
+    return [sys.executable, "-c", PROCESS.format(work.replace("\n", "\n    "))]
 
 
 def run(arguments: list, closed: tuple[int, ...] = (), **options) -> tuple[int, str, str]:
@@ -89,8 +94,8 @@ def test_a_broken_pipe_that_is_not_standard_output_is_an_error():
 
 def test_no_work_ends_because_messages_cannot_be_shown(unread, full):
     work = (
-        "import logging, sys, tqdm\n for _ in tqdm.tqdm(range(3), mininterval=0): logging.warning('a'); print('out')\n"
-        " print('b', file=sys.stderr)"
+        "import logging, sys, tqdm\nfor _ in tqdm.tqdm(range(3), mininterval=0): logging.warning('a'); print('out')\n"
+        "print('b', file=sys.stderr)"
     )
     for stderr in (unread, full):
         assert run(command(work), stderr=stderr)[:2] == (0, "out\n" * 3)
@@ -104,7 +109,7 @@ def test_closed_streams_count_as_devnull(tmp_path, closed):
     path = tmp_path / "file"
     work = (
         f"import os, sys; file = open({str(path)!r}, 'w'); file.write(str(file.fileno()))\n"
-        " print('out'); print('err', file=sys.stderr); os.write(2, b'from C')"
+        "print('out'); print('err', file=sys.stderr); os.write(2, b'from C')"
     )
     status, out, err = run(command(work), closed)
     assert status == 0 and int(path.read_text()) > 2
@@ -123,7 +128,7 @@ def test_control_characters_are_shown_as_escapes():
     assert escape("a\n\tb\n") == "a\n\\tb\n"
     work = (
         "import logging, sys; sys.stdout.escaped = True; print('a\\x1b[2J\\nb')\n"
-        " logging.warning('%s', 'c\\x1b[2J\\nd'); raise ValueError('e\\x1b[2J\\nf')"
+        "logging.warning('%s', 'c\\x1b[2J\\nd'); raise ValueError('e\\x1b[2J\\nf')"
     )
     assert run(command(work)) == (
         1,
