@@ -73,7 +73,7 @@ def main(config: CaptionConfig) -> None:
             for example, captions in captioned:
                 for caption in captions:
                     if config.format == "text":
-                        tqdm.write(f"{process.one_line(example.name)}: {process.one_line(caption.text)}")
+                        tqdm.write(f"{process.escape_line(example.name)}: {process.escape_line(caption.text)}")
                     else:
                         score = caption.score if math.isfinite(caption.score) else None  # -inf: no word was allowed
                         line = {"image": example.name, "caption": caption.text, "score": score}

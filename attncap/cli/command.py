@@ -13,7 +13,7 @@ from attncap.cli import process
 from attncap.config import check_at_least
 from attncap.search.config import SearchConfig
 
-MIN_COLUMNS = 40  # of a terminal; in a few columns, tyro would not come to an end with --help
+MIN_COLUMNS = 40  # of a terminal; in a few columns, tyro never finishes --help
 
 Config = TypeVar("Config")
 
@@ -59,10 +59,9 @@ def run(
     def work() -> None:
         # Flags of nested dataclasses are written without the names of those dataclasses.
         options = {"prog": prog, "description": description, "config": (tyro.conf.OmitArgPrefixes,)}
-        if isinstance(config, type):
-            parsed = tyro.cli(config, args=arguments, **options)
-        else:
-            parsed = tyro.cli(type(config), args=arguments, default=config, **options)
+        default = {} if isinstance(config, type) else {"default": config}
+        kind = config if isinstance(config, type) else type(config)
+        parsed = tyro.cli(kind, args=arguments, **options, **default)
         from tqdm.contrib.logging import logging_redirect_tqdm  # --help does without
 
         sys.stdout.escaped = True  # tyro's own output has colours

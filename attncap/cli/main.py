@@ -5,7 +5,6 @@ import importlib
 import io
 import re
 import sys
-from typing import NoReturn
 
 from attncap.cli import process
 from attncap.errors import CallError
@@ -35,12 +34,13 @@ attncap COMMAND --help lists the options of a command. For shell completion in b
 COMPLETION_FLAGS = ("--tyro-print-completion", "--tyro-write-completion")
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run `attncap COMMAND OPTIONS`. Only the commands that need torch import it, which takes seconds."""
     name, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     if name in COMMANDS and not (arguments and arguments[0] in COMPLETION_FLAGS):
         importlib.import_module(f"attncap.cli.{name}").run(f"attncap {name}", arguments)
-    process.run(lambda: show(name, arguments))
+    else:
+        process.run(lambda: show(name, arguments))
 
 
 def show(name: str, arguments: list[str]) -> None:

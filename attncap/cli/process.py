@@ -21,18 +21,18 @@ def escape(text: str) -> str:
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def one_line(text: object) -> str:
+def escape_line(text: object) -> str:
     """`escape`, with line feeds as escapes too."""
     return escape(str(text)).replace("\n", r"\n")
 
 
 class StandardError:
-    """sys.stderr, from which errors of writing are hidden: no work ends because a message cannot be shown. After such
-    an error, here and below, the stream leads to os.devnull, so that no later write and no flush fails again."""
+    """sys.stderr, whose write errors are ignored: no work ends because a message cannot be shown. After an error, here
+    and in StandardOutput, the stream leads to os.devnull, so that no later write or flush fails again."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
-        with contextlib.suppress(AttributeError):  # not a TextIOWrapper: a stream of Jupyter's, for example
+        with contextlib.suppress(AttributeError):  # not a TextIOWrapper, such as Jupyter's stream
             # The name of a file may not be valid text. Lines appear at once, also in a pipe.
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
@@ -60,7 +60,7 @@ class StandardError:
 
 class StandardOutput(StandardError):
     """sys.stdout. A command whose only result is its output ends when that cannot be written: with status 0 when the
-    reader has gone, as in `... | head`, with an error otherwise.
+    reader has gone, as in `... | head`, and with an error otherwise.
 
     escaped: whether control characters are shown as escapes.
     optional: whether the command goes on without its output, since its results are files.
@@ -91,7 +91,7 @@ class Formatter(logging.Formatter):
     """Messages on one line; a traceback after them keeps its lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return one_line(super().formatMessage(record))
+        return escape_line(super().formatMessage(record))
 
 
 def run(work: Callable[[], object], debug: bool = False) -> NoReturn:
@@ -123,7 +123,7 @@ def attempt(work: Callable[[], object], debug: bool) -> int:
             print(escape(traceback.format_exc()), file=sys.stderr)
         known = isinstance(error, UserError)
         message = error if known else f"{type(error).__name__}: {error} (--debug shows where)"
-        print(f"attncap: error: {one_line(message)}", file=sys.stderr)
+        print(f"attncap: error: {escape_line(message)}", file=sys.stderr)
         return error.status if known else 1
 
 

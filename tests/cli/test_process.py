@@ -13,7 +13,7 @@ import pytest
 from conftest import TINY, make_flickr8k
 from PIL import Image
 
-from attncap.cli.process import escape, one_line
+from attncap.cli.process import escape, escape_line
 
 NASTY = ["a\nb", "tab\t", "\x1b[2Jred", "c1\x9bH", "\x7f", "line\u2028", "\u202egnp", "é犬🐶", "\udcff"]  # file names
 SHOWN = [r"a\nb", r"tab\t", r"\x1b[2Jred", r"c1\x9bH", r"\x7f", r"line\u2028", r"\u202egnp", "é犬🐶", r"\udcff"]
@@ -124,7 +124,7 @@ def test_lines_appear_at_once():
 
 def test_control_characters_are_shown_as_escapes():
     for text, shown in zip(NASTY, SHOWN, strict=True):
-        assert one_line(text).encode(errors="backslashreplace").decode() == shown
+        assert escape_line(text).encode(errors="backslashreplace").decode() == shown
     assert escape("a\n\tb\n") == "a\n\\tb\n"
     work = (
         "import logging, sys; sys.stdout.escaped = True; print('a\\x1b[2J\\nb')\n"
