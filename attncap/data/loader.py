@@ -4,12 +4,11 @@ import atexit
 import contextlib
 import multiprocessing
 import pickle
+import queue
 import signal
 import threading
 import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -107,42 +106,33 @@ def batches(
             yield _to_tensors(*_read_batch(pictures, indices), pin)
         return
     with contextlib.ExitStack() as stack:
-        # Python waits for its children before it exits, also if this iterator is still in use.
+        # Python waits for its children before it exits, so an iterator that is still open then ends them.
         stack.callback(atexit.unregister, atexit.register(stack.close))
         try:
-            started = [stack.enter_context(_Worker(pictures, chosen[i::count])) for i in range(count)]
-            threads = stack.enter_context(ThreadPoolExecutor(count))
+            started = [stack.enter_context(_Worker(pictures, chosen[i::count], pin)) for i in range(count)]
             for worker in started:
-                stack.callback(worker.process.kill)  # before waiting for the threads
-            ahead = deque(threads.submit(worker.receive, pin) for worker in started)
+                worker.thread.start()
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"cannot start {count} workers: {one_line(error)}; use fewer --workers, or --workers 0"
             ) from error
         for i in range(len(chosen)):
-            worker = started[i % count]
-            try:
-                batch = ahead.popleft().result()
-            except (EOFError, pickle.UnpicklingError) as error:
-                raise worker.ended() from error
-            if i + count < len(chosen):
-                ahead.append(threads.submit(worker.receive, pin))
-            yield batch
+            yield started[i % count].next_batch()
 
 
 class _Worker:
-    """A process that reads batches and writes them, pickled, into a pipe. It waits until one is taken before it writes
-    the next.
+    """A process that reads batches and writes them, pickled, into a pipe, and a thread that takes them from it. Each
+    holds one batch, and goes on to the next when that one is taken.
 
     torch's DataLoader passes batches through /dev/shm, which is small or missing in many containers, and through a
     queue that all workers share: one that dies can leave the others and the reader waiting forever. Here, only the
-    worker has the end of the pipe that is written to, and only this process the other one, so each notices the other's
-    death, whatever its cause.
+    worker has the end of the pipe that is written to, so the reader notices its death, whatever the cause; and the
+    worker notices when nobody reads any more.
     """
 
     starting = threading.Lock()
 
-    def __init__(self, pictures: Dataset, chosen: Sequence[Sequence[int]]):
+    def __init__(self, pictures: Dataset, chosen: Sequence[Sequence[int]], pin: bool):
         with self.starting:  # a worker started meanwhile by another thread would inherit `writer`
             self.reader, writer = multiprocessing.Pipe(duplex=False)
             self.process = multiprocessing.Process(target=_work, args=(pictures, chosen, writer), daemon=True)
@@ -153,7 +143,8 @@ class _Worker:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 writer.close()
-        self.stream = open(self.reader.fileno(), "rb", closefd=False)
+        self.wanted, self.received = threading.Semaphore(1), queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._receive, args=(pin,), daemon=True)
 
     def __enter__(self) -> "_Worker":
         return self
@@ -161,24 +152,37 @@ class _Worker:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.join()
-        self.reader.close()
+        self.wanted.release()  # the thread finds the pipe closed, and ends
 
-    def receive(self, pin: bool) -> tuple[list[int], Tensor | None, list[Skipped]]:
-        """Wait for the next batch. Raises EOFError or UnpicklingError when the worker has ended."""
-        batch = pickle.load(self.stream)
-        if isinstance(batch, UserError):
+    def _receive(self, pin: bool) -> None:
+        """Put batches into `received`, and at last the error that ends them."""
+        with self.reader, open(self.reader.fileno(), "rb", closefd=False) as stream:
+            batch = None
+            while not isinstance(batch, Exception):
+                self.wanted.acquire()
+                try:
+                    batch = pickle.load(stream)
+                    if not isinstance(batch, Exception):
+                        batch = _to_tensors(*batch, pin)
+                except Exception as error:
+                    batch = error
+                self.received.put(batch)
+
+    def next_batch(self) -> tuple[list[int], Tensor | None, list[Skipped]]:
+        """Wait for the next batch. Raises UserError when the worker has failed or died."""
+        batch = self.received.get()
+        self.wanted.release()
+        if isinstance(batch, EOFError | pickle.UnpicklingError):
+            self.process.join(1)
+            status = self.process.exitcode
+            reason = signal.strsignal(-status) if status is not None and status < 0 else f"exit status {status}"
+            raise UserError(
+                f"a worker, a process that reads images, has ended ({reason}); if memory ran out, use fewer --workers; "
+                "with --workers 0, the main process reads images"
+            ) from batch
+        if isinstance(batch, Exception):
             raise batch
-        return _to_tensors(*batch, pin)
-
-    def ended(self) -> UserError:
-        """The error for a worker that has ended before its time."""
-        self.process.join(1)
-        status = self.process.exitcode
-        reason = signal.strsignal(-status) if status is not None and status < 0 else f"exit status {status}"
-        return UserError(
-            f"a worker, a process that reads images, has ended ({reason}); if memory ran out, use fewer --workers; "
-            "with --workers 0, the main process reads images"
-        )
+        return batch
 
 
 def _work(pictures: Dataset, chosen: Sequence[Sequence[int]], writer: Connection) -> None:
