@@ -135,7 +135,8 @@ class _Worker:
     def __init__(self, pictures: Dataset, chosen: Sequence[Sequence[int]], pin: bool):
         with self.starting:  # a worker started meanwhile by another thread would inherit `writer`
             self.reader, writer = multiprocessing.Pipe(duplex=False)
-            self.process = multiprocessing.Process(target=_work, args=(pictures, chosen, writer), daemon=True)
+            arguments = (pictures, chosen, self.reader, writer)
+            self.process = multiprocessing.Process(target=_work, args=arguments, daemon=True)
             # The mask is inherited, so a signal that arrives before the worker has started does not kill it.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
             try:
@@ -185,8 +186,9 @@ class _Worker:
         return batch
 
 
-def _work(pictures: Dataset, chosen: Sequence[Sequence[int]], writer: Connection) -> None:
-    """Read the batches and write them, or the first error."""
+def _work(pictures: Dataset, chosen: Sequence[Sequence[int]], reader: Connection, writer: Connection) -> None:
+    """In the process: read the batches and write them, or an error."""
+    reader.close()  # the pipe is broken when no process has this end open
     warnings.filterwarnings("ignore", module="PIL")  # about odd metadata: every worker would print them
     for signum in IGNORED:
         signal.signal(signum, signal.SIG_IGN)

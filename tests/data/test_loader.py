@@ -182,17 +182,21 @@ def test_other_ways_to_start_processes(examples, monkeypatch, method):
 
 
 @pytest.mark.slow
-def test_a_process_ends_while_its_workers_wait(examples):
-    """At its end, Python joins its children: these do not end on SIGTERM, and wait until their batch is taken."""
-    script = """
-import sys
+@pytest.mark.parametrize("end, status", [("", 0), ("os.kill(os.getpid(), 9)", -9)])
+def test_workers_end_with_their_parent(examples, end, status):
+    """At its end, Python joins its children: these ignore SIGTERM, and wait until their batch is taken. They inherit
+    standard output, so reading it to its end waits for them."""
+    script = f"""
+import os, sys
 from pathlib import Path
 from attncap.data import Example
 from attncap.data.loader import Pictures, batches
 reading = batches(Pictures([Example(str(i), (), Path(sys.argv[1])) for i in range(12)], 224), 1, 2)
 next(reading)
+{end}
 """
-    subprocess.run([sys.executable, "-c", script, examples[0].path], check=True, timeout=60)
+    command = [sys.executable, "-c", script, examples[0].path]
+    assert subprocess.run(command, stdout=subprocess.PIPE, timeout=60).returncode == status
 
 
 @pytest.mark.parametrize("workers", [0, 2])
