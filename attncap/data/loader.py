@@ -1,22 +1,29 @@
 """From images of a data set to batches of tensors."""
 
-import ctypes
+import atexit
+import contextlib
 import multiprocessing
-import os
+import pickle
+import queue
 import signal
-import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from attncap.data.dataset import CaptionedImage, Skipped
+from attncap.data.dataset import CaptionedImage, Skipped, one_line
 from attncap.data.images import ImageError
 from attncap.data.vocabulary import Vocabulary
+from attncap.errors import UserError
+
+# Launchers and Ctrl-C send them to all processes at once: only the parent acts on them.
+IGNORED = (signal.SIGINT, signal.SIGTERM)  # by workers
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:
@@ -82,56 +89,138 @@ def draw_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[lis
 
 def batches(
     pictures: Dataset, batch_size: int, workers: int, chosen: Sequence[Sequence[int]] | None = None, pin: bool = False
-) -> DataLoader:
+) -> Iterator[tuple[list[int], Tensor | None, list[Skipped]]]:
     """Batches (indices, images uint8 [B,3,S,S], skipped): the images that could be read, None where there are none, and
     a list of Skipped with the others. From a FeatureCache, features [B,P,D] instead of images.
 
-    `chosen` has the indices of each batch; by default all images come in order. With `pin`, batches are in page-locked
-    memory, from which copies to a GPU are asynchronous.
+    `chosen` has the indices of each batch; by default all images come in order. Each of n `workers`, which are
+    processes, reads every n-th batch, up to two ahead; if `workers` is 0, this process reads them. With `pin`, batches
+    are in page-locked memory, from which copies to a GPU are asynchronous. Raises UserError when a worker cannot start,
+    fails or dies.
     """
     if chosen is None:
         chosen = [range(i, min(i + batch_size, len(pictures))) for i in range(0, len(pictures), batch_size)]
-    return _Loader(
-        pictures,
-        batch_sampler=chosen,
-        num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=_start_worker,
-        pin_memory=pin,
-        generator=torch.Generator(),  # seeds the workers without drawing from the process's own generator
-    )
-
-
-class _Loader(DataLoader):
-    def __iter__(self) -> Iterator:
-        """Workers inherit the mask of blocked signals. Blocking SIGINT and SIGTERM while they start keeps one that
-        arrives before `_start_worker` has run from killing them."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    count = min(workers, len(chosen))
+    if count == 0:
+        for indices in chosen:
+            yield _to_tensors(*_read_batch(pictures, indices), pin)
+        return
+    with contextlib.ExitStack() as stack:
+        # Python waits for its children before it exits, so an iterator that is still open then ends them.
+        stack.callback(atexit.unregister, atexit.register(stack.close))
         try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            started = [stack.enter_context(_Worker(pictures, chosen[i::count], pin)) for i in range(count)]
+            for worker in started:
+                worker.thread.start()
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"cannot start {count} workers: {one_line(error)}; use fewer --workers, or --workers 0"
+            ) from error
+        for i in range(len(chosen)):
+            yield started[i % count].next_batch()
 
 
-def _start_worker(_: int) -> None:
-    """Tie a worker's life to its parent's. Launchers and Ctrl-C send signals to all processes at once: only the parent
-    acts on them, workers ignore them. A worker ends when the parent does, whatever ended it."""
+class _Worker:
+    """A process that reads batches and writes them, pickled, into a pipe, and a thread that takes them from it. Each
+    holds one batch, and goes on to the next when that one is taken.
+
+    torch's DataLoader passes batches through /dev/shm, which is small or missing in many containers, and through a
+    queue that all workers share: one that dies can leave the others and the reader waiting forever. Here, only the
+    worker has the end of the pipe that is written to, so the reader notices its death, whatever the cause; and the
+    worker notices when nobody reads any more.
+    """
+
+    starting = threading.Lock()
+
+    def __init__(self, pictures: Dataset, chosen: Sequence[Sequence[int]], pin: bool):
+        with self.starting:  # a worker started meanwhile by another thread would inherit `writer`
+            self.reader, writer = multiprocessing.Pipe(duplex=False)
+            arguments = (pictures, chosen, self.reader, writer)
+            self.process = multiprocessing.Process(target=_work, args=arguments, daemon=True)
+            # The mask is inherited, so a signal that arrives before the worker has started does not kill it.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
+            try:
+                self.process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                writer.close()
+        self.wanted, self.received = threading.Semaphore(1), queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._receive, args=(pin,), daemon=True)
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.join()
+        self.wanted.release()  # the thread finds the pipe closed, and ends
+
+    def _receive(self, pin: bool) -> None:
+        """Put batches into `received`, and at last the error that ends them."""
+        with self.reader, open(self.reader.fileno(), "rb", closefd=False) as stream:
+            batch = None
+            while not isinstance(batch, Exception):
+                self.wanted.acquire()
+                try:
+                    batch = pickle.load(stream)
+                    if not isinstance(batch, Exception):
+                        batch = _to_tensors(*batch, pin)
+                except Exception as error:
+                    batch = error
+                self.received.put(batch)
+
+    def next_batch(self) -> tuple[list[int], Tensor | None, list[Skipped]]:
+        """Wait for the next batch. Raises UserError when the worker has failed or died."""
+        batch = self.received.get()
+        self.wanted.release()
+        if isinstance(batch, EOFError | pickle.UnpicklingError):
+            self.process.join(1)
+            status = self.process.exitcode
+            reason = signal.strsignal(-status) if status is not None and status < 0 else f"exit status {status}"
+            raise UserError(
+                f"a worker, a process that reads images, has ended ({reason}); if memory ran out, use fewer --workers; "
+                "with --workers 0, the main process reads images"
+            ) from batch
+        if isinstance(batch, Exception):
+            raise batch
+        return batch
+
+
+def _work(pictures: Dataset, chosen: Sequence[Sequence[int]], reader: Connection, writer: Connection) -> None:
+    """In the process: read the batches and write them, or an error."""
+    reader.close()  # the pipe is broken when no process has this end open
     warnings.filterwarnings("ignore", module="PIL")  # about odd metadata: every worker would print them
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere torch's workers check for the parent every few seconds
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        # The parent may have died before the call above.
-        if multiprocessing.get_start_method() == "fork" and os.getppid() != multiprocessing.parent_process().pid:
-            os._exit(1)
+    for signum in IGNORED:
+        signal.signal(signum, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    with contextlib.suppress(BrokenPipeError), open(writer.fileno(), "wb", closefd=False) as stream:
+        for indices in chosen:
+            try:
+                batch = _read_batch(pictures, indices)
+            except Exception as error:
+                batch = UserError(
+                    f"a worker, a process that reads images, failed: {type(error).__name__}: {one_line(error)} "
+                    "(--workers 0 --debug shows where)"
+                )
+            pickle.dump(batch, stream, protocol=5)  # arrays are copied neither here nor where they are read
+            stream.flush()
 
 
-def _collate(items: list[tuple[int, Tensor | Skipped]]) -> tuple[list[int], Tensor | None, list[Skipped]]:
-    indices = [index for index, item in items if isinstance(item, Tensor)]
+def _read_batch(pictures: Dataset, indices: Sequence[int]) -> tuple[list[int], np.ndarray | None, list[Skipped]]:
+    items = [pictures[index] for index in indices]
+    read = [index for index, item in items if isinstance(item, Tensor)]
     images = [item for _, item in items if isinstance(item, Tensor)]
     skipped = [item for _, item in items if isinstance(item, Skipped)]
-    return indices, torch.stack(images) if images else None, skipped
+    return read, torch.stack(images).numpy() if images else None, skipped
+
+
+def _to_tensors(
+    indices: list[int], images: np.ndarray | None, skipped: list[Skipped], pin: bool
+) -> tuple[list[int], Tensor | None, list[Skipped]]:
+    if images is None:
+        return indices, None, skipped
+    tensor = torch.from_numpy(images)
+    return indices, tensor.pin_memory() if pin else tensor, skipped
 
 
 def draw_rows(captions: Sequence[list[int]], rows: int, seed: int) -> list[list[int]]:

@@ -172,10 +172,10 @@ class Trainer:
             disable=not distributed.is_main(),
         ) as bar:
             pin = self.device.type == "cuda"
-            loader = batches(self.pictures(), config.data.batch_size, self.workers, shares, pin=pin)
-            # Only the loop holds a reference to the loader's iterator, so the workers end with the loop, however it
-            # ends.
-            for group in in_groups(loader, batches_per_step):
+            # Only the loop holds a reference to the iterator, so the workers end with the loop, however it ends.
+            for group in in_groups(
+                batches(self.pictures(), config.data.batch_size, self.workers, shares, pin=pin), batches_per_step
+            ):
                 torch.manual_seed(seed_of("step", seed, self.steps_done, distributed.rank()))  # for dropout
                 self.train_step(model, [self.prepare(*batch) for batch in group])
                 self.step += 1

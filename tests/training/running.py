@@ -19,12 +19,10 @@ import json, os, signal, sys
 from attncap.cli import train
 from attncap.metrics import java
 from attncap.training import run, run_logger, trainer
-from torch.utils.data._utils import worker
 java.find_java = lambda: None
 run.save_attention = lambda *_: None  # drawing takes longer than these runs
 run_logger.draw_curves = lambda *_: b""
 run_logger._open_board = lambda *_: None
-worker.MP_STATUS_CHECK_INTERVAL = 3600  # torch's workers do not notice themselves that their parent has died
 for line in sys.stdin:
     order = json.loads(line)
     if "wait" in order:
