@@ -1,7 +1,7 @@
 import pytest
 
 from attncap.errors import UserError
-from attncap.files import atomic_path, write_atomically
+from attncap.files import atomic_file, write_atomically
 
 
 def test_text_and_bytes(tmp_path):
@@ -15,8 +15,8 @@ def test_text_and_bytes(tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(error), atomic_path(path) as temporary:
-        temporary.write_text("half of the n")
+    with pytest.raises(error), atomic_file(path) as file:
+        file.write(b"half of the n")
         raise error
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

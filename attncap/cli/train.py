@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from attncap.cli import command
+from attncap.errors import UserError
 from attncap.training import recipes
 from attncap.training.config import TrainConfig, setting_paths
 
@@ -34,17 +35,19 @@ def defaults(arguments: Sequence[str]) -> TrainConfig:
 
 def main(prog: str, arguments: Sequence[str], config: TrainConfig) -> None:
     from attncap.training import distributed
-    from attncap.training.run import train
+    from attncap.training.run import Unfinished, train
     from attncap.training.signals import Stopped
 
+    command_line = resume_command(prog, arguments, os.environ)
     with distributed.process_group(config.run.device) as device:
         try:
             train(config, device, given_settings(arguments))
         except Stopped:
             if distributed.is_main():
-                command_line = resume_command(prog, arguments, os.environ)
                 print(f"\nattncap: stopped; continue with: {command_line}", file=sys.stderr, flush=True)
             raise
+        except Unfinished as error:
+            raise UserError(f"{error}; continue with: {command_line}") from error
 
 
 def given_settings(arguments: Sequence[str]) -> set[str]:

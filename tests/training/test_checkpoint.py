@@ -1,12 +1,13 @@
 import json
 import os
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from attncap.errors import CallError, UserError
-from attncap.files import atomic_path, remove_temporary, write_atomically
+from attncap.files import atomic_file, remove_temporary, write_atomically
 from attncap.training import checkpoint, recipes
 from attncap.training.config import training_seed
 from attncap.training.signals import SignalHandler, Stopped
@@ -53,8 +54,8 @@ def test_no_pickle_is_run(tmp_path):
 
 
 def test_only_temporary_files_of_killed_processes_are_removed(tmp_path):
-    with atomic_path(tmp_path / "model.safetensors") as path:
-        left = path.name
+    with atomic_file(tmp_path / "model.safetensors") as file:
+        left = Path(file.name).name
     for name in (left, ".hidden", "notes.tmp", ".notes.tmp", "model.safetensors"):
         (tmp_path / name).touch()
     remove_temporary(tmp_path)
