@@ -68,7 +68,8 @@ def remove_temporary(folder: Path) -> None:
 
 class FolderLock:
     """As a context manager, makes a folder and keeps other processes that lock it from writing there. The lock is on
-    the file .lock, and ends with the process, however that ends. A folder that is still empty then is removed.
+    the file .lock, and ends with the process, however that ends. Folders that it has made are removed if they are
+    still empty at the end.
 
     Entering raises UserError when another process has the lock, or the folder cannot be written.
     """
@@ -78,6 +79,7 @@ class FolderLock:
 
     def __enter__(self) -> FolderLock:
         try:
+            self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a+", encoding="utf-8", errors="replace")
             self._lock()
@@ -92,7 +94,8 @@ class FolderLock:
         with contextlib.suppress(OSError, UserError):
             self.check()
             self.path.unlink()
-            self.folder.rmdir()
+            for folder in self._made:
+                folder.rmdir()
         self._file.close()
 
     def _lock(self) -> None:

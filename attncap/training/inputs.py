@@ -58,33 +58,35 @@ def load(folder: Path) -> Inputs:
 
 
 def compare(began: Inputs, splits: Splits, source: str) -> tuple[Splits, bool]:
-    """Compare the splits of the data in `source` with those that a run began with. Warns about captions that have
-    changed, and about images for validation and the test.
-
-    Returns the splits, with the training images in the order of the run, because its place in an epoch is a place in
-    this order; and whether captions for training have, or may have, changed. Raises UserError when the training images
-    are not the same ones.
-    """
+    """The images that a run began with, in its own splits and order, because its place in an epoch is a place in that
+    order; and whether captions for training have changed, or may have. Warns about captions and splits that have
+    changed. Raises UserError when the images in `source` are not the same ones."""
     if began.images is None:
         return splits, True
-    edited: dict[str, list[str]] = {}
-    for split, before in began.images.items():
-        now = {example.name: example for example in splits[split]}
-        new, missing = [name for name in now if name not in before], [name for name in before if name not in now]
-        if new or missing:
-            changes = ((new, "new"), (missing, "missing"))
-            counts = ", ".join(f"{len(names):,} {what} ({first_of(names)})" for names, what in changes if names)
-            message = f"{source}: the {split} images are not those that the run began with: {counts}"
-            if split == "train":
-                raise UserError(f"cannot resume: {message}; restore them, or begin a new run")
-            log.warning(message)
-        edited[split] = [name for name in before if name in now and before[name] != _digest_captions(now[name])]
-        if edited[split]:
-            counts = f"{len(edited[split]):,} of {len(before):,} {split} images"
-            names = first_of(edited[split])
-            log.warning("%s: the captions of %s have changed since the run began (%s)", source, counts, names)
-    by_name = {example.name: example for example in splits["train"]}
-    return {**splits, "train": [by_name[name] for name in began.images["train"]]}, bool(edited["train"])
+    now = {example.name: example for examples in splits.values() for example in examples}
+    before = {name: split for split, images in began.images.items() for name in images}
+    missing, new = [name for name in before if name not in now], [name for name in now if name not in before]
+    for names, what in ((missing, "missing"), (new, "new")):
+        if names:
+            raise UserError(
+                f"cannot resume: {source}: images that are {what} since the run began: {_count(names)}; "
+                "restore them as they were, or begin a new run"
+            )
+    edited = {}
+    for split, images in began.images.items():
+        edited[split] = [name for name in images if images[name] != _digest_captions(now[name])]
+        moved = [example.name for example in splits[split] if example.name not in images]
+        for names, what in (
+            (edited[split], f"images of the {split} split whose captions have changed since the run began"),
+            (moved, f"images that are new in the {split} split, where the run does not use them"),
+        ):
+            if names:
+                log.warning("%s: %s: %s", source, what, _count(names))
+    return {split: [now[name] for name in images] for split, images in began.images.items()}, bool(edited["train"])
+
+
+def _count(names: Sequence[str]) -> str:
+    return f"{len(names):,} ({first_of(names)})"
 
 
 def _digest_captions(example: CaptionedImage) -> str:

@@ -67,7 +67,11 @@ def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()
             except Exception as error:
                 if not (output / checkpoint.NAME).exists():  # the folder was removed
                     raise
-                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                reason = (
+                    str(error)
+                    if isinstance(error, UserError)
+                    else f"{type(error).__name__}: {' '.join(str(error).split())}"
+                )
                 saved = f"; the best model so far is in {output}" if (output / "model.safetensors").exists() else ""
                 raise Unfinished(reason + saved) from error
 

@@ -128,6 +128,8 @@ def test_resume_of_a_run_that_older_settings_describe(attncap, flickr8k, tmp_pat
     assert attncap("train", *arguments, "--epochs", 2, "--resume")[0] == 0
     status, _, err = attncap("train", *arguments, "--epochs", 3, "--resume", "--temperature", 2.0)
     assert status == 2 and "search.temperature=2.0 (was 1.0)" in err
+    status, _, err = attncap("train", *arguments, "--epochs", 1, "--resume")
+    assert status == 2 and f"epochs=1: the run in {tmp_path} has already done 2" in err
 
 
 def test_broken_images_are_reported_once_and_left_out(attncap, tmp_path):
@@ -228,6 +230,7 @@ def test_invalid_vocabularies(attncap, flickr8k, trained, tmp_path):
             1,
             "foreign.json: contains none of the words of the training captions",
         ),
+        (["--min-count", 1000], 1, "no word occurs 1000 times in the training captions; lower --min-count"),
         (["--vocabulary", trained / "vocabulary.json", "--subwords", 9], 2, "give only one of the two"),
         (["--subwords", -1], 2, "subwords=-1: must be at least 0"),
         (["--suppressed", "<unk> zebra"], 2, "'zebra' cannot be suppressed"),
@@ -259,6 +262,24 @@ def test_flags_that_contradict_the_model_to_start_from(attncap, flickr8k, traine
     (tmp_path / "words.json").write_text(json.dumps({"words": [*Vocabulary.SPECIALS, *"abcdef", "picture"]}))
     status, _, err = attncap(*start, "--vocabulary", tmp_path / "words.json")
     assert status == 2 and f"vocabulary={tmp_path / 'words.json'} (gives 11 words; it has its own 10)" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_words_that_the_model_to_start_from_lacks(attncap, flickr8k, trained, tmp_path):
+    """It would be trained on <unk> alone."""
+    data = shutil.copytree(flickr8k, tmp_path / "data")
+    start = ["train", "--data", data, "--device", "cpu", "--start-from", trained, "--output", tmp_path / "run"]
+    start += ["--epochs", 1, "--batch-size", 48, "--fine-tune-from", "none"]
+    words = (data / "captions.txt").read_text()
+    (data / "captions.txt").write_text(re.sub(",.* (?=picture)", ",un ", words))
+    for word in ("picture", "a", "all", "red", "green", "blue"):
+        words = re.sub(rf"\b{word}\b(?!.*caption$)", "mot", words, flags=re.I)
+    source = trained / "vocabulary.json"
+    status, out, err = attncap(*start)
+    share = 1 - 1 / 3
+    (data / "captions.txt").write_text(words)
+    status, _, err = attncap(*start)
+    assert status == 1 and err.endswith(f"{source}: contains none of the words of the training captions\n")
     assert not (tmp_path / "run").exists()
 
 
