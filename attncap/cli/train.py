@@ -38,15 +38,16 @@ def main(prog: str, arguments: Sequence[str], config: TrainConfig) -> None:
     from attncap.training.run import Unfinished, train
     from attncap.training.signals import Stopped
 
-    command_line = resume_command(prog, arguments, os.environ)
     with distributed.process_group(config.run.device) as device:
         try:
             train(config, device, given_settings(arguments))
         except Stopped:
             if distributed.is_main():
+                command_line = resume_command(prog, arguments, os.environ)
                 print(f"\nattncap: stopped; continue with: {command_line}", file=sys.stderr, flush=True)
             raise
         except Unfinished as error:
+            command_line = resume_command(prog, arguments, os.environ)
             raise UserError(f"{error}; continue with: {command_line}") from error
 
 

@@ -67,11 +67,8 @@ def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()
             except Exception as error:
                 if not (output / checkpoint.NAME).exists():  # the folder was removed
                     raise
-                reason = (
-                    str(error)
-                    if isinstance(error, UserError)
-                    else f"{type(error).__name__}: {' '.join(str(error).split())}"
-                )
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                reason = " ".join(f"{kind}{error}".splitlines())
                 saved = f"; the best model so far is in {output}" if (output / "model.safetensors").exists() else ""
                 raise Unfinished(reason + saved) from error
 
@@ -81,10 +78,10 @@ def prepare(
 ) -> Trainer:
     """The trainer of a new run, or of the run in `output` in the state of its last checkpoint. Raises CallError and
     UserError."""
-    asked, start, began, edited = config, None, None, False
+    asked, start, began, edited = config, None, None, False  # `began`: what the run to resume began with
     if distributed.is_main():
         check_output(config, output)
-    if config.run.resume:  # with what the run keeps, also where what it was once given has changed
+    if config.run.resume:  # the run keeps its own sizes and vocabulary, whatever has become of what they came from
         kept = (checkpoint.check_settings(config, output), inputs.load(output)) if distributed.is_main() else None
         config, began = distributed.broadcast(kept)
     elif config.run.start_from:
@@ -103,16 +100,13 @@ def prepare(
     if start:
         check_start(asked, start, given, captions)
     if began and began.vocabulary:
-        vocabulary = began.vocabulary
-        if edited:
-            check_coverage(output / inputs.VOCABULARY, vocabulary, captions)
+        source, vocabulary = output / inputs.VOCABULARY, began.vocabulary
     elif start:
-        vocabulary = start.vocabulary
-        check_coverage(Path(config.run.start_from) / inputs.VOCABULARY, vocabulary, captions)
+        source, vocabulary = Path(config.run.start_from) / inputs.VOCABULARY, start.vocabulary
     else:
-        vocabulary = find_vocabulary(config.data, captions)
-        if config.data.vocabulary:
-            check_coverage(config.data.vocabulary, vocabulary, captions)
+        source, vocabulary = config.data.vocabulary, find_vocabulary(config.data, captions)
+    if source and (edited or not began):
+        check_coverage(source, vocabulary, captions)
     processors_for(config.search, vocabulary)  # a word that does not exist is an error now, not after an epoch
     torch.manual_seed(config.run.seed)
     # The weights of a resumed run come from its checkpoint.
