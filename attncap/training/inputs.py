@@ -16,6 +16,7 @@ from attncap.files import read_json, write_atomically
 
 NAME = "inputs.json"
 VOCABULARY = "vocabulary.json"
+SPLITS = ("train", "val", "test")
 
 log = logging.getLogger("attncap")
 
@@ -26,9 +27,7 @@ class Inputs:
     vocabulary before it had a best model."""
 
     vocabulary: Vocabulary | None
-    images: (
-        dict[str, dict[str, str]] | None
-    )  # for each split its images' names, in order, and digests of their captions
+    images: dict[str, dict[str, str]] | None  # by split: the images' names, in order, and a digest of their captions
 
 
 def save(folder: Path, vocabulary: Vocabulary, splits: Splits) -> None:
@@ -47,9 +46,8 @@ def load(folder: Path) -> Inputs:
         return Inputs(Vocabulary.load(path) if path.exists() else None, None)
     content = read_json(folder / NAME)
     images = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(images, dict) or not all(
-        isinstance(images.get(split), dict) for split in ("train", "val", "test")
-    ):
+    images = {split: images.get(split) for split in SPLITS} if isinstance(images, dict) else {}
+    if not images or not all(isinstance(of_split, dict) for of_split in images.values()):
         raise UserError(f'{folder / NAME}: field "images" should have the images of each split; restore this file')
     vocabulary = Vocabulary.load(path)
     if content.get("vocabulary") != _digest_vocabulary(vocabulary):
