@@ -1,10 +1,12 @@
-"""Files written atomically, and text and JSON read with errors that name the file."""
+"""Files written atomically, folders locked, and text and JSON read; the errors of all of these name the file."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
+import logging
 import os
 import re
 import stat
@@ -16,31 +18,45 @@ from attncap.errors import UserError
 
 MAX_TABLE = 2 * 2**30  # bytes of a file of captions that is read at once; those of COCO have 0.1 GiB
 
+log = logging.getLogger("attncap")
+
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which replaces `path` when the block ends without an error.
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Yield a new file, open for writing, which replaces `path` when the block ends without an error.
 
-    Missing folders are made. If anything goes wrong in the block, an older file at `path` stays unchanged and the
-    temporary file is removed. The content is flushed to disk before the file is renamed, so that a power failure leaves
-    either the old file or the new one. Raises UserError when the file cannot be written.
+    Missing folders are made, and a symbolic link stays one. If anything goes wrong, an older file at `path` stays
+    unchanged and the new one is removed. The content is flushed to disk before the file gets its name, so that a power
+    failure leaves either the old file or the new one. Raises UserError when the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # a folder that cannot be written is found before the block does its work
-        yield temporary
-        with open(temporary, "rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except FileExistsError as error:
-        raise UserError(f"cannot write {path}: {error.filename} is not a folder") from error
+        if target.exists() and not target.is_file() and not target.is_dir():
+            raise OSError(errno.EINVAL, "not a regular file")  # /dev/null would become one
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise _cannot_write(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write bytes, or text in UTF-8. Raises UserError, see `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content if isinstance(content, bytes) else content.encode("utf-8"))
+
+
+def _cannot_write(path: str | Path, error: OSError) -> UserError:
+    if isinstance(error, FileExistsError):  # from mkdir
+        return UserError(f"cannot write {path}: {error.filename} is not a folder")
+    return UserError(f"cannot write {path}: {error.strerror or error}")
 
 
 def remove_temporary(folder: Path) -> None:
@@ -50,10 +66,57 @@ def remove_temporary(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write bytes, or text in UTF-8. Raises UserError, see `atomic_path`."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+class FolderLock:
+    """As a context manager, makes a folder and keeps other processes that lock it from writing there. The lock is on
+    the file .lock, and ends with the process, however that ends. Folders that it has made are removed if they are
+    still empty at the end.
+
+    Entering raises UserError when another process has the lock, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, folder / ".lock"
+
+    def __enter__(self) -> FolderLock:
+        try:
+            self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+", encoding="utf-8", errors="replace")
+            self._lock()
+            self._file.truncate(0)
+            self._file.write(f"{os.getpid()}\n")
+            self._file.flush()
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError, UserError):
+            self.check()
+            self.path.unlink()
+            for folder in self._made:
+                folder.rmdir()
+        self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            # A record lock, because processes that are forked do not inherit it: with flock, a worker that outlives its
+            # parent for a moment would still hold it.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.check()  # the process that had the lock may have removed the file
+        except (BlockingIOError, PermissionError) as error:
+            self._file.seek(0)
+            process = self._file.read(20).strip()
+            raise UserError(f"{self.folder}: another run is writing to it (process {process})") from error
+        except OSError as error:  # some network file systems have no locks
+            log.warning("%s: cannot be locked (%s); start no other run there", self.folder, error.strerror)
+
+    def check(self) -> None:
+        """Raises UserError if the folder is no longer the one that was locked."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
+                return
+        raise UserError(f"{self.folder}: the folder was removed or replaced while this run was writing to it")
 
 
 def open_regular(path: str | Path) -> BinaryIO:

@@ -45,15 +45,20 @@ def save_attention(path: str | Path, captioned: Sequence[tuple[Image.Image, Capt
 
 
 def save(path: str | Path, draw: Callable[[], bytes]) -> None:
-    """Write a picture to a file. One that cannot be drawn is reported and left out: that depends on the user's fonts
-    and settings of matplotlib, and the results that it illustrates are worth more. Raises UserError if the file cannot
-    be written."""
-    try:
-        picture = draw()
-    except Exception as error:
-        log.warning("%s: cannot be drawn: %s: %s", path, type(error).__name__, error)
-    else:
+    """Write a picture to a file, if `try_to_draw` gives one. Raises UserError if the file cannot be written."""
+    picture = try_to_draw(path, draw)
+    if picture is not None:
         write_atomically(Path(path), picture)
+
+
+def try_to_draw(name: str | Path, draw: Callable[[], bytes]) -> bytes | None:
+    """The result of `draw`, or None and a warning if that fails: drawing depends on the user's fonts and settings of
+    matplotlib, and the results that a picture illustrates are worth more."""
+    try:
+        return draw()
+    except Exception as error:
+        log.warning("%s: cannot be drawn: %s: %s", name, type(error).__name__, error)
+        return None
 
 
 def draw_attention(captioned: Sequence[tuple[Image.Image, Caption]]) -> bytes:

@@ -1,4 +1,6 @@
+import contextlib
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -68,6 +70,17 @@ def make_flickr8k(folder, count: int = 60):
         lines += [f"{index:03d}.png,A {name} picture .", f'{index:03d}.png,"A picture, all {name} ."']
     (folder / "captions.txt").write_text("\n".join(lines) + "\n")
     return folder
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """A limit of the system on the size of files. Writing fails at any byte beyond it, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")

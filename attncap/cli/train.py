@@ -6,6 +6,7 @@ far; at the end, the best model captions the test images. Ctrl-C and SIGTERM sto
 """
 
 import argparse
+import contextlib
 import functools
 import os
 import shlex
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from attncap.cli import command, process
+from attncap.errors import UserError
 from attncap.training import recipes
 from attncap.training.config import TrainConfig, setting_paths
 
@@ -34,7 +36,7 @@ def defaults(arguments: Sequence[str]) -> TrainConfig:
 
 def main(prog: str, arguments: Sequence[str], config: TrainConfig) -> None:
     from attncap.training import distributed
-    from attncap.training.run import train
+    from attncap.training.run import Unfinished, train
     from attncap.training.signals import Stopped
 
     process.go_on_without_output()
@@ -44,8 +46,12 @@ def main(prog: str, arguments: Sequence[str], config: TrainConfig) -> None:
         except Stopped:
             if distributed.is_main():
                 command_line = resume_command(prog, arguments, os.environ)
-                print(f"\nattncap: stopped; continue with: {command_line}", file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):  # after SIGHUP there is no terminal any more
+                    print(f"\nattncap: stopped; continue with: {command_line}", file=sys.stderr, flush=True)
             raise
+        except Unfinished as error:
+            command_line = resume_command(prog, arguments, os.environ)
+            raise UserError(f"{error}; continue with: {command_line}") from error
 
 
 def given_settings(arguments: Sequence[str]) -> set[str]:

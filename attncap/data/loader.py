@@ -23,7 +23,7 @@ from attncap.data.vocabulary import Vocabulary
 from attncap.errors import UserError
 
 # Launchers and Ctrl-C send them to all processes at once: only the parent acts on them.
-IGNORED = (signal.SIGINT, signal.SIGTERM)  # by workers
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # by workers
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:

@@ -1,5 +1,6 @@
 """A whole run: from the settings to the data, the vocabulary, the model and the trainer, and finally the test."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -21,16 +22,20 @@ from attncap.data.vocabulary import Vocabulary
 from attncap.devices import find_workers
 from attncap.errors import CallError, UserError
 from attncap.evaluation import evaluate, results, summary
-from attncap.files import remove_temporary, write_atomically
+from attncap.files import FolderLock, remove_temporary, write_atomically
 from attncap.pictures import save_attention
 from attncap.report import as_text
 from attncap.search.processors import processors_for
-from attncap.training import checkpoint, distributed
-from attncap.training.config import TrainConfig
+from attncap.training import checkpoint, distributed, inputs
+from attncap.training.config import DataConfig, TrainConfig
 from attncap.training.trainer import Trainer
 from attncap.versions import versions
 
 log = logging.getLogger("attncap")
+
+
+class Unfinished(UserError):
+    """The work failed after the state of the run had been written, and can be resumed."""
 
 
 def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()) -> None:
@@ -43,57 +48,97 @@ def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()
         given: the settings that the caller has chosen, e.g. "model.hidden_size", as opposed to those of a recipe: only
             these can contradict the model that `start_from` names.
 
-    Raises Stopped after Ctrl-C or SIGTERM, once the state of the run has been written, and CallError and UserError.
+    Raises Stopped after Ctrl-C, SIGTERM or SIGHUP, once the state of the run has been written; CallError and UserError
+    before it is written for the first time, and Unfinished for any error after that.
     """
     output = Path(config.run.output or Path("runs") / Path(config.data.path).resolve().stem)
-    start, asked = None, config
-    if config.run.start_from:
-        start = Captioner.from_pretrained(config.run.start_from, backend=config.run.backend)
-        config = dataclasses.replace(config, model=start.config)
+    with FolderLock(output) if distributed.is_main() else contextlib.nullcontext() as lock:
+        trainer = prepare(config, device, given, output, lock)
+        config, splits = trainer.config, trainer.splits
+        with trainer.signals:  # entered before the first checkpoint, so that after any later signal the run can go on
+            if distributed.is_main():
+                if not config.run.resume:
+                    settings = {"settings": dataclasses.asdict(config), "versions": versions()}
+                    write_atomically(output / "settings.json", json.dumps(settings, indent=2) + "\n")
+                    inputs.save(output, trainer.model.vocabulary, splits)
+                    trainer.save_checkpoint()
+                sizes = ", ".join(f"{len(examples)} {split}" for split, examples in splits.items())
+                where = f"{device}, {distributed.size()} processes" if distributed.size() > 1 else device
+                words = len(trainer.model.vocabulary)
+                print(f"{config.data.path}: {sizes} images, {words} words; {where}; writing to {output}")
+            try:
+                trainer.fit()
+                if distributed.is_main():
+                    with trainer.signals.raising():
+                        evaluate_test_split(config, splits, training_captions(splits), output, device)
+            except Exception as error:
+                if not (output / checkpoint.NAME).exists():  # the folder was removed
+                    raise
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                reason = " ".join(f"{kind}{error}".splitlines())
+                saved = f"; the best model so far is in {output}" if (output / "model.safetensors").exists() else ""
+                raise Unfinished(reason + saved) from error
+
+
+def prepare(
+    config: TrainConfig, device: torch.device, given: Collection[str], output: Path, lock: FolderLock | None
+) -> Trainer:
+    """The trainer of a new run, or of the run in `output` in the state of its last checkpoint. Raises CallError and
+    UserError."""
+    asked, start, began, edited = config, None, None, False  # `began`: what the run to resume began with
     if distributed.is_main():
         check_output(config, output)
+    if config.run.resume:  # the run keeps its own sizes and vocabulary, whatever has become of what they came from
+        kept = (checkpoint.check_settings(config, output), inputs.load(output)) if distributed.is_main() else None
+        config, began = distributed.broadcast(kept)
+    elif config.run.start_from:
+        start = Captioner.from_pretrained(config.run.start_from, backend=config.run.backend)
+        config = dataclasses.replace(config, model=start.config)
     with distributed.log_on_main_only():
         splits = open_dataset(config.data.path, config.run.seed)
-    for split, examples in splits.items():
-        if not examples:
-            raise UserError(f"{config.data.path}: no images for the {split} split; at least three images are needed")
-    captions = [caption for example in splits["train"] for caption in example.captions]
-    if start and not config.run.resume:
+        for split, examples in splits.items():
+            if not examples:
+                raise UserError(
+                    f"{config.data.path}: no images for the {split} split; at least three images are needed"
+                )
+        if began:
+            splits, edited = inputs.compare(began, splits, config.data.path)
+    captions = training_captions(splits)
+    if start:
         check_start(asked, start, given, captions)
-    vocabulary = start.vocabulary if start else find_vocabulary(config, captions)
+    if began and began.vocabulary:
+        source, vocabulary = output / inputs.VOCABULARY, began.vocabulary
+    elif start:
+        source, vocabulary = Path(config.run.start_from) / inputs.VOCABULARY, start.vocabulary
+    else:
+        source, vocabulary = config.data.vocabulary, find_vocabulary(config.data, captions)
+    if source and (edited or not began):
+        check_coverage(source, vocabulary, captions)
     processors_for(config.search, vocabulary)  # a word that does not exist is an error now, not after an epoch
     torch.manual_seed(config.run.seed)
     # The weights of a resumed run come from its checkpoint.
     weights = "none" if config.run.resume else config.encoder.weights
     model = (start or Captioner(config.model, vocabulary, weights, config.run.backend)).to(device)
-    trainer = Trainer(config, model, splits, output)
+    trainer = Trainer(config, model, splits, output, lock)
     if config.run.resume:
         trainer.load_checkpoint()
+        if trainer.epoch > config.run.epochs:
+            raise CallError(f"epochs={config.run.epochs}: the run in {output} has already done {trainer.epoch}")
     if config.data.cache_features:
         trainer.cache_features()
-    with trainer.signals:  # entered before the first checkpoint, so that after any later signal the run can be resumed
-        if not config.run.resume and distributed.is_main():
-            settings = {"settings": dataclasses.asdict(config), "versions": versions()}
-            write_atomically(output / "settings.json", json.dumps(settings, indent=2) + "\n")
-            trainer.save_checkpoint()
-        if distributed.is_main():
-            sizes = ", ".join(f"{len(examples)} {split}" for split, examples in splits.items())
-            where = f"{device}, {distributed.size()} processes" if distributed.size() > 1 else device
-            print(f"{config.data.path}: {sizes} images, {len(model.vocabulary)} words; {where}; writing to {output}")
-        trainer.fit()
-        if distributed.is_main():
-            with trainer.signals.raising():
-                evaluate_test_split(config, splits, captions, output, device)
+    return trainer
 
 
 def check_output(config: TrainConfig, output: Path) -> None:
-    """Raises CallError unless the folder has no run yet or, when resuming, has a run with the same settings. Removes
-    files that a killed process left half-written."""
-    if config.run.resume:
-        checkpoint.check_settings(config, output)
-    elif any((output / name).exists() for name in (checkpoint.NAME, "model.safetensors")):
+    """Raises CallError if the folder of a new run already has one. Removes files that a killed process left
+    half-written."""
+    if not config.run.resume and any((output / name).exists() for name in (checkpoint.NAME, "model.safetensors")):
         raise CallError(f"{output} already contains a run; resume it, or choose another output folder")
     remove_temporary(output)
+
+
+def training_captions(splits: Splits) -> list[str]:
+    return [caption for example in splits["train"] for caption in example.captions]
 
 
 def check_start(config: TrainConfig, start: Captioner, given: Collection[str], captions: Sequence[str]) -> None:
@@ -106,7 +151,7 @@ def check_start(config: TrainConfig, start: Captioner, given: Collection[str], c
     if "encoder.weights" in given and config.encoder.weights != "none":
         differences.append(f"encoder.weights={config.encoder.weights} (it has its own)")
     if words := [name for name in ("min_count", "vocabulary", "subwords") if f"data.{name}" in given]:
-        vocabulary, of_start = find_vocabulary(config, captions), start.vocabulary
+        vocabulary, of_start = find_vocabulary(config.data, captions), start.vocabulary
         if (vocabulary.words, vocabulary.merges) != (of_start.words, of_start.merges):
             values = ", ".join(f"{name}={getattr(config.data, name)}" for name in words)
             differences.append(f"{values} (gives {len(vocabulary)} words; it has its own {len(of_start)})")
@@ -117,24 +162,32 @@ def check_start(config: TrainConfig, start: Captioner, given: Collection[str], c
         )
 
 
-def find_vocabulary(config: TrainConfig, captions: Sequence[str]) -> Vocabulary:
+def find_vocabulary(config: DataConfig, captions: Sequence[str]) -> Vocabulary:
     """The vocabulary in the file that the settings name, or otherwise one built from the training captions. Raises
     CallError and UserError."""
-    path = config.data.vocabulary
-    if path is None:
-        if distributed.is_main() and not config.data.subwords and lacks_spaces(captions):
+    if config.vocabulary is None:
+        if distributed.is_main() and not config.subwords and lacks_spaces(captions):
             log.warning("the captions have no spaces between words, so each clause is one word; use --subwords 4000")
-        return Vocabulary.build(captions, config.data.min_count, config.data.subwords)
-    if not Path(path).is_file():
-        raise CallError(f"{path}: no such vocabulary file")
-    vocabulary = Vocabulary.load(path)
+        vocabulary = Vocabulary.build(captions, config.min_count, config.subwords)
+        if len(vocabulary) == len(Vocabulary.SPECIALS):
+            raise UserError(
+                f"{config.path}: no word occurs {config.min_count} times in the training captions; lower --min-count"
+            )
+        return vocabulary
+    if not Path(config.vocabulary).is_file():
+        raise CallError(f"{config.vocabulary}: no such vocabulary file")
+    return Vocabulary.load(config.vocabulary)
+
+
+def check_coverage(source: str | Path, vocabulary: Vocabulary, captions: Sequence[str]) -> None:
+    """Print the share of the words in the training captions that a vocabulary has which was not built from them.
+    Raises UserError if it is 0."""
     ids = Counter(i for caption in captions for i in vocabulary.encode(caption, sys.maxsize)[1:-1])
     if ids.total() == ids[Vocabulary.UNK]:
-        raise UserError(f"{path}: contains none of the words of the training captions")
-    known = 1 - ids[Vocabulary.UNK] / ids.total()
+        raise UserError(f"{source}: contains none of the words of the training captions")
+    unknown = ids[Vocabulary.UNK] / ids.total()
     if distributed.is_main():
-        print(f"{path}: covers {known:.2%} of the words in the training captions")
-    return vocabulary
+        print(f"{source}: covers {1 - unknown:.2%} of the words in the training captions; {unknown:.2%} are unknown")
 
 
 def evaluate_test_split(

@@ -7,7 +7,9 @@ import io
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +20,10 @@ from torch import Tensor
 from attncap.captioner import Caption
 from attncap.errors import UserError
 from attncap.files import write_atomically
-from attncap.pictures import draw_attention, draw_curves
+from attncap.pictures import draw_attention, draw_curves, save, try_to_draw
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.compat.proto.event_pb2 import Event
 
 LOG_EVERY = 20  # steps between two points of TensorBoard's curves
 
@@ -43,7 +45,7 @@ class RunLogger:
     def __init__(self, output: Path, best_by: str, epoch: int = 0, step: int = 0):
         self.output, self.best_by, self.last_step = output, best_by, step - 1
         self.lines = _read(output / "metrics.jsonl", epoch)
-        write_atomically(output / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+        self._write_lines()
         self.board = _open_board(output / "tensorboard", step)
 
     @property
@@ -56,38 +58,45 @@ class RunLogger:
         that are logged, so that a GPU seldom has to wait."""
         self.last_step = step
         if self.board and step % LOG_EVERY == 0:
-            for name, value in scalars.items():
-                self.board.add_scalar(name, float(value), step)
+            with self._board_errors():
+                self.board.add_scalars(step, {name: float(value) for name, value in scalars.items()})
 
     def log_epoch(self, line: Mapping[str, float]) -> None:
         """Log the values of an epoch. "epoch" is one of them; it counts from 1, and is 0 for the model that a run
-        starts from. They are on the disk when this returns."""
+        starts from. They are on the disk when this returns. Raises UserError when they cannot be written."""
         self.lines.append(dict(line))
-        path = self.output / "metrics.jsonl"
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(self.lines[-1]) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        self._write_lines()
         if self.board:
-            for name, value in line.items():
-                self.board.add_scalar(f"epoch/{name}", value, self.last_step)
-            self.board.flush()
+            with self._board_errors():
+                self.board.add_scalars(self.last_step, {f"epoch/{name}": value for name, value in line.items()})
 
     def log_captions(self, captioned: Sequence[tuple[Image.Image, Caption]]) -> None:
         """Show images with their captions and attention in TensorBoard, if `wants_captions`. Drawing takes seconds."""
-        picture = np.asarray(Image.open(io.BytesIO(draw_attention(captioned))).convert("RGB"))
-        self.board.add_image("captions", picture, self.last_step, dataformats="HWC")
-        self.board.flush()
+        picture = try_to_draw("TensorBoard's picture of captions", lambda: draw_attention(captioned))
+        if picture is not None:
+            with self._board_errors():
+                pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+                self.board.add_image(self.last_step, "captions", pixels)
 
     def close(self) -> None:
         """Draw the curves: at the end of the run, or where it was stopped."""
-        if self.lines:
-            write_atomically(self.output / "curves.png", draw_curves(self.lines, self._best()))
-        if self.board:
-            self.board.close()
+        if self.lines and self.output.exists():
+            try:
+                save(self.output / "curves.png", lambda: draw_curves(self.lines, self._best()))
+            except UserError as error:  # not worth an error, and another one may have ended the run
+                log.warning("%s", error)
+
+    def _write_lines(self) -> None:
+        write_atomically(self.output / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    @contextlib.contextmanager
+    def _board_errors(self) -> Iterator[None]:
+        """A run goes on without TensorBoard when its file cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("TensorBoard shows no more of this run: cannot write %s: %s", self.board.path, error.strerror)
+            self.board = None
 
     def _best(self) -> int:
         """The index of the best epoch's line."""
@@ -109,13 +118,45 @@ def _read(path: Path, epoch: int) -> list[dict]:
     return lines
 
 
-def _open_board(folder: Path, step: int) -> SummaryWriter | None:
-    """A SummaryWriter that hides what the folder has from step number `step` on; None without TensorBoard."""
+class _Board:
+    """A file of TensorBoard's, which hides what earlier files in its folder have from step number `step` on. (torch's
+    SummaryWriter writes in a thread of its own, where a full disk ends in a traceback.)"""
+
+    def __init__(self, folder: Path, step: int):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
+
+        self.event, self.records, self.summary = Event, RecordWriter, summary
+        # TensorBoard reads the files of a folder in the order of their names.
+        self.path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.write(step, Event(file_version="brain.Event:2"), Event(session_log=SessionLog(status=SessionLog.START)))
+
+    def add_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.write(step, *(self.event(summary=self.summary.scalar(*scalar)) for scalar in scalars.items()))
+
+    def add_image(self, step: int, name: str, picture: np.ndarray) -> None:
+        """uint8 [H,W,3]"""
+        self.write(step, self.event(summary=self.summary.image(name, picture, dataformats="HWC")))
+
+    def write(self, step: int, *events: Event) -> None:
+        """Raises OSError."""
+        with open(self.path, "ab") as file:
+            records = self.records(file)
+            for event in events:
+                event.step, event.wall_time = step, time.time()
+                records.write(event.SerializeToString())
+
+
+def _open_board(folder: Path, step: int) -> _Board | None:
+    """None without TensorBoard."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return _Board(folder, step)
     except ImportError:
         return None
+    except OSError as error:
+        log.warning("TensorBoard is left out: cannot write %s: %s", folder, error.strerror)
     except Exception as error:  # with an incompatible protobuf, the import raises nearly anything
         log.warning("TensorBoard is left out, it cannot be imported: %s", " ".join(str(error).split())[:200])
-        return None
-    return SummaryWriter(str(folder), purge_step=step)
+    return None

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as requests, which training fulfils at the next moment when its state is complete."""
+"""Ctrl-C, SIGTERM and SIGHUP as requests, which training fulfils at the next moment when its state is complete."""
 
 import contextlib
 import os
@@ -10,15 +10,16 @@ REPEAT_AFTER = 1.0  # seconds; a signal sooner after the first one is the same o
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop. Its exit status is the shell's for the signal: 130 for Ctrl-C, 143 for SIGTERM."""
+    """The run was asked to stop. Its exit status is the shell's for the signal: 130 for Ctrl-C, 143 for SIGTERM, and
+    129 for SIGHUP, when its terminal was closed."""
 
     def __init__(self, signum: int):
         super().__init__(128 + signum)
 
 
 class SignalHandler:
-    """As a context manager, it handles SIGINT and SIGTERM: the first one is only noted, as `signum` (0 before), and a
-    second one ends the process at once."""
+    """As a context manager, it handles SIGINT, SIGTERM and SIGHUP: the first one is only noted, as `signum` (0
+    before), and a second one ends the process at once."""
 
     def __init__(self) -> None:
         self.signum = 0
@@ -27,8 +28,8 @@ class SignalHandler:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "SignalHandler":
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(signum) != signal.SIG_IGN:  # shells start background jobs with SIGINT ignored
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup does, and shells for background jobs
                 self._previous[signum] = signal.signal(signum, self._handle)
         return self
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import logging
 import math
 import signal
 import time
@@ -19,13 +20,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from attncap.captioner import Caption, Captioner
-from attncap.data import Skipped, report_skipped
+from attncap.data import Skipped, Splits, report_skipped
 from attncap.data.feature_cache import FeatureCache
 from attncap.data.loader import AugmentedPictures, Pictures, batches, draw_batches, draw_rows, pad, seed_of
 from attncap.data.vocabulary import Vocabulary
 from attncap.devices import find_workers
 from attncap.errors import UserError
 from attncap.evaluation import evaluate
+from attncap.files import FolderLock
 from attncap.training import checkpoint, distributed
 from attncap.training.config import TrainConfig
 from attncap.training.optimization import Schedule, clip_gradients, make_optimizer, update_average
@@ -35,8 +37,11 @@ from attncap.training.self_critical import SelfCritical
 from attncap.training.signals import SignalHandler, Stopped
 
 CHECKPOINT_EVERY = 600  # seconds, within an epoch
+MAX_UNREAD = 100  # images in a row that cannot be read; after more of them their folder has probably gone
 TERMS = ("words", "attention")  # of the loss
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+log = logging.getLogger("attncap")
 
 
 @dataclass
@@ -74,10 +79,11 @@ class Trainer:
         model: on the device it is trained on; the trainer changes it.
         splits: examples under "train" and "val".
         output: the run's folder.
+        lock: that of the folder; None in the processes that do not write there.
     """
 
-    def __init__(self, config: TrainConfig, model: Captioner, splits: dict[str, Sequence], output: Path):
-        self.config, self.model, self.splits, self.output = config, model, splits, output
+    def __init__(self, config: TrainConfig, model: Captioner, splits: Splits, output: Path, lock: FolderLock | None):
+        self.config, self.model, self.splits, self.output, self.lock = config, model, splits, output, lock
         self.device, self.workers = model.device, find_workers(config.run.workers, model.device)
         self.optimizer = make_optimizer(config, model)
         # The model that is validated and kept.
@@ -98,6 +104,7 @@ class Trainer:
             encode = functools.partial(model.vocabulary.encode, max_length=max_length)
             self.tokens_by_image = [list(map(encode, of_image)) for of_image in captions]
         self.skipped_seen: set[tuple[str, str]] = set()  # images that have been reported
+        self.unread = 0  # images in a row that could not be read
         self.signals = SignalHandler()
         self.epoch = self.step = 0
         self.start_sums()
@@ -135,6 +142,9 @@ class Trainer:
         and UserError when the loss is not finite or no image can be read."""
         if distributed.is_main():
             self.logger = RunLogger(self.output, self.config.run.best_by, self.epoch, self.steps_done)
+            if self.schedule.best is not None and not self.has_model:
+                log.warning("%s: the best model is gone; that of the last checkpoint takes its place", self.output)
+                self.average.save_pretrained(self.output)
         try:
             if self.config.run.start_from and self.schedule.best is None:  # the model that epochs are compared with
                 self.record_epoch({"epoch": 0, **self.validate()})
@@ -144,12 +154,17 @@ class Trainer:
                 self.end_epoch(self.validate())
         except Stopped:
             self.save_checkpoint()
-            if distributed.is_main() and not (self.output / "model.safetensors").exists():
+            if distributed.is_main() and not self.has_model:
                 self.average.save_pretrained(self.output)
             raise
         finally:
             if distributed.is_main():
                 self.logger.close()
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the run's folder has a model yet."""
+        return (self.output / "model.safetensors").exists()
 
     def train_epoch(self) -> None:
         """Take the remaining steps of an epoch."""
@@ -181,10 +196,10 @@ class Trainer:
                 self.step += 1
                 now = time.monotonic()
                 self.seconds, before = self.seconds + now - before, now
-                bar.update(self.rows - bar.n)
-                bar.set_postfix({name.removeprefix("loss_"): f"{mean:.3f}" for name, mean in self.means().items()})
                 if sum(distributed.all_reduce_sum([self.signals.signum])):  # a signal to any process stops all
                     raise Stopped(self.signals.signum or signal.SIGTERM)
+                bar.update(self.rows - bar.n)  # fails after SIGHUP, when there is no terminal any more
+                bar.set_postfix({name.removeprefix("loss_"): f"{mean:.3f}" for name, mean in self.means().items()})
                 if now - saved > CHECKPOINT_EVERY:
                     self.save_checkpoint()
                     saved = now
@@ -258,6 +273,9 @@ class Trainer:
         """One step of the optimizer. Its loss is that of all batches of the step in all processes together."""
         words, rows = sum(batch.words for batch in step_batches), sum(batch.rows for batch in step_batches)
         words, rows = distributed.all_reduce_sum([words, rows])
+        self.unread = 0 if rows else self.unread + len(step_batches) * self.config.data.batch_size
+        if self.unread > MAX_UNREAD:
+            raise UserError(f"none of the last {self.unread} training images could be read; are they still there?")
         if not rows:
             return
         factor = self.schedule.factor(self.steps_done)
@@ -383,6 +401,7 @@ class Trainer:
         self.schedule.epoch_ended([line[name] for name in (self.config.run.best_by, "BLEU-4", "ROUGE-L")])
         if distributed.is_main():
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
+            self.lock.check()
             if self.schedule.epochs_without_gain == 0:
                 self.average.save_pretrained(self.output)
             self.logger.log_epoch(line)
@@ -402,6 +421,7 @@ class Trainer:
         """Write the state of the run, in rank 0; it is the same in every process."""
         if not distributed.is_main():
             return
+        self.lock.check()
         state = {
             "model": self.model.state_dict(),
             "average": {} if self.average is self.model else self.average.state_dict(),

@@ -132,6 +132,8 @@ def test_resume_of_a_run_that_older_settings_describe(attncap, flickr8k, tmp_pat
     assert attncap("train", *arguments, "--epochs", 2, "--resume")[0] == 0
     status, _, err = attncap("train", *arguments, "--epochs", 3, "--resume", "--temperature", 2.0)
     assert status == 2 and "search.temperature=2.0 (was 1.0)" in err
+    status, _, err = attncap("train", *arguments, "--epochs", 1, "--resume")
+    assert status == 2 and f"epochs=1: the run in {tmp_path} has already done 2" in err
 
 
 def test_broken_images_are_reported_once_and_left_out(attncap, tmp_path):
@@ -258,6 +260,7 @@ def test_invalid_vocabularies(attncap, flickr8k, trained, tmp_path):
             1,
             "foreign.json: contains none of the words of the training captions",
         ),
+        (["--min-count", 1000], 1, "no word occurs 1000 times in the training captions; lower --min-count"),
         (["--vocabulary", trained / "vocabulary.json", "--subwords", 9], 2, "give only one of the two"),
         (["--subwords", -1], 2, "subwords=-1: must be at least 0"),
         (["--suppressed", "<unk> zebra"], 2, "'zebra' cannot be suppressed"),
@@ -290,6 +293,24 @@ def test_flags_that_contradict_the_model_to_start_from(attncap, flickr8k, traine
     status, _, err = attncap(*start, "--vocabulary", tmp_path / "words.json")
     assert status == 2 and f"vocabulary={tmp_path / 'words.json'} (gives 11 words; it has its own 10)" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_words_that_the_model_to_start_from_lacks(attncap, trained, tmp_path):
+    """With none of them it would be trained on <unk> alone."""
+    data = make_flickr8k(tmp_path / "data", 12)
+    start = ["train", "--data", data, "--device", "cpu", "--start-from", trained, "--output", tmp_path / "run"]
+    start += ["--epochs", 1, "--fine-tune-from", "none"]
+    for caption in ("Chat noir .", "Picture : chat noir ."):
+        table = ["image,caption", *(f"{index:03d}.png,{caption}" for index in range(12))]
+        (data / "captions.txt").write_text("\n".join(table))
+        status, out, err = attncap(*start)
+        source = trained / "vocabulary.json"
+        if caption.startswith("Chat"):
+            assert status == 1 and f"{source}: contains none of the words of the training captions" in err, err
+            assert not (tmp_path / "run").exists()
+        else:
+            message = f"{source}: covers 33.33% of the words in the training captions; 66.67% are unknown"
+            assert status == 0 and message in out, err
 
 
 @pytest.mark.slow

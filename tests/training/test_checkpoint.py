@@ -1,15 +1,18 @@
 import json
 import os
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import largest_file
 
 from attncap.errors import CallError, UserError
-from attncap.files import atomic_path, remove_temporary, write_atomically
+from attncap.files import atomic_file, remove_temporary, write_atomically
 from attncap.training import checkpoint, recipes
 from attncap.training.config import training_seed
 from attncap.training.signals import SignalHandler, Stopped
+from attncap.versions import versions
 
 STATE = {"model": {"w": torch.arange(3.0)}, "schedule": {"best": [0.5, 0.25], "lowered": 1.0}, "epoch": 2, "best": None}
 
@@ -41,6 +44,16 @@ def test_the_old_file_stays_until_the_new_one_is_on_the_disk(tmp_path, monkeypat
     assert (tmp_path / "checkpoint.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_limit_of_the_disk_is_named(tmp_path):
+    """And not torch's own error, which follows it."""
+    checkpoint.save(tmp_path, STATE)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with largest_file(100_000), pytest.raises(UserError) as caught:
+        checkpoint.save(tmp_path, {"model": {"w": torch.zeros(100_000)}})
+    assert str(caught.value) == f"cannot write {tmp_path / 'checkpoint.pt'}: File too large"
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
 def test_no_pickle_is_run(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -53,8 +66,8 @@ def test_no_pickle_is_run(tmp_path):
 
 
 def test_only_temporary_files_of_killed_processes_are_removed(tmp_path):
-    with atomic_path(tmp_path / "model.safetensors") as path:
-        left = path.name
+    with atomic_file(tmp_path / "model.safetensors") as file:
+        left = Path(file.name).name
     for name in (left, ".hidden", "notes.tmp", ".notes.tmp", "model.safetensors"):
         (tmp_path / name).touch()
     remove_temporary(tmp_path)
@@ -73,6 +86,23 @@ def test_settings_must_be_the_same(tmp_path):
     other = replace(config, data=replace(config.data, batch_size=3), optimizer=replace(config.optimizer, accumulate=2))
     with pytest.raises(CallError, match=r"data\.batch_size=3 \(was 16\), optimizer\.accumulate=2 \(was 1\)$"):
         checkpoint.check_settings(other, tmp_path)
+
+
+def test_the_sizes_of_the_model_that_a_run_started_from(tmp_path):
+    """That model may be gone, or be another one. The flags that a user repeats do not have its sizes."""
+    began = recipes.load("shapes")
+    began = replace(began, run=replace(began.run, start_from="gone"), model=replace(began.model, hidden_size=48))
+    write_atomically(tmp_path / "settings.json", json.dumps({"settings": asdict(began)}))
+    asked = replace(began, model=recipes.load("shapes").model)
+    assert checkpoint.check_settings(asked, tmp_path) == began
+
+
+def test_other_versions_are_reported(tmp_path, caplog):
+    config = recipes.load("shapes")
+    content = {"settings": asdict(config), "versions": {**versions(), "pillow": "1.0", "torch": "2.0", "other": "1"}}
+    write_atomically(tmp_path / "settings.json", json.dumps(content))
+    checkpoint.check_settings(config, tmp_path)
+    assert caplog.messages == [f"{tmp_path}: began with other versions, its results may differ: torch 2.0, pillow 1.0"]
 
 
 # What a version before the settings were nested wrote for a run of the recipe shapes.
@@ -136,7 +166,7 @@ def test_settings_of_older_versions(tmp_path):
         assert str(raised.value).endswith(f"began with other settings: {message}")
 
 
-@pytest.mark.parametrize(("signum", "status"), [(2, 130), (15, 143)])
+@pytest.mark.parametrize(("signum", "status"), [(1, 129), (2, 130), (15, 143)])
 def test_a_signal_is_noted_or_raised(signum, status):
     with SignalHandler() as signals:
         os.kill(os.getpid(), signum)

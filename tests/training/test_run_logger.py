@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import largest_file
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -217,6 +219,48 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl"):
         logger.log_epoch(line(1))
     logger.close()
+
+
+@pytest.mark.parametrize("fault", ["a full disk", "its folder is gone"])
+def test_a_run_goes_on_without_its_pictures(tmp_path, caplog, fault):
+    """TensorBoard's file and the curves are not worth ending a run for; each is reported once."""
+    logger = RunLogger(tmp_path, "CIDEr")
+    if fault == "a full disk":
+        (tmp_path / "curves.png").mkdir()
+        with largest_file(200):
+            for step in range(10 * LOG_EVERY):
+                logger.log_step(step, {"loss": 1.0})
+    else:
+        shutil.rmtree(tmp_path / "tensorboard")
+        logger.log_step(0, {"loss": 1.0})
+    assert not logger.wants_captions
+    logger.log_step(0, {"loss": 1.0})
+    logger.log_epoch(line(1))
+    logger.close()
+    assert lines(tmp_path) == [line(1)]
+    reason = "File too large" if fault == "a full disk" else "No such file or directory"
+    board, *curves = caplog.messages
+    assert board.startswith(f"TensorBoard shows no more of this run: cannot write {tmp_path}/tensorboard/events.out.")
+    assert board.endswith(reason)
+    assert curves == ([f"cannot write {tmp_path}/curves.png: Is a directory"] if fault == "a full disk" else [])
+
+
+def test_a_full_disk_keeps_the_lines_before(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    logger = RunLogger(tmp_path, "CIDEr")
+    logger.log_epoch(line(1))
+    with largest_file(150), pytest.raises(UserError, match="cannot write .*metrics.jsonl: File too large"):
+        logger.log_epoch(line(2))
+    assert lines(tmp_path) == [line(1)]
+
+
+def test_a_removed_folder_is_not_made_again(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    logger = RunLogger(tmp_path / "run", "CIDEr")
+    logger.log_epoch(line(1))
+    shutil.rmtree(tmp_path / "run")
+    logger.close()
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_slow_is_imported_before_it_is_needed():

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -235,3 +236,129 @@ def test_early_stopping(server, data, tmp_path):
     status, text = run(server, tmp_path, arguments)
     assert status == 0 and "test split" in text, text
     assert [line["epoch"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+STOP = """
+step, calls = trainer.Trainer.train_step, []
+def stopping(*arguments):
+    calls.append(1)
+    if len(calls) == 8: os.kill(os.getpid(), signal.SIGTERM)
+    return step(*arguments)
+trainer.Trainer.train_step = stopping
+"""
+
+
+def test_a_run_keeps_its_order_splits_and_vocabulary(server, data, whole, tmp_path):
+    """The table of captions is sorted in another way, from which other splits and word ids would follow."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    arguments = ["--data", copy, *SETTINGS, "--output", tmp_path / "run"]
+    status, text = run(server, tmp_path, arguments, STOP)
+    assert status == 143, text
+    head, *lines = (copy / "captions.txt").read_text().splitlines()
+    pairs = [lines[i : i + 2] for i in range(0, len(lines), 2)]
+    (copy / "captions.txt").write_text("\n".join([head, *(line for pair in reversed(pairs) for line in pair)]) + "\n")
+    status, text = run(server, tmp_path, [*arguments, "--resume"])
+    assert status == 0 and "images that are new in the train split, where the run does not use them" in text, text
+    assert_same_state(checkpoint(whole), checkpoint(tmp_path / "run"))
+    assert metrics(whole) == metrics(tmp_path / "run")
+
+
+def test_captions_edited_before_a_resume(server, data, tmp_path):
+    """They have a word that becomes the most frequent one, so that every word would have another id."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    arguments = ["--data", copy, *SETTINGS, "--output", tmp_path / "run"]
+    status, text = run(server, tmp_path, arguments, STOP)
+    assert status == 143, text
+    vocabulary = (tmp_path / "run" / "vocabulary.json").read_bytes()
+    table = copy / "captions.txt"
+    table.write_text(table.read_text().replace("picture", "photograph"))
+    status, text = run(server, tmp_path, [*arguments, "--resume"])
+    assert status == 0 and "images of the train split whose captions have changed since the run began: 48 (" in text
+    share = 2 / len("a red photograph a photograph all red".split())
+    assert f"of the words in the training captions; {share:.2%} are unknown" in text, text
+    assert (tmp_path / "run" / "vocabulary.json").read_bytes() == vocabulary
+
+
+def test_a_disk_that_fills_up(server, data, whole, tmp_path):
+    """The run ends with the cause and the command that continues it, and the last checkpoint is whole."""
+    full = (
+        "import resource\n"
+        "save, calls = trainer.checkpoint.save, []\n"
+        "def full(*arguments):\n"
+        "    calls.append(1)\n"
+        "    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if len(calls) == 3 else hard, hard))\n"
+        "    try: save(*arguments)\n"
+        "    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))\n"
+        "trainer.checkpoint.save = full\n"
+    )
+    arguments = ["--data", data, *SETTINGS, "--output", tmp_path / "run"]
+    status, text = run(server, tmp_path, arguments, full)
+    error = f"attncap: error: cannot write {tmp_path}/run/checkpoint.pt: File too large; the best model so far is in "
+    assert status == 1 and text.splitlines()[-1].startswith(error), text
+    assert "; continue with: python -m attncap.train --data" in text and text.endswith(" --resume\n")
+    assert checkpoint(tmp_path / "run")["epoch"] == 1 and not list((tmp_path / "run").glob(".*"))
+    status, text = run(server, tmp_path, [*arguments, "--resume"])
+    assert status == 0, text
+    assert_same_state(checkpoint(whole), checkpoint(tmp_path / "run"))
+
+
+def test_images_that_go_away(server, data, whole, tmp_path):
+    """Nothing is trained or kept without them, and the run continues when they are back."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    arguments = ["--data", copy, *SETTINGS, "--output", tmp_path / "run"]
+    move = f"import shutil\nshutil.move('{copy}/Images', '{copy}/gone')"
+    status, text = run(
+        server, tmp_path, arguments, STOP.replace("os.kill(os.getpid(), signal.SIGTERM)", move.replace("\n", "; "))
+    )
+    error = "attncap: error: none of the images to be scored could be read; the best model so far is in"
+    assert status == 1 and text.splitlines()[-1].startswith(error), text
+    assert checkpoint(tmp_path / "run")["epoch"] == 1
+    shutil.move(copy / "gone", copy / "Images")
+    status, text = run(server, tmp_path, [*arguments, "--resume"])
+    assert status == 0, text
+    assert_same_state(checkpoint(whole), checkpoint(tmp_path / "run"))
+
+
+def test_images_in_a_row_that_cannot_be_read(server, tmp_path):
+    """Not the whole epoch goes by."""
+    data = make_flickr8k(tmp_path / "data", 300)
+    gone = f"import shutil; run.inputs.save = lambda *_: shutil.move('{data}/Images', '{data}/gone')"
+    status, text = run(server, tmp_path, ["--data", data, *QUICK, "--output", tmp_path / "run"], gone)
+    error = "attncap: error: none of the last 104 training images could be read; are they still there?; continue with"
+    assert status == 1 and text.splitlines()[-1].startswith(error), text
+
+
+def test_two_runs_in_one_folder(server, data, whole, tmp_path):
+    """The second one ends, whether new or resumed, and the first does not notice."""
+    arguments = ["--data", data, *SETTINGS, "--output", tmp_path / "run"]
+    first = server.start(tmp_path / "first", [*arguments, "--workers", 1], EACH_STEP)
+    wait_for_checkpoints(tmp_path / "run", 1)
+    expected = f"attncap: error: {tmp_path}/run: another run is writing to it (process {first.pid})\n"
+    for flags in ([], ["--resume"]):
+        assert run(server, tmp_path, [*arguments, *flags]) == (1, expected)
+    assert first.status() == 0, first.text()
+    assert_same_state(checkpoint(whole), checkpoint(tmp_path / "run"))
+
+
+def test_a_folder_that_is_removed(server, data, tmp_path):
+    """It is not made again, with only a part of the files of a run."""
+    remove = STOP.replace("os.kill(os.getpid(), signal.SIGTERM)", "__import__('shutil').rmtree(sys.argv[-1])")
+    status, text = run(server, tmp_path, ["--data", data, *SETTINGS, "--output", tmp_path / "run"], remove)
+    error = f"attncap: error: {tmp_path}/run: the folder was removed or replaced while this run was writing to it"
+    assert status == 1 and text.splitlines()[-1] == error, text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_test_that_fails_is_no_lost_run(server, data, tmp_path):
+    """Nor is one whose best model was deleted."""
+    fail = "def fail(*_): raise MemoryError('no memory')\nrun.evaluate_test_split = fail"
+    arguments = ["--data", data, *SETTINGS, "--output", tmp_path / "run", "--epochs", 1]
+    status, text = run(server, tmp_path, arguments, fail)
+    error = f"attncap: error: MemoryError: no memory; the best model so far is in {tmp_path}/run; continue with: python"
+    assert status == 1 and text.splitlines()[-1].startswith(error), text
+    Captioner.from_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    status, text = run(server, tmp_path, [*arguments, "--resume"])
+    assert status == 0 and "the best model is gone; that of the last checkpoint takes its place" in text, text
+    Captioner.from_pretrained(tmp_path / "run")
