@@ -11,7 +11,17 @@ from attncap.training.config import TrainConfig, flatten, read_settings
 
 NAME = "checkpoint.pt"
 # Settings that may change when a run is resumed.
-FREE = ("data.path", "run.recipe", "run.output", "run.epochs", "run.resume", "run.device", "run.workers", "run.debug")
+FREE = (
+    "data.path",
+    "data.images",
+    "run.recipe",
+    "run.output",
+    "run.epochs",
+    "run.resume",
+    "run.device",
+    "run.workers",
+    "run.debug",
+)
 
 
 def save(folder: Path, state: dict) -> None:

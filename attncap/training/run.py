@@ -46,7 +46,7 @@ def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()
     if distributed.is_main():
         check_output(config, output)
     with distributed.log_on_main_only():
-        splits = open_dataset(config.data.path, config.run.seed)
+        splits = open_dataset(config.data.path, config.run.seed, config.data.images)
     for split, examples in splits.items():
         if not examples:
             raise UserError(f"{config.data.path}: no images for the {split} split; at least three images are needed")

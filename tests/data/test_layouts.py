@@ -337,7 +337,7 @@ def test_only_flickr30k_has_comment_numbers_to_fix(tmp_path):
 def test_given_splits_need_no_images(tmp_path, caplog, name, content, expected, existing):
     path = write(tmp_path / name, content)
     photographs(tmp_path, *existing)
-    assert names(open_dataset(path, 0, images=False)) == expected and not caplog.messages
+    assert names(open_dataset(path, 0, need_images=False)) == expected and not caplog.messages
 
 
 @pytest.mark.parametrize("existing", [(), ("a.jpg",)])
@@ -346,17 +346,21 @@ def test_listed_splits_need_no_images(tmp_path, existing):
     write(tmp_path / "Flickr8k.token.txt", TOKENS)
     for name, image in (("train", "c.jpg"), ("dev", "a.jpg"), ("test", "b.JPG")):
         write(tmp_path / f"Flickr_8k.{name}Images.txt", image)
-    assert names(open_dataset(tmp_path, 0, images=False)) == {"train": ["c.jpg"], "val": ["a.jpg"], "test": ["b.JPG"]}
+    assert names(open_dataset(tmp_path, 0, need_images=False)) == {
+        "train": ["c.jpg"],
+        "val": ["a.jpg"],
+        "test": ["b.JPG"],
+    }
 
 
 def test_drawn_splits_without_any_image_are_those_of_a_folder_with_all(tmp_path, caplog):
     """Where some of the images exist, the splits are those of training, which leaves the others out."""
     lines = [f"{i}.jpg#0\ta dog" for i in range(20)]
     write(tmp_path / "results_20130124.token", "\n".join(lines))
-    alone = names(open_dataset(tmp_path, 1, images=False))
+    alone = names(open_dataset(tmp_path, 1, need_images=False))
     assert caplog.messages[0].endswith("none of its images exist; splits are drawn from all of them")
     photographs(tmp_path / "flickr30k-images", *(f"{i}.jpg" for i in range(10)))
-    assert names(open_dataset(tmp_path, 1, images=False)) == names(open_dataset(tmp_path, 1)) != alone
+    assert names(open_dataset(tmp_path, 1, need_images=False)) == names(open_dataset(tmp_path, 1)) != alone
     photographs(tmp_path / "flickr30k-images", *(f"{i}.jpg" for i in range(20)))
     assert alone == names(open_dataset(tmp_path, 1))
 
@@ -368,8 +372,8 @@ def test_coco_without_images(tmp_path, folders):
     whole = names(open_dataset(tmp_path, 0))
     for folder in folders:
         shutil.rmtree(tmp_path / folder)
-    assert "no folder with its images" in failure(tmp_path)
-    assert names(open_dataset(tmp_path, 0, images=False)) == whole
+    assert "; put the images in that folder, or" in failure(tmp_path)
+    assert names(open_dataset(tmp_path, 0, need_images=False)) == whole
 
 
 def test_karpathy_null_counts_as_missing(tmp_path):
