@@ -10,7 +10,8 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, islice, product
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import NamedTuple
 
 from attncap.errors import CallError, UserError
 
@@ -38,7 +39,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             unread = [name for name in names if name.suffix.lower() in UNREAD and not of_macos(name.name)]
             if unread:
                 kinds = ", ".join(sorted({name.suffix.lower() for name in unread}))
-                log.warning("%s: %d files left out (%s); convert them to JPEG or PNG", path, len(unread), kinds)
+                log.warning("%s: %d images left out (%s); convert them to JPEG or PNG", path, len(unread), kinds)
         elif path.exists():
             found.append(path)
         else:
@@ -105,12 +106,13 @@ class Folders:
     def find(self, folder: str | Path, name: str) -> str | None:
         """The path of a file or folder in a folder. The name may include further folders; if it does not fit exactly,
         see `Names`."""
-        path = str(folder)
-        for part in PurePosixPath(name).parts:
-            actual = part if part in ("/", "..") else self.names(path).find(part)
-            if actual is None:
-                return None
-            path = os.path.join(path, actual)
+        path = "/" if name.startswith("/") else str(folder)
+        for part in name.split("/"):
+            if part not in ("", "."):
+                actual = part if part == ".." else self.names(path).find(part)
+                if actual is None:
+                    return None
+                path = f"{path}/{actual}"
         return path
 
     def _list(self, folder: str | Path) -> tuple[Names, list[Path]]:
@@ -141,22 +143,33 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def image_roots(path: Path, source: Path) -> list[Path]:
-    """Where to look for the images of the file `source` of the data set at `path`: next to the file, then in the data
-    set's folder, never outside it. If `path` is the file itself, that folder may be one level up."""
-    roots = [source.parent, path if path.is_dir() else source.parent.parent]
-    return roots[::-1] if source.parent.name == "annotations" else roots
+class Surroundings(NamedTuple):
+    """Where the images of a file of captions may be."""
+
+    roots: list[Path]
+    above: Path | None = None  # has other data sets, too
+
+    @classmethod
+    def of(cls, path: Path, source: Path) -> Surroundings:
+        """Those of the file `source` of the data set at `path`: its folder, then that of the data set, never outside
+        it. If `path` is the file itself, it is not known how large the data set is: it may begin one level up."""
+        if path.is_dir():
+            roots = list(dict.fromkeys([source.parent, path]))
+            return cls(roots[::-1] if source.parent.name == "annotations" else roots)
+        if source.parent.name == "annotations":
+            return cls([source.parent.parent, source.parent])
+        return cls([source.parent], source.parent.parent)
 
 
-def find_files(files: Mapping[str, str], roots: Sequence[Path], folders: Folders) -> tuple[Path, dict[str, Path]]:
+def find_files(files: Mapping[str, str], where: Surroundings, folders: Folders) -> tuple[Path, dict[str, str]]:
     """Where the images are: the folder with the most of them, or the best guess, and the paths of those that exist.
 
-    `files` has the name of each image's file, perhaps with folders. The files may be in the first of `roots`, in the
-    folders in it that are named after images (Images, Flicker8k_Dataset, flickr30k-images, ...), and in such folders in
-    those; then in the same places of the next root; then in any folder at most two levels below a root. The search ends
-    with the first of these steps that finds any of the files, or half of them below another root than the first, where
-    there may be other data sets with the same names. If none does, names are read with / for \\, and then without their
-    folders, unless several files would have the same name.
+    `files` has the name of each image's file, perhaps with folders. In each root, the files are looked for in the
+    folders that are named after images (Images, Flicker8k_Dataset, flickr30k-images, ...), in such folders in those and
+    in the root itself; then in any folder at most two levels below. The search ends with the first of these steps that
+    finds any of the files. Above the roots only folders that are named after images count, with at least half of the
+    files: other data sets may have images with the same names. If nothing is found, names are read with / for \\, and
+    then without their folders, unless several files would have the same name.
     """
     slashes = {image: name.replace("\\", "/") for image, name in files.items()}
     bare = {image: os.path.basename(name) for image, name in slashes.items()}
@@ -165,20 +178,21 @@ def find_files(files: Mapping[str, str], roots: Sequence[Path], folders: Folders
         spellings.append(slashes)
     if bare != spellings[-1] and len(set(bare.values())) == len(set(slashes.values())):
         spellings.append(bare)
-    for spelling in spellings:
-        for places, root in product((image_folders, folders_below), roots):
-            folder, found = _find_files(spelling, places(root, folders), folders)
-            least = 1 if places is image_folders or root is roots[0] else len(files) / 2
-            if found and len(found) >= least:
-                return folder, found
-    return image_folders(roots[0], folders)[0], {}
+    steps = [(root, places, 1) for root in where.roots for places in (image_folders, folders_below)]
+    if where.above is not None:
+        steps.append((where.above, image_folders, len(files) / 2))
+    for spelling, (root, places, least) in product(spellings, steps):
+        folder, found = _find_files(spelling, places(root, folders), folders)
+        if found and len(found) >= least:
+            return folder, found
+    return image_folders(where.roots[0], folders)[0], {}
 
 
-def _find_files(names: Mapping[str, str], candidates: Sequence[Path], folders: Folders) -> tuple[Path, dict[str, Path]]:
+def _find_files(names: Mapping[str, str], candidates: Sequence[Path], folders: Folders) -> tuple[Path, dict[str, str]]:
     """The candidate with the most of the files, and the paths of the files in it and in those that have only others."""
+    split = {image: os.path.split(name) for image, name in names.items()}
     tails: dict[str, list[str]] = {}
-    for name in names.values():
-        head, tail = os.path.split(name)
+    for head, tail in split.values():
         tails.setdefault(head, []).append(tail)
     wanted = {head: Names(group) for head, group in tails.items()}
 
@@ -188,14 +202,15 @@ def _find_files(names: Mapping[str, str], candidates: Sequence[Path], folders: F
 
     counts = {folder: count(folder) for folder in candidates}
     ranked = sorted(counts, key=counts.__getitem__, reverse=True)
-    found: dict[str, Path] = {}
-    for folder in ranked:
-        new = {
-            image: Path(path)
-            for image, name in names.items()
-            if counts[folder] and image not in found and (path := folders.find(folder, name)) is not None
-        }
-        if len(new) >= counts[folder]:
+    found: dict[str, str] = {}
+    for folder in filter(counts.get, ranked):
+        inside = {head: folders.find(folder, head) for head in wanted}
+        new: dict[str, str] = {}
+        for image, (head, tail) in split.items():
+            place = None if image in found else inside[head]
+            if place is not None and (actual := folders.names(place).find(tail)) is not None:
+                new[image] = os.path.join(place, actual)
+        if folder is ranked[0] or len(new) >= counts[folder]:
             found |= new
     return ranked[0], found
 

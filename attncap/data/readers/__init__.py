@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,11 +11,13 @@ from pathlib import Path
 
 from attncap.data import shapes
 from attncap.data.dataset import Dataset, Example, Skipped, Splits, one_line, report_skipped
-from attncap.data.image_folders import Folders, image_roots
+from attncap.data.image_folders import Folders, Surroundings
 from attncap.data.readers import coco, karpathy, tables
 from attncap.data.readers.caption_file import CaptionFile, find_examples
 from attncap.data.readers.splits import find_lists, split_examples, use_lists
 from attncap.errors import CallError, UserError
+
+log = logging.getLogger("attncap")
 
 # In the order in which they are looked for. Tables of any name come last, and in subfolders only if they look like one.
 NAMED = [
@@ -125,7 +128,8 @@ def _combine(
             raise UserError(f"{part.source}: {one_line(min(twice))} is in {source.name} too; remove it from one")
         files |= part.files
         split_of |= part.splits
-    roots = [images, images.parent] if images else image_roots(path, source)
+    where = Surroundings([images], images.parent) if images else Surroundings.of(path, source)
+    roots = [*where.roots, *filter(None, [where.above])]
     inside = [folder for root in roots for folder in folders.subfolders(root)]
     places = [source.parent] if split_of else [source.parent, *roots, *inside, source.parent.parent]
     lists, skipped = find_lists(files, source, places, folders)
@@ -134,12 +138,14 @@ def _combine(
         reason = f"not used, because {source.name} has splits of its own"
         skipped += [Skipped(None, str(file), reason) for file in list_files]
         lists, list_files = {}, []
+    elif lists and list_files[0].parent != source.parent:
+        log.warning("%s: the splits are those of the lists in %s", source, list_files[0].parent)
     examples: list[Example] = []
     missing: list[Skipped] = []
     for part in parts:
         drawn = not lists and len(part.splits) < len(part.files)
-        roots = [images] if images else image_roots(path, part.source)
-        found, without_file, left_out = find_examples(part, roots, folders, drawn, need_images)
+        where = Surroundings([images]) if images else Surroundings.of(path, part.source)
+        found, without_file, left_out = find_examples(part, where, folders, drawn, need_images)
         examples += found
         missing += without_file
         skipped += [*part.skipped, *left_out]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import html
 import logging
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from attncap.data.dataset import Example, Skipped, one_line
-from attncap.data.image_folders import Folders, find_files, of_macos
+from attncap.data.image_folders import Folders, Surroundings, find_files, of_macos
 from attncap.data.tokenizer import tokenize
 from attncap.errors import UserError
+
+_LETTER = re.compile("[A-Za-z]")
+NOT_THERE = "the file does not exist"
 
 log = logging.getLogger("attncap")
 
@@ -39,38 +41,42 @@ class CaptionFile:
 
 
 def find_examples(
-    file: CaptionFile, roots: Sequence[Path], folders: Folders, drawn: bool, need_images: bool = True
+    file: CaptionFile, where: Surroundings, folders: Folders, drawn: bool, need_images: bool = True
 ) -> tuple[list[Example], list[Skipped], list[Skipped]]:
     """The examples whose image files exist, those whose files do not, and what else is skipped.
 
-    `roots` are the folders in which to look for the images (see `find_files`). Without `need_images` (see
+    `where` to look for the images: see `find_files`. Without `need_images` (see
     `read_dataset`) all examples are kept where splits are not `drawn`, or no file exists. Raises UserError when no
     caption has a word, or no file exists.
     """
     captions, skipped = _captions_with_words(file)
-    folder, paths = find_files({image: file.files[image] for image in captions}, roots, folders)
+    folder, paths = find_files({image: file.files[image] for image in captions}, where, folders)
     if drawn and not need_images and not paths:
         log.warning("%s: none of its images exist; splits are drawn from all of them", file.source)
     keep_missing = not need_images and not (drawn and paths)
-    owner: dict[Path, str] = {}
+    owner: dict[str, str] = {}
     # Of several names that lead to one file, it belongs to the one that is exactly its own.
-    for image in sorted(paths, key=lambda image: os.path.basename(file.files[image]) != paths[image].name):
+    for image in sorted(paths, key=lambda image: not paths[image].endswith(file.files[image])):
         owner.setdefault(paths[image], image)
     examples: list[Example] = []
     missing: list[Skipped] = []
     for image, texts in captions.items():
-        path = paths.get(image, folder / file.files[image])
-        if owner.get(path, image) != image:
-            skipped.append(Skipped(None, image, f"{file.source} has the same file as {one_line(owner[path])}"))
+        if image in paths and owner[paths[image]] != image:
+            reason = f"{file.source} has the same file as {one_line(owner[paths[image]])}"
+            skipped.append(Skipped(None, image, reason))
         elif image in paths or keep_missing:
-            examples.append(Example(image, tuple(texts), path))
+            path = paths[image] if image in paths else folder / file.files[image]
+            examples.append(Example(image, tuple(texts), Path(path)))
         else:
+            path = folder / file.files[image]
             missing.append(Skipped(None, str(path), _why_missing(path, folders)))
     if not examples:
-        unreadable = f" ({folders.unreadable.filename} cannot be read)" if folders.unreadable else ""
+        why = missing[0].reason.removeprefix(NOT_THERE)
+        if folders.unreadable:
+            why += f" ({folders.unreadable.filename} cannot be read: {folders.unreadable.strerror})"
         raise UserError(
-            f"{file.source}: none of the {len(missing)} images it names exist{unreadable}, e.g. "
-            f"{one_line(missing[0].name)}; put the images in that folder, or give theirs with --images"
+            f"{file.source}: none of the {len(missing)} images it names exist, e.g. {one_line(missing[0].name)}{why}; "
+            "put the images in that folder, or give theirs with --images"
         )
     return examples, missing, skipped
 
@@ -79,9 +85,7 @@ def _why_missing(path: Path, folders: Folders) -> str:
     if of_macos(path.name):
         return "a file of macOS, not an image"
     similar = folders.names(path.parent).similar(path.name)
-    return (
-        f"the file does not exist, but {one_line(' and '.join(similar))} do" if similar else "the file does not exist"
-    )
+    return NOT_THERE + (f", but {one_line(' and '.join(similar))} do" if similar else "")
 
 
 def _captions_with_words(file: CaptionFile) -> tuple[dict[str, Sequence[str]], list[Skipped]]:
@@ -103,6 +107,6 @@ def _captions_with_words(file: CaptionFile) -> tuple[dict[str, Sequence[str]], l
 def has_word(caption: str) -> bool:
     """Whether a model can learn a word from the caption: ":-)", "..." and an emoji are none."""
     # For speed: a letter is a word. But an entity such as &nbsp; has letters and stands for none.
-    if "&" not in caption and re.search("[A-Za-z]", caption):
+    if "&" not in caption and _LETTER.search(caption):
         return True
     return bool(tokenize(caption) and re.search(r"[^\W_]", html.unescape(caption)))

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 
 from attncap.data.dataset import Example, Skipped, report_skipped
-from attncap.data.image_folders import Folders, image_roots
+from attncap.data.image_folders import Folders, Surroundings
 from attncap.data.readers import karpathy
 from attncap.data.readers.caption_file import CaptionFile, find_examples, has_word
 from attncap.errors import UserError
@@ -88,7 +88,7 @@ def read_captions(path: str | Path) -> dict[str, list[str]]:
 def read_images(path: Path) -> tuple[list[Example], list[Skipped]]:
     """All images of a file, without captions, and those whose files do not exist. Raises UserError."""
     path = path.absolute()
-    examples, missing, skipped = find_examples(_image_list(path), image_roots(path, path), Folders(), drawn=False)
+    examples, missing, skipped = find_examples(_image_list(path), Surroundings.of(path, path), Folders(), drawn=False)
     return examples, [*missing, *skipped]
 
 

@@ -88,9 +88,9 @@ def find_lists(
     """The lists, in the first of `places` that has any with images of `files` in them, and those beside the captions
     that name none of them.
 
-    A list is a text file named after a split, with an image's name on each line. In a place that is not the folder of
-    `source`, the file of the captions, only lists of all three splits count. Raises UserError for a list that cannot be
-    read.
+    A list is a text file named after a split, with an image's name on each line. Lists that are not beside the file of
+    the captions, `source`, must be all three and name half of the images: they may be of another data set.
+    Raises UserError for a list that cannot be read.
     """
     index: ImageIndex | None = None
     others: list[Skipped] = []
@@ -103,15 +103,16 @@ def find_lists(
             index = index or ImageIndex(files)
             images = {name: index.find(name) for name in names}
             (naming if any(images.values()) else naming_none).setdefault(split, []).append((path, images))
-        # With the other lists there, one that names none of the images is likely to have wrong names: see use_lists.
-        published = {split: lists for split, lists in naming_none.items() if PUBLISHED.search(lists[0][0].name)}
-        if naming and (folder == source.parent or len(naming) == 3):
-            found = {**published, **naming}
-            return {split: found[split] for split in ("train", "val", "test") if split in found}, []
         if folder == source.parent:
             reason = f"names none of the images of {source.name}; not used as a list of a split"
             none = [(path, images) for lists in naming_none.values() for path, images in lists]
             others = [Skipped(None, str(path), reason) for path, images in none if _is_list(path, images)]
+            # Beside other lists, one that names none of the images is likely to have wrong names: see use_lists.
+            published = {split: lists for split, lists in naming_none.items() if PUBLISHED.search(lists[0][0].name)}
+            naming = naming and {**published, **naming}
+        listed = {image for lists in naming.values() for _, images in lists for image in images.values()} - {None}
+        if naming and (folder == source.parent or (len(naming) == 3 and len(listed) >= len(files) / 2)):
+            return {split: naming[split] for split in ("train", "val", "test") if split in naming}, []
     return {}, others
 
 
@@ -119,10 +120,10 @@ def _candidates(folder: Path, folders: Folders) -> list[tuple[str, Path]]:
     """The text files in a folder that are named after one split, with this split."""
     found = []
     for name in folders.names(folder).exact:
-        stem, suffix = os.path.splitext(name)
-        splits = {SPLITS[word] for word in re.findall("train|val|dev|test", stem.lower())}
-        if suffix.lower() == ".txt" and len(splits) == 1:
-            found.append((splits.pop(), folder / name))
+        if name.lower().endswith(".txt"):
+            splits = {SPLITS[word] for word in re.findall("train|val|dev|test", name.lower())}
+            if len(splits) == 1:
+                found.append((splits.pop(), folder / name))
     return sorted(found, key=lambda item: (not PUBLISHED.search(item[1].name), item[1]))[:MAX_LISTS]
 
 
