@@ -139,20 +139,19 @@ def open_split(config: EvaluateConfig) -> tuple[Sequence["CaptionedImage"], list
     from attncap.data import check_dataset, read_dataset
     from attncap.training.config import training_seed
 
-    seed = config.seed
-    if seed is None:
+    split, seed = config.split or "test", config.seed
+    if config.predictions is not None and config.split is None and str(config.data).lower().endswith(".json"):
+        seed = None  # a file of COCO's captions is a split by itself
+    elif seed is None:
         seed = training_seed(config.model[0]) if config.model else 0
     dataset = read_dataset(config.data, seed, config.images, need_images=config.predictions is None)
     check_dataset(config.data, dataset)
-    splits, split = dataset.splits, config.split or "test"
-    # COCO's results and its captions have no splits: the file of captions is one by itself.
-    if config.predictions is not None and config.split is None and dataset.drawn and config.data.endswith(".json"):
-        return [example for examples in splits.values() for example in examples], None
+    splits = dataset.splits
     if not splits.get(split):
         sizes = ", ".join(f"{name} ({len(part)} images)" for name, part in splits.items() if part)
         wrong = "has no images in" if split in splits else "has no split"
         raise CallError(f"--split: {config.data} {wrong} {split}; choose from {sizes}")
-    return splits[split], [caption for example in splits["train"] for caption in example.captions]
+    return splits[split], [caption for example in splits["train"] for caption in example.captions] or None
 
 
 def score_model(

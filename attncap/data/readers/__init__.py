@@ -48,10 +48,13 @@ def check_dataset(path: str | Path, dataset: Dataset) -> None:
         raise UserError(f"{path}: has no captions; its images can be captioned: python -m attncap.caption {path}")
 
 
-def read_dataset(path: str | Path, seed: int, images: str | Path | None = None, *, need_images: bool = True) -> Dataset:
+def read_dataset(
+    path: str | Path, seed: int | None, images: str | Path | None = None, *, need_images: bool = True
+) -> Dataset:
     """Read the data set at `path`, whose layout is recognised, or generate the synthetic data set "shapes".
 
-    `seed` generates `shapes`, and draws the splits of a data set that has none, by image. No image is opened. Of
+    `seed` generates `shapes`, and draws the splits of a data set that has none, by image; without a seed, images whose
+    split would be drawn are all in test. No image is opened. Of
     several layouts in a folder the first in the order of LAYOUTS is read. The images are looked for in the folder
     `images`, by default near the captions (see `find_files`). Examples whose image files do not exist are left out.
     `need_images=False` is for scoring captions written earlier: these examples stay, unless splits must be drawn and
@@ -62,7 +65,7 @@ def read_dataset(path: str | Path, seed: int, images: str | Path | None = None, 
     if images is not None and (str(path) == "shapes" or not Path(images).is_dir()):
         raise CallError(f"images {images}: " + ("shapes has none" if str(path) == "shapes" else "no such folder"))
     if str(path) == "shapes":
-        return Dataset("shapes (synthetic)", shapes.open_shapes(seed))
+        return Dataset("shapes (synthetic)", shapes.open_shapes(seed or 0))
     path = Path(path).absolute()
     folders = Folders()
     try:
@@ -114,7 +117,7 @@ def _combine(
     path: Path,
     layout: str,
     parts: list[CaptionFile],
-    seed: int,
+    seed: int | None,
     images: Path | None,
     need_images: bool,
     folders: Folders,
@@ -143,7 +146,7 @@ def _combine(
     examples: list[Example] = []
     missing: list[Skipped] = []
     for part in parts:
-        drawn = not lists and len(part.splits) < len(part.files)
+        drawn = seed is not None and not lists and len(part.splits) < len(part.files)
         where = Surroundings([images]) if images else Surroundings.of(path, part.source)
         found, without_file, left_out = find_examples(part, where, folders, drawn, need_images)
         examples += found
@@ -154,4 +157,5 @@ def _combine(
         skipped += left_out
     else:
         splits = split_examples(examples, split_of, seed)
-    return Dataset(layout, splits, missing, skipped, not lists and len(split_of) < len(files), list_files)
+    drawn = seed is not None and not lists and len(split_of) < len(files)
+    return Dataset(layout, splits, missing, skipped, drawn, list_files)

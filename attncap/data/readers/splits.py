@@ -37,9 +37,12 @@ def draw_parts(examples: Sequence[Example], sizes: Sequence[int], seed: int) -> 
     return [[examples[i] for i in part] for part in drawn]
 
 
-def split_examples(examples: Sequence[Example], split_of: Mapping[str, str], seed: int) -> Splits:
+def split_examples(examples: Sequence[Example], split_of: Mapping[str, str], seed: int | None) -> Splits:
     """The splits that `split_of` has by image. Images without one are drawn from the seed: into val and test, in
-    halves, if others have a split, as in COCO, whose test set is not public; else 80/10/10."""
+    halves, if others have a split, as in COCO, whose test set is not public; else 80/10/10. Without a seed they are all
+    in test."""
+    if seed is None:
+        split_of = {example.name: split_of.get(example.name, "test") for example in examples}
     if not split_of:
         return draw_splits(examples, seed)
     splits: dict[str, list[Example]] = {"train": [], "val": [], "test": []}
@@ -98,7 +101,7 @@ def find_lists(
         naming: Lists = {}
         naming_none: Lists = {}
         for split, path in _candidates(folder, folders):
-            if path == source or (names := _names(path)) is None:
+            if path == source or (names := _names(path, folder == source.parent)) is None:
                 continue
             index = index or ImageIndex(files)
             images = {name: index.find(name) for name in names}
@@ -132,12 +135,13 @@ def _is_list(path: Path, names: Iterable[str]) -> bool:
     return bool(PUBLISHED.search(path.name)) or not any(re.search(r"\s", name) for name in names)
 
 
-def _names(path: Path) -> list[str] | None:
-    """The names in a list, each once; None for a file that is no list and is not published as one."""
+def _names(path: Path, is_beside: bool) -> list[str] | None:
+    """The names in a list, each once. For a file that cannot be read, None; but a UserError if it `is_beside` the
+    captions and named as published lists are."""
     try:
         lines = read_text(path, MAX_LIST).splitlines()
     except UserError:
-        if PUBLISHED.search(path.name):
+        if is_beside and PUBLISHED.search(path.name):
             raise
         return None
     names = dict.fromkeys(re.sub(r"#\d+$", "", line.strip()) for line in lines)
