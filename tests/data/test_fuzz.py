@@ -5,6 +5,7 @@ FUZZ_EXAMPLES=1000 pytest tests/data/test_fuzz.py    # more of each kind than th
 
 import json
 import os
+import shutil
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -38,6 +39,13 @@ FUZZ = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", 60)),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder with no others beside it: these are searched for the images and lists of a file that is given."""
+    (tmp_path / "alone").mkdir()
+    return tmp_path / "alone"
 
 
 @pytest.fixture(params=SAMPLES)
@@ -147,10 +155,12 @@ NAMES = st.sampled_from(
 
 @FUZZ
 @given(data=st.data())
-def test_names_of_images(tmp_path_factory, data):
+def test_names_of_images(tmp_path, data):
     """Any names in the captions and in the folders: each file that is found is the image's own, and no file is two
     images."""
-    folder = tmp_path_factory.mktemp("names")
+    folder = tmp_path / "data"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     texts = NAMES | st.text(max_size=9)
     for name in data.draw(st.lists(texts, min_size=1, max_size=4)):
         file = folder / data.draw(st.sampled_from(["", "Images", "x/photos"])) / name.replace("\0", "").lstrip("/")

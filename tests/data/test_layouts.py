@@ -13,6 +13,13 @@ from attncap.data.image_folders import find_images
 from attncap.errors import CallError
 
 
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder with no others beside it: these are searched for the images and lists of a file that is given."""
+    (tmp_path / "alone").mkdir()
+    return tmp_path / "alone"
+
+
 def captions(splits):
     return {example.name: example.captions for examples in splits.values() for example in examples}
 
