@@ -7,9 +7,10 @@ import logging
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import chain, islice, product
+from itertools import chain, filterfalse, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,12 +35,19 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            names = [Path(top, name) for top, _, files in os.walk(path, onerror=_refuse) for name in files]
-            found += sorted(name for name in names if name.suffix.lower() in SUFFIXES and not of_macos(name.name))
-            unread = [name for name in names if name.suffix.lower() in UNREAD and not of_macos(name.name)]
+            images: list[Path] = []
+            unread: Counter[str] = Counter()
+            for top, _, names in os.walk(path, onerror=_refuse):
+                for name in filterfalse(of_macos, names):
+                    suffix = os.path.splitext(name)[1].lower()
+                    if suffix in SUFFIXES:
+                        images.append(Path(top, name))
+                    elif suffix in UNREAD:
+                        unread[suffix] += 1
+            found += sorted(images)
             if unread:
-                kinds = ", ".join(sorted({name.suffix.lower() for name in unread}))
-                log.warning("%s: %d images left out (%s); convert them to JPEG or PNG", path, len(unread), kinds)
+                kinds = ", ".join(sorted(unread))
+                log.warning("%s: %d images left out (%s); convert them to JPEG", path, unread.total(), kinds)
         elif path.exists():
             found.append(path)
         else:

@@ -504,8 +504,8 @@ def test_images_in_the_folder_that_was_given(tmp_path, attncap):
     assert status == 0 and f"images          {tmp_path / 'elsewhere' / 'photos'}\n" in out
     assert "splits          drawn at random with --seed 0\n" in out
     assert attncap("data.__main__", source)[1].count(f"images          {tmp_path / 'data' / 'Images'}\n") == 1
-    for path, images in ((source, tmp_path / "nowhere"), ("shapes", tmp_path)):
-        with pytest.raises(CallError, match="^images .*: (no such folder|shapes has none)$"):
+    for path, images in ((source, tmp_path / "nowhere"), (source, source), (source, ""), ("shapes", tmp_path)):
+        with pytest.raises(CallError, match="^images .*: (no such folder|shapes has no image files)$"):
             read_dataset(path, 0, images)
 
 
@@ -604,7 +604,7 @@ def test_images_in_formats_that_are_not_read_are_reported(tmp_path, caplog):
     for name in ("1.jpg", "._1.jpg", "2.HEIC", "a/3.heic", "4.avif", "5.CR2", "._6.heic", ".DS_Store", "notes.txt"):
         write(tmp_path / name, b"")
     assert find_images([tmp_path]) == [tmp_path / "1.jpg"]
-    assert caplog.messages == [f"{tmp_path}: 4 images left out (.avif, .cr2, .heic); convert them to JPEG or PNG"]
+    assert caplog.messages == [f"{tmp_path}: 4 images left out (.avif, .cr2, .heic); convert them to JPEG"]
     caplog.clear()
     assert find_images([tmp_path / "2.HEIC"]) == [tmp_path / "2.HEIC"] and not caplog.messages
 

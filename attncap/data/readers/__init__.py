@@ -1,4 +1,5 @@
-"""Reading data sets: a file per family of layouts, each with `find` (its files in a folder), `read` and EXPECTED."""
+"""Reading data sets: a file per family of layouts, each with `find` (its files in a folder), `read` (what they say) and
+EXPECTED. Finding the images, and the splits, is the same for all of them."""
 
 from __future__ import annotations
 
@@ -62,9 +63,11 @@ def read_dataset(
 
     Raises CallError when nothing exists at `path` or `images`, UserError when it is not a data set or a broken one.
     """
-    if images is not None and (str(path) == "shapes" or not Path(images).is_dir()):
-        raise CallError(f"images {images}: " + ("shapes has none" if str(path) == "shapes" else "no such folder"))
+    if images is not None and not os.path.isdir(images):
+        raise CallError(f"images {images}: no such folder")
     if str(path) == "shapes":
+        if images is not None:
+            raise CallError(f"images {images}: shapes has no image files")
         return Dataset("shapes (synthetic)", shapes.open_shapes(seed or 0))
     path = Path(path).absolute()
     folders = Folders()

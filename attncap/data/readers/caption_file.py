@@ -45,9 +45,8 @@ def find_examples(
 ) -> tuple[list[Example], list[Skipped], list[Skipped]]:
     """The examples whose image files exist, those whose files do not, and what else is skipped.
 
-    `where` to look for the images: see `find_files`. Without `need_images` (see
-    `read_dataset`) all examples are kept where splits are not `drawn`, or no file exists. Raises UserError when no
-    caption has a word, or no file exists.
+    `where` to look for the images: see `find_files`. Without `need_images` (see `read_dataset`) all examples are kept
+    where splits are not `drawn`, or no file exists. Raises UserError when no caption has a word, or no file exists.
     """
     captions, skipped = _captions_with_words(file)
     folder, paths = find_files({image: file.files[image] for image in captions}, where, folders)
