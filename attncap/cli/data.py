@@ -16,6 +16,7 @@ import tyro
 from attncap.cli import command
 from attncap.config import check_at_least
 from attncap.data import Dataset, Splits, first_of, read_dataset, report_skipped
+from attncap.data.dataset import one_line
 from attncap.data.tokenizer import tokenize
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError
@@ -30,6 +31,8 @@ CELLS, CHANNELS = 49, 2048  # of the default encoder's feature grid: ResNet-50, 
 class DataConfig:
     path: tyro.conf.Positional[str]
     """shapes, or the path of a data set: its folder or its caption file."""
+    images: str | None = None
+    """Folder of the images, if it is not near the captions."""
     decode: bool = False
     """Also read every image to find broken ones."""
     convert: str | None = None
@@ -56,19 +59,19 @@ def main(config: DataConfig) -> None:
         raise CallError(f"--convert {config.convert}: this is the data set itself; give another name")
     if config.convert is not None and config.path == "shapes":
         raise CallError(f"--convert {config.convert}: shapes is synthetic and has no image files to name")
-    dataset = read_dataset(config.path, config.seed)
+    dataset = read_dataset(config.path, config.seed, config.images)
     report_skipped(dataset.skipped)
     if config.convert is not None:
         convert(dataset.splits, Path(config.convert))
-    print(describe(dataset))
+    print(describe(dataset, config.seed))
     print(f"missing images  {named([item.name for item in dataset.missing])}")
     if config.decode:
         print(f"broken images   {named(broken_images(dataset.splits, config.workers))}")
 
 
-def describe(dataset: Dataset) -> str:
-    """The data set in numbers, as lines of text. The words are those of the training captions, as a model learns
-    them."""
+def describe(dataset: Dataset, seed: int) -> str:
+    """The data set, whose splits `seed` has drawn if it has none, in numbers, as lines of text. The words are those of
+    the training captions, as a model learns them."""
     import numpy as np
     from tqdm import tqdm
 
@@ -86,7 +89,14 @@ def describe(dataset: Dataset) -> str:
                 bar.update()
     sizes = [(split, len(examples), sum(len(e.captions) for e in examples)) for split, examples in splits.items()]
     images, captions = (sum(column) for column in list(zip(*sizes, strict=True))[1:])
-    lines = [f"layout          {dataset.layout}", "", "split     images    captions"]
+    lines = [f"layout          {one_line(dataset.layout)}"]
+    if folders := {example.path.parent: None for part in splits.values() for example in part if not example.scene}:
+        lines.append(f"images          {first_of(list(folders))}")
+    if dataset.lists:
+        lines.append(f"splits          {first_of(dataset.lists)}")
+    elif dataset.drawn:
+        lines.append(f"splits          drawn at random with --seed {seed}")
+    lines += ["", "split     images    captions"]
     lines += [f"{split:5} {n:10,}  {m:10,}" for split, n, m in [*sizes, ("all", images, captions)]]
     if counts:
         lines += ["", "words seen at least   words    share of all words in train"]

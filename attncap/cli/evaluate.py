@@ -21,7 +21,7 @@ from attncap.files import write_atomically
 if TYPE_CHECKING:
     from PIL import Image
 
-    from attncap.data import Splits
+    from attncap.data import CaptionedImage
     from attncap.data.vocabulary import Vocabulary
     from attncap.metrics import Scores
 
@@ -38,8 +38,11 @@ class EvaluateConfig(command.CaptioningConfig):
     It has COCO's results format: [{"image_id": 1, "caption": "..."}, ...]."""
     data: str | None = None
     """shapes, or the path of a data set (see `attncap train --help`)."""
-    split: str = "test"
-    """Part of the data set to score: train, val or test."""
+    images: str | None = None
+    """Folder of the data set's images, if it is not near the captions."""
+    split: str | None = None
+    """Part of the data set to score: train, val or test. By default test; for --predictions with one COCO file of
+    captions, and no lists of splits beside it, the whole file."""
     references: str | None = None
     """COCO caption file (JSON) with references for the same image ids, instead of --data."""
     compare: str | None = None
@@ -74,10 +77,8 @@ def main(config: EvaluateConfig) -> None:
     if config.references is not None:
         references = read_captions(config.references)
     else:
-        splits = open_splits(config)
-        examples = splits[config.split]
+        examples, training = open_split(config)
         references = {example.name: example.captions for example in examples}
-        training = [caption for example in splits["train"] for caption in example.captions]
     if captions:
         evaluation.check_predictions(config.predictions, captions, references, config.references or config.data)
     if others:
@@ -134,20 +135,25 @@ def check(config: EvaluateConfig) -> None:
             raise CallError(f"--output {config.output}: is an input; give another name")
 
 
-def open_splits(config: EvaluateConfig) -> "Splits":
-    """The data set, with the splits of the model's training. Raises CallError when --split has no images."""
-    from attncap.data import open_dataset
+def open_split(config: EvaluateConfig) -> tuple[Sequence["CaptionedImage"], list[str] | None]:
+    """The images of --split, with the splits of the model's training, and the training captions, if these are known.
+    Raises CallError when --split has no images."""
+    from attncap.data import check_dataset, read_dataset
     from attncap.training.config import training_seed
 
-    seed = config.seed
-    if seed is None:
+    split, seed = config.split or "test", config.seed
+    if config.predictions is not None and config.split is None and str(config.data).lower().endswith(".json"):
+        seed = None  # a file of COCO's captions is a split by itself
+    elif seed is None:
         seed = training_seed(config.model[0]) if config.model else 0
-    splits = open_dataset(config.data, seed, images=config.predictions is None)
-    if not splits.get(config.split):
+    dataset = read_dataset(config.data, seed, config.images, need_images=config.predictions is None)
+    check_dataset(config.data, dataset)
+    splits = dataset.splits
+    if not splits.get(split):
         sizes = ", ".join(f"{name} ({len(part)} images)" for name, part in splits.items() if part)
-        wrong = "has no images in" if config.split in splits else "has no split"
-        raise CallError(f"--split: {config.data} {wrong} {config.split}; choose from {sizes}")
-    return splits
+        wrong = "has no images in" if split in splits else "has no split"
+        raise CallError(f"--split: {config.data} {wrong} {split}; choose from {sizes}")
+    return splits[split], [caption for example in splits["train"] for caption in example.captions] or None
 
 
 def score_model(

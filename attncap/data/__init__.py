@@ -2,7 +2,7 @@
 
 from attncap.data.dataset import CaptionedImage, Dataset, Example, Skipped, Splits, first_of, report_skipped
 from attncap.data.images import ImageError, open_image
-from attncap.data.readers import open_dataset, read_dataset
+from attncap.data.readers import check_dataset, open_dataset, read_dataset
 
 __all__ = [
     "CaptionedImage",
@@ -11,6 +11,7 @@ __all__ = [
     "ImageError",
     "Skipped",
     "Splits",
+    "check_dataset",
     "first_of",
     "open_dataset",
     "open_image",

@@ -14,7 +14,17 @@ from attncap.versions import versions
 
 NAME = "checkpoint.pt"
 # Settings that may change when a run is resumed.
-FREE = ("data.path", "run.recipe", "run.output", "run.epochs", "run.resume", "run.device", "run.workers", "run.debug")
+FREE = (
+    "data.path",
+    "data.images",
+    "run.recipe",
+    "run.output",
+    "run.epochs",
+    "run.resume",
+    "run.device",
+    "run.workers",
+    "run.debug",
+)
 
 log = logging.getLogger("attncap")
 

@@ -27,6 +27,8 @@ class DataConfig:
     path: Annotated[str, arg(name="data")] = "shapes"
     """shapes, a synthetic data set, or the path of a data set.
     Layouts: Flickr8k, Flickr30k, COCO, Karpathy's splits, or a table of your own (see also `attncap data PATH`)."""
+    images: str | None = None
+    """Folder of the data set's images, if it is not near the captions."""
     batch_size: int = 8
     """Images per batch, each with --captions-per-image captions. With torchrun, the processes share each batch."""
     captions_per_image: int = 5

@@ -95,7 +95,7 @@ def prepare(
         start = Captioner.from_pretrained(config.run.start_from, backend=config.run.backend)
         config = dataclasses.replace(config, model=start.config)
     with distributed.log_on_main_only():
-        splits = open_dataset(config.data.path, config.run.seed)
+        splits = open_dataset(config.data.path, config.run.seed, config.data.images)
         for split, examples in splits.items():
             if not examples:
                 raise UserError(

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+from PIL import Image
 from test_commands import one_line
 
 from attncap.errors import UserError
@@ -34,6 +35,30 @@ def test_evaluate_a_results_file_without_images(attncap, tmp_path):
     assert metrics[0] == metrics[1]
     status, _, err = attncap("evaluate", *predictions, "--data", tmp_path / "dataset_coco.json", "--split", "train")
     assert status == 1 and "results.json: 2 of 2 image ids have no references in" in one_line(err)
+
+
+def test_results_for_a_whole_coco_file(attncap, tmp_path):
+    """COCO's captions have no splits of their own: without --split, the file is one."""
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(10)]
+    annotations = [{"id": i, "image_id": i, "caption": f"a dog number {i}"} for i in range(10)]
+    (tmp_path / "captions_val2017.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    results = [{"image_id": i, "caption": f"a cat number {i}"} for i in range(10)]
+    Image.new("RGB", (2, 2)).save(tmp_path / "3.jpg")  # the other images need not exist
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    predictions, scores = ["--predictions", tmp_path / "results.json"], []
+    for source in ("--data", "--references"):
+        arguments = [source, tmp_path / "captions_val2017.json", "--output", tmp_path / "o.json"]
+        status, _, err = attncap("evaluate", *predictions, *arguments)
+        assert status == 0 and "scoring" not in err
+        scores.append((tmp_path / "o.report.json").read_text())
+    assert scores[0] == scores[1]
+    (tmp_path / "3.jpg").unlink()
+    status, _, err = attncap("evaluate", *predictions, "--data", arguments[1], "--split", "test")
+    assert status == 1 and "9 of 10 image ids have no references" in one_line(err)
+    for name, ids in (("train", range(8)), ("val", [8]), ("test", [9])):  # lists give it splits
+        (tmp_path / f"{name}Images.txt").write_text("".join(f"{i}.jpg\n" for i in ids))
+    status, _, err = attncap("evaluate", *predictions, "--data", arguments[1])
+    assert status == 1 and "9 of 10 image ids have no references" in one_line(err)
 
 
 def test_meteor_has_an_interval_and_a_difference_and_may_fail(attncap, tmp_path, monkeypatch):

@@ -158,13 +158,14 @@ def test_flickr8k_lists(flickr8k, caplog, lists):
     for name, content in zip(lists, ("3.jpg\r\n1.jpg\r\n1.jpg\r\n", "2.jpg\n\n", "4.jpg\nx.jpg"), strict=True):
         (flickr8k / name).write_text(content)
     assert names(open_dataset(flickr8k, 0)) == {"train": ["3.jpg", "1.jpg"], "val": ["2.jpg"], "test": ["4.jpg"]}
-    assert caplog.messages == [f"skipped: x.jpg: listed in {flickr8k / lists[2]}, but without captions"]
+    unlisted = [f"skipped: {i}.jpg: in none of the lists ({', '.join(lists)})" for i in (0, 5, 6, 7, 8, 9)]
+    assert caplog.messages == [f"skipped: x.jpg: listed in {flickr8k / lists[2]}, but without captions", *unlisted]
 
 
 def test_flickr8k_wrong_lists(flickr8k):
     (flickr8k / "trainImages.txt").write_text("1.jpg\n2.jpg\n")
     assert failure(flickr8k) == (
-        f"{flickr8k}: valImages.txt is missing beside the other lists; add it, or remove the lists "
+        f"{flickr8k}: valImages.txt is missing beside the other lists (trainImages.txt); add it, or remove the lists "
         "to have the splits drawn"
     )
     (flickr8k / "valImages.txt").write_text("2.jpg\n")
@@ -191,7 +192,7 @@ def test_flickr8k_without_any_image(flickr8k):
         path.unlink()
     assert failure(flickr8k) == (
         f"{flickr8k / 'captions.txt'}: none of the 10 images it names exist, e.g. "
-        f"{flickr8k / 'Images' / '0.jpg'}; put the images in that folder"
+        f"{flickr8k / 'Images' / '0.jpg'}; put the images in that folder, or give theirs with --images"
     )
     (flickr8k / "Images").rmdir()
     assert f"e.g. {flickr8k / '0.jpg'}; put the images in that folder" in failure(flickr8k)
@@ -342,10 +343,11 @@ def test_coco_without_images(tmp_path):
         photo.unlink()
     first = tmp_path / "val2014" / "000000000000.jpg"
     assert failure(tmp_path) == (
-        f"{path}: none of the 3 images it names exist, e.g. {first}; put the images in that folder"
+        f"{path}: none of the 3 images it names exist, e.g. {first}; put the images in that folder, "
+        "or give theirs with --images"
     )
     (tmp_path / "val2014").rmdir()
-    assert failure(tmp_path) == f"{path}: no folder with its images; put them in {tmp_path / 'val2014'}"
+    assert f"e.g. {first}; put the images in that folder, or" in failure(tmp_path)
 
 
 IMAGE = {"id": 1, "file_name": "1.jpg"}
@@ -392,6 +394,6 @@ def test_coco_references_alone(tmp_path, caplog):
     blank = [{**CAPTION, "id": 3, "caption": " \n"}, {**CAPTION, "id": 4, "image_id": 2, "caption": ""}]
     path = write_json(tmp_path, "val2017", {"annotations": [CAPTION, *blank]})
     assert coco.read_captions(path) == {"1": ["a"]}
-    assert caplog.messages == [f"skipped: image id {key}: {path} has a blank caption of it" for key in (1, 2)]
+    assert caplog.messages == [f"skipped: image id {key}: {path} has a caption of it without a word" for key in (1, 2)]
     with pytest.raises(UserError, match="x.json: cannot be read: No such file or directory"):
         coco.read_captions(tmp_path / "x.json")

@@ -1,6 +1,7 @@
 """More layouts than in test_datasets.py: small samples with the oddities of the real files."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,15 @@ import pytest
 from test_datasets import failure, names, photograph, write_coco
 
 from attncap.data import Skipped, open_dataset, read_dataset
+from attncap.data.image_folders import find_images
+from attncap.errors import CallError
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A folder with no others beside it: these are searched for the images and lists of a file that is given."""
+    (tmp_path / "alone").mkdir()
+    return tmp_path / "alone"
 
 
 def captions(splits):
@@ -274,12 +284,396 @@ def test_several_own_tables(tmp_path):
     assert failure(tmp_path) == f"{tmp_path}: {message}"
 
 
-def test_lists_beside_an_own_table_are_not_its_splits(tmp_path):
-    write(tmp_path / "mine.csv", "image,caption,split\na.jpg,a dog,test\nb.jpg,a cat,train\n")
-    for name in ("train", "val", "test"):
-        write(tmp_path / f"{name}Images.txt", "a.jpg\n")
-    photographs(tmp_path, "a.jpg", "b.jpg")
-    assert names(open_dataset(tmp_path, 0)) == {"train": ["b.jpg"], "val": [], "test": ["a.jpg"]}
+# Lists of the images in each split
+
+WITH_SPLITS = {"train": ["3.jpg"], "val": ["2.jpg"], "test": ["1.jpg"]}
+PUBLISHED = {"Flickr_8k.trainImages.txt": "3.jpg\n", "Flickr_8k.devImages.txt": "2.jpg\n"}
+PUBLISHED["Flickr_8k.testImages.txt"] = "1.jpg\n"
+THREE = "image,caption\n1.jpg,a dog\n2.jpg,a cat\n3.jpg,a bird\n"
+
+
+def write_all(folder, files):
+    for name, content in files.items():
+        write(folder / name, content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("mine.csv", THREE),
+        ("mine.TSV", THREE.replace(",", "\t")),
+        ("mine.jsonl", "".join(f'{{"image": "{i}.jpg", "caption": "a dog"}}\n' for i in (1, 2, 3))),
+        ("Flickr8k.lemma.token.txt", "1.jpg#0\ta dog\n2.jpg#0\ta cat\n3.jpg#0\ta bird"),
+        ("Flickr8k.arabic.full.txt", "1.jpg#0\tكلب\n2.jpg#0\tقط\n3.jpg#0\tطائر"),
+        ("flickr8kzhc.caption.txt", "1.jpg#zhc#0 一 条 狗\n2.jpg#zhc#0 猫\n3.jpg#zhc#1\t鸟"),
+        ("captions_x.json", None),
+    ],
+)
+def test_lists_are_used_whatever_the_captions_are_called(tmp_path, name, content):
+    if content is None:  # in COCO's layout, where the images' names are their ids
+        images = [{"id": i, "file_name": f"{i}.jpg"} for i in (1, 2, 3)]
+        captions_of = [{"id": i, "image_id": i, "caption": "a dog"} for i in (1, 2, 3)]
+        content = json.dumps({"images": images, "annotations": captions_of})
+    source = write(tmp_path / "text" / name, content)
+    write_all(source.parent, PUBLISHED)
+    photographs(tmp_path / "Flicker8k_Dataset", "1.jpg", "2.jpg", "3.jpg")
+    for path in (tmp_path, source):
+        dataset = read_dataset(path, 0)
+        found = {split: [f"{Path(e).stem}.jpg" for e in part] for split, part in names(dataset.splits).items()}
+        assert found == WITH_SPLITS and not dataset.drawn and not dataset.skipped
+        assert [path.name for path in dataset.lists] == list(PUBLISHED)
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        {"TRAINIMAGES.TXT": "3.jpg", "ValImages.Txt": "2.jpg", "testImages.txt": "1.jpg"},
+        {"flickr8ktrain.txt": "3\n", "flickr8kval.txt": "2\n", "flickr8ktest.txt": "1\n"},  # as with Flickr8k-CN
+        {"train.txt": "3.jpg#0\n3.jpg#1\n", "dev.txt": "2.jpg#0\n", "test.txt": "1.jpg#0\n"},
+        {"train.txt": "Images/3.jpg", "validation.txt": "Images\\2.jpg", "test_2016_flickr.txt": "x/1.JPG"},
+        {**PUBLISHED, "._Flickr_8k.trainImages.txt": b"\0\5\xff", "test.txt": "1.jpg", "trainval.txt": "1.jpg\n2.jpg"},
+        {**PUBLISHED, "Flickr_8k.trainImages.txt": "._3.jpg\n3.jpg\n", "latest.txt": "1 is the best"},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["text", ".", "splits", "text/splits"])
+def test_lists_in_all_spellings_and_places(tmp_path, lists, place):
+    source = write(tmp_path / "text" / "mine.csv", THREE)
+    write_all(tmp_path / place, lists)
+    photographs(tmp_path / "Images", "1.jpg", "2.jpg", "3.jpg")
+    for path in (tmp_path, source):
+        dataset = read_dataset(path, 0)
+        assert names(dataset.splits) == WITH_SPLITS and not dataset.skipped
+    photographs(tmp_path / "text" / "Images", "1.jpg", "2.jpg", "3.jpg")
+    if place != "splits":  # lists are looked for one level above the given folder, but not beside it
+        assert names(open_dataset(tmp_path / "text", 0)) == WITH_SPLITS
+
+
+def test_lists_beside_images_that_are_elsewhere(tmp_path):
+    source = write(tmp_path / "mine" / "text" / "mine.csv", THREE)
+    write_all(tmp_path / "flickr8k", PUBLISHED)
+    photographs(tmp_path / "flickr8k" / "photos", "1.jpg", "2.jpg", "3.jpg")
+    assert names(open_dataset(source, 0, tmp_path / "flickr8k" / "photos")) == WITH_SPLITS
+
+
+def test_a_table_with_splits_beside_lists(tmp_path, caplog):
+    write(tmp_path / "mine.csv", "image,caption,split\n1.jpg,a dog,train\n2.jpg,a cat,test\n3.jpg,a bird,val\n")
+    write_all(tmp_path, PUBLISHED)
+    photographs(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    assert names(open_dataset(tmp_path, 0)) == {"train": ["1.jpg"], "val": ["3.jpg"], "test": ["2.jpg"]}
+    reason = "not used, because mine.csv has splits of its own"
+    assert caplog.messages == [f"skipped: {tmp_path / name}: {reason}" for name in PUBLISHED]
+
+
+def test_lists_of_other_images(tmp_path, caplog):
+    write(tmp_path / "mine.csv", THREE)
+    write_all(tmp_path, dict.fromkeys(PUBLISHED, "4.jpg\n"))
+    write_all(tmp_path, {"test.txt": "5\n6\n", "development.txt": "a plan\n", "latest.txt": b"\xff"})
+    photographs(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    dataset = read_dataset(tmp_path, 0)
+    assert dataset.drawn and not dataset.missing
+    assert sorted(item.name for item in dataset.skipped) == sorted(
+        str(tmp_path / name) for name in (*PUBLISHED, "test.txt")
+    )
+    assert {item.reason for item in dataset.skipped} == {
+        "names none of the images of mine.csv; not used as a list of a split"
+    }
+    (tmp_path / "Flickr_8k.devImages.txt").write_bytes(b"\xff")
+    assert failure(tmp_path) == f"{tmp_path / 'Flickr_8k.devImages.txt'}: not UTF-8 text (byte 0); save it as UTF-8"
+
+
+@pytest.mark.parametrize("found", [1, 2])
+def test_some_of_the_lists(tmp_path, found):
+    write(tmp_path / "text" / "mine.csv", THREE)
+    write_all(tmp_path / "text", dict(list(PUBLISHED.items())[-found:]))
+    photographs(tmp_path / "Images", "1.jpg", "2.jpg", "3.jpg")
+    assert f"{tmp_path / 'text'}: trainImages.txt is missing beside the other lists" in failure(tmp_path)
+    for name in list(PUBLISHED)[-found:]:  # elsewhere they may belong to other captions
+        (tmp_path / "text" / name).rename(tmp_path / name)
+    assert read_dataset(tmp_path, 0).drawn
+
+
+def test_images_that_differ_only_in_case_are_not_confused_in_lists(tmp_path):
+    write(tmp_path / "mine.csv", THREE.replace("2.jpg", "1.JPG"))
+    write_all(tmp_path, {**PUBLISHED, "Flickr_8k.devImages.txt": "1.JPG"})
+    photographs(tmp_path, "1.jpg", "1.JPG", "3.jpg")
+    assert names(open_dataset(tmp_path, 0)) == {"train": ["3.jpg"], "val": ["1.JPG"], "test": ["1.jpg"]}
+
+
+def test_published_lists_of_real_captions_in_another_language(tmp_path):
+    """Flickr8k's own lists, which have 6,000, 1,000 and 1,000 names, beside a translation of 10 captions."""
+    lists = {
+        f"Flickr_8k.{s}Images.txt": "".join(f"{s}{i}.jpg\n" for i in range(1000)) for s in ("train", "dev", "test")
+    }
+    lines = [f"{s}{i}.jpg#0\tكلب أسود" for i in range(10) for s in ("train", "dev", "test", "other")]
+    write_all(tmp_path, {**lists, "Flickr8k.arabic.full.txt": "\n".join(lines)})
+    photographs(tmp_path / "Images", *(line.partition("#")[0] for line in lines))
+    dataset = read_dataset(tmp_path, 0)
+    expected = {
+        split: [f"{s}{i}.jpg" for i in range(10)]
+        for split, s in zip(WITH_SPLITS, ("train", "dev", "test"), strict=True)
+    }
+    assert names(dataset.splits) == expected
+    unlisted = [item.name for item in dataset.skipped if item.reason.startswith("in none of the lists")]
+    assert unlisted == [f"other{i}.jpg" for i in range(10)]
+
+
+# Hugging Face's ImageFolder
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", "file_name,text\n1.jpg,a dog\n1.jpg,dogs\n2.jpg,a cat\n3.jpg,a bird\n"),
+        ("metadata.csv", "file_name,width,caption\n1.jpg,5,a dog\n1.jpg,5,dogs\n2.jpg,5,a cat\n3.jpg,5,a bird\n"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "1.jpg", "text": ["a dog", "dogs"]}\n{"file_name": "2.jpg", "captions": ["a cat"]}\n'
+            '{"file_name": "3.jpg", "text": "a bird", "label": 1}',
+        ),
+    ],
+)
+@pytest.mark.parametrize("place", [".", "data"])
+def test_image_folder(tmp_path, name, content, place):
+    source = write(tmp_path / place / name, content)
+    photographs(tmp_path / place, "1.jpg", "2.jpg", "3.jpg")
+    for path in (tmp_path, source):
+        dataset = read_dataset(path, 0)
+        assert dataset.layout.startswith("Hugging Face's ImageFolder (")
+        assert captions(dataset.splits) == {"1.jpg": ("a dog", "dogs"), "2.jpg": ("a cat",), "3.jpg": ("a bird",)}
+
+
+@pytest.mark.parametrize("in_root", [False, True])
+def test_image_folder_with_a_folder_for_each_split(tmp_path, in_root):
+    folders = {"train": "train", "val": "validation", "test": "test"}
+    lines = ["file_name,text"]
+    for folder in folders.values():
+        photographs(tmp_path / folder, "0.jpg", "1.jpg")
+        if not in_root:
+            write(tmp_path / folder / "metadata.csv", f"file_name,text\n0.jpg,a {folder}\n1.jpg,dog\n")
+        lines += [f"{folder}/0.jpg,a {folder}", f"{folder}/1.jpg,dog"]
+    if in_root:
+        write(tmp_path / "metadata.csv", "\n".join(lines))
+    dataset = read_dataset(tmp_path, 0)
+    assert names(dataset.splits) == {split: [f"{f}/0.jpg", f"{f}/1.jpg"] for split, f in folders.items()}
+    for folder in folders.values():
+        assert captions(dataset.splits)[f"{folder}/0.jpg"] == (f"a {folder}",)
+    paths = {example.path for examples in dataset.splits.values() for example in examples}
+    assert paths == {tmp_path / folder / f"{i}.jpg" for folder in folders.values() for i in (0, 1)}
+
+
+# Wherever the images are
+
+
+def paths_of(dataset):
+    return {e.name: e.path for examples in dataset.splits.values() for e in examples}
+
+
+@pytest.mark.parametrize("folder", ["imgs", "photos", "raw/jpg", "Images", "."])
+@pytest.mark.parametrize("name", ["mine.csv", "dataset.json", "annotations/stair_captions_v1.2_train.json"])
+def test_images_are_found_in_any_folder(tmp_path, name, folder):
+    if name == "mine.csv":
+        content, keys = THREE, ("1.jpg", "2.jpg", "3.jpg")
+    elif name == "dataset.json":  # Karpathy's layout, recognised by its content
+        content, keys = karpathy(*({"filename": f"{i}.jpg", "split": "val"} for i in (1, 2, 3))), None
+        write(tmp_path / "state.json", '{"sentence": 1}')
+    else:
+        images = [{"id": i, "file_name": f"{i}.jpg"} for i in (1, 2, 3)]
+        content = json.dumps(
+            {"images": images, "annotations": [{"id": i, "image_id": i, "caption": "犬"} for i in (1, 2, 3)]}
+        )
+        keys = ("1", "2", "3")
+        write(tmp_path / "annotations" / "._captions_train.json", b"\0\5")
+    keys = keys or ("1.jpg", "2.jpg", "3.jpg")
+    source = write(tmp_path / name, content)
+    photographs(tmp_path / folder, "1.jpg", "2.jpg", "3.jpg")
+    (tmp_path / folder / "._1.jpg").write_bytes(b"\0\5")
+    for path in (tmp_path, source):
+        dataset = read_dataset(path, 0)
+        assert paths_of(dataset) == {k: tmp_path / folder / f"{i}.jpg" for i, k in enumerate(keys, 1)}
+        assert not dataset.missing and not dataset.skipped
+
+
+def test_images_in_the_folder_that_was_given(tmp_path, attncap):
+    source = write(tmp_path / "data" / "mine.csv", THREE)
+    photographs(tmp_path / "data" / "Images", "1.jpg", "2.jpg", "3.jpg")
+    photographs(tmp_path / "elsewhere" / "photos", "1.jpg", "2.jpg")
+    dataset = read_dataset(source, 0, tmp_path / "elsewhere")
+    assert paths_of(dataset) == {name: tmp_path / "elsewhere" / "photos" / name for name in ("1.jpg", "2.jpg")}
+    assert [item.name for item in dataset.missing] == [str(tmp_path / "elsewhere" / "photos" / "3.jpg")]
+    status, out, _ = attncap("data.__main__", source, "--images", tmp_path / "elsewhere" / "photos")
+    assert status == 0 and f"images          {tmp_path / 'elsewhere' / 'photos'}\n" in out
+    assert "splits          drawn at random with --seed 0\n" in out
+    assert attncap("data.__main__", source)[1].count(f"images          {tmp_path / 'data' / 'Images'}\n") == 1
+    for path, images in ((source, tmp_path / "nowhere"), (source, source), (source, ""), ("shapes", tmp_path)):
+        with pytest.raises(CallError, match="^images .*: (no such folder|shapes has no image files)$"):
+            read_dataset(path, 0, images)
+
+
+def test_images_of_two_folders(tmp_path):
+    """COCO's images for a file that has those of train and val, by their bare names; not those of another size."""
+    write(tmp_path / "mine.csv", THREE)
+    photographs(tmp_path / "train2014", "1.jpg", "2.jpg")
+    photographs(tmp_path / "val2014", "3.jpg")
+    assert {path.parent.name for path in paths_of(read_dataset(tmp_path, 0)).values()} == {"train2014", "val2014"}
+    photographs(tmp_path / "a_thumbnails", "1.jpg", "3.jpg")
+    (tmp_path / "val2014" / "3.jpg").unlink()
+    dataset = read_dataset(tmp_path, 0)
+    assert {path.parent.name for path in paths_of(dataset).values()} <= {"train2014", "a_thumbnails"}
+    assert len(dataset.missing) == 1
+
+
+def test_a_few_images_beside_the_given_file_are_of_another_data_set(tmp_path):
+    source = write(tmp_path / "mine" / "mine.csv", THREE)
+    photographs(tmp_path / "other", "1.jpg")
+    photographs(tmp_path / "other_images", "1.jpg")
+    assert f"none of the 3 images it names exist, e.g. {tmp_path / 'mine' / '1.jpg'}" in failure(source)
+    photographs(tmp_path / "Flicker8k_Dataset", "1.jpg", "2.jpg")
+    assert {path.parent.name for path in paths_of(read_dataset(source, 0)).values()} == {"Flicker8k_Dataset"}
+
+
+@pytest.mark.parametrize(
+    ("named", "on_disk"),
+    [
+        ("{}.jpg", "Images/{}.JPG"),
+        ("images/{}.jpg", "Images/{}.Jpg"),
+        ("Images\\{}.jpg", "Images/{}.jpg"),
+        ("C:\\data\\Images\\{}.jpg", "Images/{}.jpg"),
+        ("/content/drive/{}.jpg", "Images/{}.jpg"),
+        ("./{}.jpg", "{}.jpg"),
+        ("café {}.jpg", "Images/cafe\u0301 {}.jpg"),  # as macOS writes it
+        ("CAFE\u0301 {}.jpg", "Images/café {}.jpg"),
+        ("a\\{}.jpg", "a\\{}.jpg"),
+        ("val2014/{}.jpg", "all/{}.jpg"),
+    ],
+)
+def test_names_as_other_systems_write_them(tmp_path, named, on_disk):
+    write(
+        tmp_path / "mine.jsonl",
+        "".join(json.dumps({"image": named.format(i), "caption": "a dog"}) + "\n" for i in (1, 2)),
+    )
+    photographs(tmp_path, on_disk.format(1), on_disk.format(2))
+    expected = {named.format(i): tmp_path / on_disk.format(i) for i in (1, 2)}
+    assert paths_of(read_dataset(tmp_path, 0)) == expected
+
+
+def test_names_that_fit_several_files_or_the_same_one(tmp_path):
+    write(tmp_path / "mine.csv", "image,caption\n1.jpg,a\n2.jpg,b\n./2.jpg,c\n3.jpg,d\n3.JPG,e\n._4.jpg,f\n")
+    photographs(tmp_path / "Images", "1.JPG", "1.Jpg", "2.jpg", "3.JPG")
+    dataset = read_dataset(tmp_path, 0)
+    assert sorted(paths_of(dataset)) == ["2.jpg", "3.JPG"]
+    assert [(Path(item.name).name, item.reason) for item in dataset.missing] == [
+        ("1.jpg", "the file does not exist, but 1.JPG and 1.Jpg do"),
+        ("._4.jpg", "a file of macOS, not an image"),
+    ]
+    assert {(item.name, item.reason) for item in dataset.skipped} == {
+        ("./2.jpg", f"{tmp_path / 'mine.csv'} has the same file as 2.jpg"),
+        ("3.jpg", f"{tmp_path / 'mine.csv'} has the same file as 3.JPG"),
+    }
+
+
+def test_no_two_names_are_made_one_by_leaving_out_their_folders(tmp_path):
+    write(tmp_path / "mine.csv", "image,caption\na/1.jpg,a dog\nb/1.jpg,a cat\n")
+    photographs(tmp_path / "Images", "1.jpg")
+    assert "none of the 2 images it names exist" in failure(tmp_path)
+
+
+def test_files_of_macos_are_ignored(tmp_path):
+    write(tmp_path / "mine.csv", THREE)
+    write_all(tmp_path, {"._mine.csv": b"\0\5\x16\7", ".DS_Store": b"\0\0\0\1Bud1", "Images/._1.jpg": b"\0\5\x16\7"})
+    write_all(tmp_path, {"__MACOSX/._mine.csv": b"\0\5", "__MACOSX/Images/._1.jpg": b"\0\5"})
+    photographs(tmp_path / "Images", "1.jpg", "2.jpg", "3.jpg")
+    dataset = read_dataset(tmp_path, 0)
+    assert len(paths_of(dataset)) == 3 and not dataset.missing and not dataset.skipped
+
+
+def test_captions_without_a_word_are_left_out(tmp_path, caplog):
+    """As a model reads them: punctuation, emoji and entities are no words; a number, an accent and a sign are."""
+    wordless = ["-", ".", "...", "!!", "😀", "&nbsp;", "( )", "***", "\u200b"]
+    lines = [{"image": "1.jpg", "caption": text} for text in (*wordless, "5", "é", "犬", "ไป", "&amp; so")]
+    lines += [{"image": "2.jpg", "caption": "."}, {"image": "3.jpg", "caption": "a dog"}]
+    write(tmp_path / "mine.jsonl", "\n".join(map(json.dumps, lines)))
+    photographs(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    assert captions(open_dataset(tmp_path, 0)) == {"1.jpg": ("5", "é", "犬", "ไป", "&amp; so"), "3.jpg": ("a dog",)}
+    assert len(caplog.messages) == len(wordless) + 1
+    assert caplog.messages[0] == "skipped: '-' of 1.jpg: a caption without a word"
+    write(tmp_path / "mine.jsonl", "\n".join(map(json.dumps, lines[:3])))
+    assert failure(tmp_path) == f"{tmp_path / 'mine.jsonl'}: none of its captions has a word, e.g. '-' of 1.jpg"
+
+
+def test_images_in_formats_that_are_not_read_are_reported(tmp_path, caplog):
+    for name in ("1.jpg", "._1.jpg", "2.HEIC", "a/3.heic", "4.avif", "5.CR2", "._6.heic", ".DS_Store", "notes.txt"):
+        write(tmp_path / name, b"")
+    assert find_images([tmp_path]) == [tmp_path / "1.jpg"]
+    assert caplog.messages == [f"{tmp_path}: 4 images left out (.avif, .cr2, .heic); convert them to JPEG"]
+    caplog.clear()
+    assert find_images([tmp_path / "2.HEIC"]) == [tmp_path / "2.HEIC"] and not caplog.messages
+
+
+# What is not a regular file, and odd folders
+
+
+@pytest.mark.parametrize("name", ["captions.txt", "mine.csv", "metadata.csv", "dataset_coco.json", "trainImages.txt"])
+def test_pipes_are_refused(tmp_path, name):
+    """Opening one would wait for a writer without end."""
+    photographs(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    if name == "trainImages.txt":
+        write(tmp_path / "x.csv", THREE)
+    os.mkfifo(tmp_path / name)
+    assert failure(tmp_path) == f"{tmp_path / name}: cannot be read: not a regular file"
+    assert failure(tmp_path / name) == f"{tmp_path / name}: not a regular file or a folder"
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/stdin", "/proc/self/fd/0"])
+def test_devices_are_refused(path):
+    assert "not a" in failure(path)
+
+
+def test_a_list_that_is_too_large(tmp_path):
+    write(tmp_path / "mine.csv", THREE)
+    photographs(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    with open(tmp_path / "trainImages.txt", "wb") as file:
+        file.truncate(2**30)
+    assert failure(tmp_path) == f"{tmp_path / 'trainImages.txt'}: cannot be read: larger than 64 MiB"
+
+
+def test_links_that_lead_in_circles(tmp_path):
+    write(tmp_path / "mine.csv", THREE)
+    photographs(tmp_path / "photos" / "deep", "1.jpg", "2.jpg", "3.jpg")
+    for link, target in (("a", "a"), ("here", "."), ("photos/up", ".."), ("photos/deep/up", "../..")):
+        (tmp_path / link).symlink_to(target)
+    assert set(paths_of(read_dataset(tmp_path, 0)).values()) == {
+        tmp_path / "photos" / "deep" / f"{i}.jpg" for i in (1, 2, 3)
+    }
+
+
+def test_each_folder_is_listed_once(tmp_path, monkeypatch):
+    write(tmp_path / "text" / "mine.csv", THREE)
+    photographs(tmp_path / "photos", "1.jpg", "2.jpg", "3.jpg")
+    listed = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
+    read_dataset(tmp_path, 0)
+    assert str(tmp_path / "photos") in listed and len(listed) == len(set(listed))
+
+
+def test_names_from_files_are_on_one_line(tmp_path, caplog):
+    lines = [{"image": name, "caption": "a dog"} for name in ("1.jpg", "a\n\x1b[31m.jpg", "\udcff.jpg", "a" * 5000)]
+    write(tmp_path / "mine.jsonl", "\n".join(map(json.dumps, lines)))
+    photographs(tmp_path, "1.jpg")
+    open_dataset(tmp_path, 0)
+    assert caplog.messages[0] == f"skipped: {tmp_path}/a \\x1b[31m.jpg: the file does not exist"
+    assert caplog.messages[1] == f"skipped: {tmp_path}/\\udcff.jpg: the file does not exist"
+    assert len(caplog.messages) == 3 and all(len(line) < 400 and line.isprintable() for line in caplog.messages)
+
+
+def test_several_data_sets_in_subfolders(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / name / "captions.txt", f"image,caption\n1.jpg,{name}\n")
+        photographs(tmp_path / name / "Images", "1.jpg")
+    dataset = read_dataset(tmp_path, 0)
+    assert paths_of(dataset) == {"1.jpg": tmp_path / "a" / "Images" / "1.jpg"}
+    reason = "another data set beside captions.txt; give its path to read it"
+    assert dataset.skipped == [Skipped(None, str(tmp_path / "b" / "captions.txt"), reason)]
 
 
 def test_the_folder_itself_comes_before_its_subfolders(tmp_path, caplog):
@@ -337,7 +731,7 @@ def test_only_flickr30k_has_comment_numbers_to_fix(tmp_path):
 def test_given_splits_need_no_images(tmp_path, caplog, name, content, expected, existing):
     path = write(tmp_path / name, content)
     photographs(tmp_path, *existing)
-    assert names(open_dataset(path, 0, images=False)) == expected and not caplog.messages
+    assert names(open_dataset(path, 0, need_images=False)) == expected and not caplog.messages
 
 
 @pytest.mark.parametrize("existing", [(), ("a.jpg",)])
@@ -346,17 +740,21 @@ def test_listed_splits_need_no_images(tmp_path, existing):
     write(tmp_path / "Flickr8k.token.txt", TOKENS)
     for name, image in (("train", "c.jpg"), ("dev", "a.jpg"), ("test", "b.JPG")):
         write(tmp_path / f"Flickr_8k.{name}Images.txt", image)
-    assert names(open_dataset(tmp_path, 0, images=False)) == {"train": ["c.jpg"], "val": ["a.jpg"], "test": ["b.JPG"]}
+    assert names(open_dataset(tmp_path, 0, need_images=False)) == {
+        "train": ["c.jpg"],
+        "val": ["a.jpg"],
+        "test": ["b.JPG"],
+    }
 
 
 def test_drawn_splits_without_any_image_are_those_of_a_folder_with_all(tmp_path, caplog):
     """Where some of the images exist, the splits are those of training, which leaves the others out."""
     lines = [f"{i}.jpg#0\ta dog" for i in range(20)]
     write(tmp_path / "results_20130124.token", "\n".join(lines))
-    alone = names(open_dataset(tmp_path, 1, images=False))
+    alone = names(open_dataset(tmp_path, 1, need_images=False))
     assert caplog.messages[0].endswith("none of its images exist; splits are drawn from all of them")
     photographs(tmp_path / "flickr30k-images", *(f"{i}.jpg" for i in range(10)))
-    assert names(open_dataset(tmp_path, 1, images=False)) == names(open_dataset(tmp_path, 1)) != alone
+    assert names(open_dataset(tmp_path, 1, need_images=False)) == names(open_dataset(tmp_path, 1)) != alone
     photographs(tmp_path / "flickr30k-images", *(f"{i}.jpg" for i in range(20)))
     assert alone == names(open_dataset(tmp_path, 1))
 
@@ -368,8 +766,8 @@ def test_coco_without_images(tmp_path, folders):
     whole = names(open_dataset(tmp_path, 0))
     for folder in folders:
         shutil.rmtree(tmp_path / folder)
-    assert "no folder with its images" in failure(tmp_path)
-    assert names(open_dataset(tmp_path, 0, images=False)) == whole
+    assert "; put the images in that folder, or" in failure(tmp_path)
+    assert names(open_dataset(tmp_path, 0, need_images=False)) == whole
 
 
 def test_karpathy_null_counts_as_missing(tmp_path):

@@ -1,78 +1,108 @@
-"""Reading data sets: a file per family of layouts, each with `find` (its files in a folder), `read` and EXPECTED."""
+"""Reading data sets: a file per family of layouts, each with `find` (its files in a folder), `read` (what they say) and
+EXPECTED. Finding the images, and the splits, is the same for all of them."""
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from attncap.data import shapes
-from attncap.data.dataset import Dataset, Skipped, Splits, report_skipped
-from attncap.data.image_folders import subfolders
+from attncap.data.dataset import Dataset, Example, Skipped, Splits, one_line, report_skipped
+from attncap.data.image_folders import Folders, Surroundings
 from attncap.data.readers import coco, karpathy, tables
+from attncap.data.readers.caption_file import CaptionFile, find_examples
+from attncap.data.readers.splits import find_lists, split_examples, use_lists
 from attncap.errors import CallError, UserError
 
-# Layouts with file names of their own, in the order in which they are looked for. Tables of any name come last.
-NAMED = [(tables.find_flickr, tables.read), (coco.find, coco.read), (karpathy.find, karpathy.read)]
-LAYOUTS = [*NAMED, (tables.find, tables.read)]
+log = logging.getLogger("attncap")
+
+# In the order in which they are looked for. Tables of any name come last, and in subfolders only if they look like one.
+NAMED = [
+    (tables.find_flickr, tables.read),
+    (tables.find_image_folder, tables.read_image_folder),
+    (coco.find, coco.read),
+    (karpathy.find, karpathy.read),
+]
+LAYOUTS = [*NAMED, (tables.find, tables.read), (tables.find_by_content, tables.read)]
+IN_SUBFOLDERS = [*NAMED, (tables.find_by_content, tables.read)]
 
 
-def open_dataset(path: str | Path, seed: int, images: bool = True) -> Splits:
+def open_dataset(path: str | Path, seed: int, images: str | Path | None = None, *, need_images: bool = True) -> Splits:
     """Read the data set at `path` for training or scoring, and report what was left out. Arguments as in
     `read_dataset`.
 
     Raises what `read_dataset` raises, and UserError for a data set without captions.
     """
-    dataset = read_dataset(path, seed, images)
-    report_skipped([*dataset.skipped, *dataset.missing])
-    if not any(example.captions for examples in dataset.splits.values() for example in examples):
-        raise UserError(f"{path}: has no captions; its images can be captioned: python -m attncap.caption {path}")
+    dataset = read_dataset(path, seed, images, need_images=need_images)
+    check_dataset(path, dataset)
     return dataset.splits
 
 
-def read_dataset(path: str | Path, seed: int, images: bool = True) -> Dataset:
+def check_dataset(path: str | Path, dataset: Dataset) -> None:
+    """Report what was left out of the data set at `path`. Raises UserError if it has no captions."""
+    report_skipped([*dataset.skipped, *dataset.missing])
+    if not any(example.captions for examples in dataset.splits.values() for example in examples):
+        raise UserError(f"{path}: has no captions; its images can be captioned: python -m attncap.caption {path}")
+
+
+def read_dataset(
+    path: str | Path, seed: int | None, images: str | Path | None = None, *, need_images: bool = True
+) -> Dataset:
     """Read the data set at `path`, whose layout is recognised, or generate the synthetic data set "shapes".
 
-    `seed` generates `shapes`, and draws the splits of a data set that has none, by image. No image is opened. Of
-    several layouts in a folder the first in the order of LAYOUTS is read. Examples whose image files do not exist are
-    left out. `images=False` is for scoring captions written earlier: these examples stay, unless splits must be drawn
-    and some of the images exist; then they are left out as in training, so that the splits are the same.
+    `seed` generates `shapes`, and draws the splits of a data set that has none, by image; without a seed, images whose
+    split would be drawn are all in test. No image is opened. Of
+    several layouts in a folder the first in the order of LAYOUTS is read. The images are looked for in the folder
+    `images`, by default near the captions (see `find_files`). Examples whose image files do not exist are left out.
+    `need_images=False` is for scoring captions written earlier: these examples stay, unless splits must be drawn and
+    some of the images exist; then they are left out as in training, so that the splits are the same.
 
-    Raises CallError when nothing exists at `path`, UserError when it is not a data set or a broken one.
+    Raises CallError when nothing exists at `path` or `images`, UserError when it is not a data set or a broken one.
     """
+    if images is not None and not os.path.isdir(images):
+        raise CallError(f"images {images}: no such folder")
     if str(path) == "shapes":
-        return Dataset("shapes (synthetic)", shapes.open_shapes(seed))
+        if images is not None:
+            raise CallError(f"images {images}: shapes has no image files")
+        return Dataset("shapes (synthetic)", shapes.open_shapes(seed or 0))
     path = Path(path).absolute()
+    folders = Folders()
     try:
         if not path.exists():
             raise CallError(f'{path}: no such file or folder; give "shapes" or the path of a data set')
-        found = _find(path)
-        if not found:
-            expected = "; ".join((*tables.EXPECTED, coco.EXPECTED, karpathy.EXPECTED))
-            raise UserError(f"{path}: not a data set; found {_contents(path)}; expected one of: {expected}")
-        (files, read), *others = found
-        dataset = read(path, files, seed, images)
+        (files, read), *others = _find(path, folders)
+        layout, parts = read(path, files)
+        dataset = _combine(path, layout, parts, seed, images and Path(images).absolute(), need_images, folders)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
     ignored = [other_files[0] for other_files, _ in others]
     if files[0].name in tables.FLICKR:
         ignored = [*files[1:], *ignored]
     reason = f"another data set beside {files[0].name}; give its path to read it"
-    skipped = [Skipped(None, str(file), reason) for file in ignored]
-    return replace(dataset, skipped=[*skipped, *dataset.skipped])
+    return replace(dataset, skipped=[*(Skipped(None, str(file), reason) for file in ignored), *dataset.skipped])
 
 
-def _find(path: Path) -> list[tuple[list[Path], Callable]]:
-    """The data sets in the folder, each as its files and their reader; where it has none, those of its first subfolder
-    that has any."""
-    found = [(files, read) for find, read in LAYOUTS if (files := find(path))]
-    for folder in subfolders(path):
+def _find(path: Path, folders: Folders) -> list[tuple[list[Path], Callable]]:
+    """The data sets in the folder, each as its files and their reader; where it has none, those of its subfolders.
+    Raises UserError if there is none."""
+    if not path.is_dir() and not path.is_file():
+        raise UserError(f"{path}: not a regular file or a folder")
+    found: list[tuple[list[Path], Callable]] = []
+    seen: set[Path] = set()
+    for places, layouts in (([path], LAYOUTS), (folders.subfolders(path), IN_SUBFOLDERS)):
+        for folder, (find, read) in product(places, layouts):
+            if files := [file for file in find(folder, folders) if file not in seen]:
+                found.append((files, read))
+                seen.update(files)
         if found:
             break
-        with contextlib.suppress(OSError):  # no permission to read it
-            found = [(files, read) for find, read in NAMED if (files := find(folder))]
+    if not found:
+        expected = "; ".join((*tables.EXPECTED, coco.EXPECTED, karpathy.EXPECTED))
+        raise UserError(f"{path}: not a data set; found {_contents(path)}; expected one of: {expected}")
     return found
 
 
@@ -82,5 +112,53 @@ def _contents(path: Path) -> str:
     names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in os.scandir(path))
     if not names:
         return "an empty folder"
-    first = ", ".join(names[:5])
+    first = ", ".join(map(one_line, names[:5]))
     return first if len(names) <= 5 else f"{first} and {len(names) - 5} more"
+
+
+def _combine(
+    path: Path,
+    layout: str,
+    parts: list[CaptionFile],
+    seed: int | None,
+    images: Path | None,
+    need_images: bool,
+    folders: Folders,
+) -> Dataset:
+    """The data set that the caption files make with their images and with the lists of splits."""
+    source = parts[0].source
+    files: dict[str, str] = {}
+    split_of: dict[str, str] = {}
+    for part in parts:
+        if twice := files.keys() & part.files.keys():
+            raise UserError(f"{part.source}: {one_line(min(twice))} is in {source.name} too; remove it from one")
+        files |= part.files
+        split_of |= part.splits
+    where = Surroundings([images], images.parent) if images else Surroundings.of(path, source)
+    roots = [*where.roots, *filter(None, [where.above])]
+    inside = [folder for root in roots for folder in folders.subfolders(root)]
+    places = [source.parent] if split_of else [source.parent, *roots, *inside, source.parent.parent]
+    lists, skipped = find_lists(files, source, places, folders)
+    list_files = [file for group in lists.values() for file, _ in group]
+    if split_of and lists:
+        reason = f"not used, because {source.name} has splits of its own"
+        skipped += [Skipped(None, str(file), reason) for file in list_files]
+        lists, list_files = {}, []
+    elif lists and list_files[0].parent != source.parent:
+        log.warning("%s: the splits are those of the lists in %s", source, list_files[0].parent)
+    examples: list[Example] = []
+    missing: list[Skipped] = []
+    for part in parts:
+        drawn = seed is not None and not lists and len(part.splits) < len(part.files)
+        where = Surroundings([images]) if images else Surroundings.of(path, part.source)
+        found, without_file, left_out = find_examples(part, where, folders, drawn, need_images)
+        examples += found
+        missing += without_file
+        skipped += [*part.skipped, *left_out]
+    if lists:
+        splits, left_out = use_lists(lists, examples)
+        skipped += left_out
+    else:
+        splits = split_examples(examples, split_of, seed)
+    drawn = seed is not None and not lists and len(split_of) < len(files)
+    return Dataset(layout, splits, missing, skipped, drawn, list_files)

@@ -11,33 +11,50 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from attncap.data.dataset import Dataset, Example, Skipped
-from attncap.data.image_folders import find_image_folder, image_roots
-from attncap.data.readers.splits import SPLITS, given_splits, keep_existing
+from attncap.data.dataset import Skipped, one_line
+from attncap.data.image_folders import Folders
+from attncap.data.readers.caption_file import CaptionFile
+from attncap.data.readers.splits import SPLITS
 from attncap.errors import UserError
-from attncap.files import read_json
+from attncap.files import open_regular, read_json
 
 NAMES = ("dataset_coco.json", "dataset_flickr30k.json", "dataset_flickr8k.json")
 OPTIONAL = {"filepath": str, "cocoid": int | str}  # null counts as missing
 EXPECTED = "dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json beside the images' folder (Karpathy)"
+MAX_FILES = 100  # in a folder, whose beginning is read
 
 
-def find(path: Path) -> list[Path]:
-    """The file itself, recognised by its first image; in a folder, the files with the names above."""
-    if path.is_dir():
-        return [path / name for name in NAMES if (path / name).is_file()]
-    with path.open("rb") as file:
-        return [path] if path.suffix.lower() == ".json" and re.search(rb'"sentences"\s*:', file.read(2**16)) else []
+def find(path: Path, folders: Folders) -> list[Path]:
+    """The file itself, if the first image in it has sentences; in a folder, the files with the names above, and others
+    whose first image has sentences."""
+    if path.is_file():
+        return [path] if path.suffix.lower() == ".json" and _has_sentences(path) else []
+    files = sorted(path / name for name in folders.names(path).exact if name.lower().endswith(".json"))
+    named = [file for file in files if file.name in NAMES]
+    return named + [file for file in files[:MAX_FILES] if file not in named and _has_sentences(file)]
 
 
-def read(path: Path, files: list[Path], seed: int, images: bool = True) -> Dataset:
-    """The examples by the file's own split, with restval in train; `name` is COCO's id, or the file name of a Flickr
-    image. `images` as in `read_dataset`.
+def _has_sentences(path: Path) -> bool:
+    return re.search(rb'"sentences"\s*:', beginning(path)) is not None
+
+
+def beginning(path: Path) -> bytes:
+    """The first 64 KiB of a file, b"" if it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return file.read(2**16).removeprefix(b"\xef\xbb\xbf")
+    except OSError:
+        return b""
+
+
+def read(path: Path, files: list[Path]) -> tuple[str, list[CaptionFile]]:
+    """The layout, and the captions with the file's own splits, where restval is train; the name of an image is COCO's
+    id, or its file name for Flickr.
 
     Raises UserError for a broken file, and where there are several files to choose from.
     """
     if len(files) > 1:
-        names = ", ".join(file.name for file in files)
+        names = ", ".join(one_line(file.name) for file in files)
         raise UserError(f"{path}: expected one of Karpathy's files, found {names}; give the path of one")
     [source] = files
     content = read_json(source)
@@ -58,17 +75,16 @@ def read(path: Path, files: list[Path], seed: int, images: bool = True) -> Datas
         key = str(image["cocoid"] if "cocoid" in given else image["filename"])
         if key in splits:
             raise UserError(f"{source}: images[{i}] is {key[:60]!r}, which is there already; remove one")
-        paths[key] = f"{image.get('filepath') or '.'}/{image['filename']}"
+        paths[key] = f"{image['filepath']}/{image['filename']}" if image.get("filepath") else image["filename"]
         captions[key] = tuple(text for sentence in image["sentences"] if (text := sentence["raw"].strip()))
         splits[key] = SPLITS[image["split"]]
     reason = f"{source} has no captions of it"
     skipped = [Skipped(None, f"image {key}", reason) for key, texts in captions.items() if not texts]
-    folder = find_image_folder(paths.values(), image_roots(path, source))
-    examples = [Example(key, texts, folder / paths[key]) for key, texts in captions.items() if texts]
-    if not examples:
+    kept = {key: texts for key, texts in captions.items() if texts}
+    if not kept:
         raise UserError(f"{source}: no captions in it")
-    examples, missing = keep_existing(examples, source, images, drawn=False)
-    return Dataset(f"Karpathy's splits ({source.name})", given_splits(examples, splits), missing, skipped)
+    paths, splits = ({key: values[key] for key in kept} for values in (paths, splits))
+    return f"Karpathy's splits ({source.name})", [CaptionFile(source, kept, paths, splits, skipped)]
 
 
 def _check(source: Path, where: str, entry: object, types: dict) -> None:
