@@ -3,17 +3,28 @@ PNG."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
+from attncap.data.image_limits import MAX_FILE, MAX_PIXELS, LimitedFile, LimitError, check_file, check_image
 from attncap.errors import CallError, UserError
+from attncap.files import open_regular
 
 # An allow-list: some of Pillow's other readers start programs or are hardly ever tested.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+
+# The transparent colour of a PNG has the file's bits, whereas Pillow decodes the pixels to 8 bits.
+PNG_TRANSPARENCY = {
+    "L;2": lambda grey: grey * 85,
+    "L;4": lambda grey: grey * 17,
+    "RGB;16B": lambda color: tuple(value >> 8 for value in color),
+}
 
 
 class ImageError(UserError):
@@ -31,13 +42,15 @@ def open_image(source: str | os.PathLike | bytes | BinaryIO | Image.Image | np.n
     """A new image in RGB, 8 bits per channel, turned upright according to its EXIF orientation.
 
     `source` is the path of an image file, its bytes, a binary file object, a Pillow image, or an array, uint8 [H,W,3]
-    (RGB), [H,W,4] (RGBA) or [H,W] (grey). For an animation, the first frame is used.
+    (RGB), [H,W,4] (RGBA) or [H,W] (grey). For an animation, the first frame is used. Broken EXIF data, colour profiles
+    and gamma are ignored. `to_rgb` describes the conversion.
 
     Raises ImageError, with the file and the reason on one line, when the file is missing, empty, cut short, not an
-    image, or larger than Pillow's MAX_IMAGE_PIXELS; raises CallError for anything else that is passed as an image.
+    image, not a regular file, or beyond the limits in `attncap.data.image_limits` or Pillow's MAX_IMAGE_PIXELS; raises
+    CallError for anything else that is passed as an image.
 
     Several threads may call this at once, because it changes no global state. For the same reason it does not silence
-    Pillow's warnings about odd metadata.
+    Pillow's warnings about odd metadata, or what libtiff, a C library, prints about broken TIFF files.
     """
     if isinstance(source, np.ndarray):
         return to_rgb(_from_array(source))
@@ -45,26 +58,71 @@ def open_image(source: str | os.PathLike | bytes | BinaryIO | Image.Image | np.n
     try:
         if isinstance(source, Image.Image):
             return _upright_rgb(source)
-        file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
+        file = LimitedFile(_read(source))
+        check_file(file)
         with Image.open(file, formats=FORMATS) as image:
-            # Pillow itself only warns above its limit, and refuses an image only if it is twice as large.
-            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError
+            check_image(image, file.getvalue())
             return _upright_rgb(image)
     except UnidentifiedImageError as error:
         empty = isinstance(source, str | os.PathLike) and os.path.getsize(source) == 0
         raise ImageError(name, "the file is empty" if empty else f"not an image ({', '.join(FORMATS)})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # the latter if warnings are errors
-        raise ImageError(name, f"more than {Image.MAX_IMAGE_PIXELS:,} pixels; make the image smaller") from error
+        most = min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
+        raise ImageError(name, f"more than {most:,} pixels; make the image smaller") from error
+    except LimitError as error:
+        raise ImageError(name, str(error)) from error
     except Exception as error:  # on a broken file Pillow's readers raise nearly anything
         message = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(name, f"cannot be read: {' '.join(message.split())}") from error
 
 
+def _read(source: str | os.PathLike | bytes | BinaryIO) -> bytes:
+    """The bytes of an image file, all at once: the file may be growing, or be cut short while Pillow maps it."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        data = bytes(source)
+    elif isinstance(source, str | os.PathLike):
+        with open_regular(source) as file:
+            data = file.read(min(os.fstat(file.fileno()).st_size, MAX_FILE) + 1)
+    else:
+        with contextlib.suppress(AttributeError, OSError):  # a stream that cannot seek
+            source.seek(0)
+        pieces, left = [], MAX_FILE + 1
+        while left and (piece := source.read(left)):
+            pieces.append(piece)
+            left -= len(piece)
+        data = b"".join(pieces)
+    if len(data) > MAX_FILE:
+        raise LimitError(f"larger than {MAX_FILE // 2**20} MiB; make the image smaller")
+    return data
+
+
 def _upright_rgb(image: Image.Image) -> Image.Image:
     if 0 in image.size:
         raise ValueError("it has no pixels")
-    return to_rgb(ImageOps.exif_transpose(image))
+    tile = getattr(image, "tile", [])  # of a file that Pillow has not decoded yet
+    encoding = tile[0][3] if tile and image.format == "PNG" else None
+    try:
+        image.load()
+    except Exception:
+        if tile:
+            image.tile = tile  # otherwise Pillow could take a half-decoded image for a whole one the next time
+        raise
+    try:
+        upright = ImageOps.exif_transpose(image)
+    except Exception:  # EXIF may contain anything
+        upright = image.copy()
+    if encoding in PNG_TRANSPARENCY and "transparency" in upright.info:
+        upright.info["transparency"] = PNG_TRANSPARENCY[encoding](upright.info["transparency"])
+    fields = getattr(image, "tag_v2", {})
+    white = 65535 if image.format == "PPM" else 2 ** fields.get(BITSPERSAMPLE, (16,))[0] - 1
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        upright = _grey(upright, 0, white)
+    elif image.mode in ("I", "F"):
+        upright = _grey(upright)
+    # Pillow inverts only images of up to 8 bits.
+    if fields.get(PHOTOMETRIC_INTERPRETATION) == 0 and image.mode in ("I;16", "F"):
+        upright = ImageOps.invert(upright)
+    return to_rgb(upright)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -94,21 +152,38 @@ def _name(source: object) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image in any of Pillow's modes to RGB.
+    """Convert an image in any of Pillow's modes to RGB. An image in RGB is returned itself.
 
-    16-bit values are divided by 257 (65535 becomes 255), whereas Pillow would clip them. 32-bit integers and floats
-    have no agreed white, so their own range becomes 0 to 255. Transparent pixels become white: drawings with a
-    transparent background are made for white pages, and the colour of those pixels is arbitrary, mostly black.
+    16-bit values are divided by 257 (65535 becomes 255), whereas Pillow would clip them. 32-bit integers, signed ones
+    and floats have no agreed white, so their own range becomes 0 to 255. Transparent pixels become white: drawings with
+    a transparent background are made for white pages, and the colour of those pixels is arbitrary, mostly black.
     """
     if image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.float32)
-        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
-        low, high = values.min(), values.max()
-        values = (values - low) * 255 / ((high - low) or 1)
-        return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
+        image = _grey(image, 0, 65535)
+    elif image.mode in ("I", "F"):
+        image = _grey(image)
+    if image.mode == "La":
+        image = image.convert("LA")  # Pillow knows no other conversion
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        page = Image.new("RGB", image.size, "white")
+        page.paste(image, mask=image)
+        return page
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey(image: Image.Image, black: float | None = None, white: float | None = None) -> Image.Image:
+    """An image with one channel of integers or floats in 8 bits; `black` and `white` are by default its own range."""
+    values = np.array(image, dtype=np.float64)
+    np.nan_to_num(values, copy=False, posinf=0, neginf=0)
+    transparent = image.info.get("transparency")
+    mask = values == transparent if isinstance(transparent, int) else None
+    black = values.min() if black is None else black
+    white = values.max() if white is None else white
+    values -= black  # in place, because the image may be large
+    values *= 255
+    values /= (white - black) or 1
+    values = np.rint(values, out=values).astype(np.uint8)
+    if mask is not None:
+        values[mask] = 255
+    return Image.fromarray(values)
