@@ -17,8 +17,9 @@ MAX_PIXELS = 2**26  # 8192 x 8192 of 8 bits in grey, palette or RGB; half as man
 MAX_PYTHON_PIXELS = 2**21  # where Pillow's decoder is a loop in Python
 MAX_SIDE = 65_535  # as in JPEG; Pillow needs memory for each row, however short
 MAX_SCANNED = 2**30  # pixels of all scans of a JPEG together: 16 scans of the largest, 44 of one with 24 megapixels
-MAX_READS = 2_500_000  # pieces in which Pillow reads the file: some of its parsers read single bytes
-MAX_METADATA = 1000  # pieces of compressed text, colour profiles, EXIF, or comments
+MAX_READS = 2_200_000  # pieces in which Pillow reads the file: some of its parsers read single bytes
+MAX_METADATA = 200  # pieces of compressed text, colour profiles, EXIF, or comments
+MAX_SAMPLES = 6  # of each pixel, in planes that are decoded one by one
 MAX_TIFF_FIELD = 2**19  # bytes of numbers in one field, such as the offsets of the tiles
 
 PYTHON_DECODERS = ("bmp_rle", "ppm", "ppm_plain")
@@ -40,12 +41,14 @@ class LimitedFile(io.BytesIO):
         self.reads += 1
         if self.reads > MAX_READS:
             raise LimitError("it consists of too many small pieces")
-        return super().read(size)
+        return io.BytesIO.read(self, size)
 
 
 def check_file(file: LimitedFile) -> None:
     """Check what Pillow's parsers handle when they open a file. Raises LimitError."""
     data = file.getvalue()
+    if len(data) < 2**17:  # too little to take long
+        return
     if data.startswith(b"\xff\xd8"):
         pieces = data.count(b"Exif\0\0")
     elif data.startswith(b"\x89PNG"):
@@ -90,9 +93,9 @@ def check_image(image: Image.Image, data: bytes) -> None:
     ):
         raise LimitError("its TIFF strips or tiles overlap")
     if image.format in ("JPEG", "MPO"):
-        # The bytes of a marker also occur in metadata, so that most files need no closer look.
         scans = MAX_SCANNED // pixels
-        if data.count(b"\xff" + SCAN) > scans and jpeg_scans(data) > scans:
+        # A scan has a header of 10 bytes. Most files need no closer look.
+        if len(data) > 10 * scans and data.count(b"\xff" + SCAN) > scans and jpeg_scans(data) > scans:
             raise LimitError(f"more than {scans} JPEG scans of {pixels:,} pixels; save it as an ordinary JPEG")
 
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from collections.abc import Mapping
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, PLANAR_CONFIGURATION, SAMPLEFORMAT
 
 from attncap.data.image_limits import MAX_FILE, MAX_PIXELS, LimitedFile, LimitError, check_file, check_image
 from attncap.errors import CallError, UserError
@@ -24,6 +25,17 @@ PNG_TRANSPARENCY = {
     "L;2": lambda grey: grey * 85,
     "L;4": lambda grey: grey * 17,
     "RGB;16B": lambda color: tuple(value >> 8 for value in color),
+}
+
+# Bits and SampleFormat of grey TIFF images that are not simply 8 bits.
+TIFF_SAMPLES = {
+    (8, 2): np.int8,
+    (12, 1): np.uint16,
+    (16, 1): np.uint16,
+    (16, 2): np.int16,
+    (32, 1): np.uint32,
+    (32, 2): np.int32,
+    (32, 3): np.float32,
 }
 
 
@@ -113,16 +125,29 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         upright = image.copy()
     if encoding in PNG_TRANSPARENCY and "transparency" in upright.info:
         upright.info["transparency"] = PNG_TRANSPARENCY[encoding](upright.info["transparency"])
-    fields = getattr(image, "tag_v2", {})
-    white = 65535 if image.format == "PPM" else 2 ** fields.get(BITSPERSAMPLE, (16,))[0] - 1
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        upright = _grey(upright, 0, white)
-    elif image.mode in ("I", "F"):
-        upright = _grey(upright)
-    # Pillow inverts only images of up to 8 bits.
-    if fields.get(PHOTOMETRIC_INTERPRETATION) == 0 and image.mode in ("I;16", "F"):
-        upright = ImageOps.invert(upright)
+    if image.format == "PPM" and image.mode == "I":  # Pillow has scaled it to 16 bits
+        upright = _grey(np.asarray(upright), 0, 65535)
+    if image.format == "TIFF":
+        upright = _tiff_grey(upright, image.tag_v2, image.info["compression"] != "raw")
     return to_rgb(upright)
+
+
+def _tiff_grey(image: Image.Image, fields: Mapping, compressed: bool) -> Image.Image:
+    """The grey image of a TIFF file as it was stored, and other images unchanged. Pillow takes unsigned integers of 32
+    bits for signed ones, signed ones of 8 bits for unsigned ones, does not invert images of more than 8 bits, and
+    reverses the order of bytes twice if they are compressed and the most significant byte comes first."""
+    bits, kind = fields.get(BITSPERSAMPLE, (1,))[0], fields.get(SAMPLEFORMAT, (1,))[0]
+    stored = TIFF_SAMPLES.get((bits, kind))
+    if stored is None or image.mode not in ("L", "I", "F", "I;16", "I;16B"):
+        if bits == 16 and fields.get(PLANAR_CONFIGURATION) == 2 and not compressed:
+            raise ValueError("Pillow cannot read uncompressed TIFF with 16 bits in separate planes; save it as PNG")
+        return image
+    values = np.asarray(image).astype(stored, copy=False)
+    if fields.prefix == b"MM" and compressed and image.mode in ("I", "F"):
+        values = values.byteswap()
+    has_white = kind == 1 and bits <= 16
+    grey = _grey(values, 0, 2**bits - 1) if has_white else _grey(values)
+    return ImageOps.invert(grey) if fields.get(PHOTOMETRIC_INTERPRETATION) == 0 else grey
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -158,10 +183,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     and floats have no agreed white, so their own range becomes 0 to 255. Transparent pixels become white: drawings with
     a transparent background are made for white pages, and the colour of those pixels is arbitrary, mostly black.
     """
+    transparent = image.info.get("transparency")
     if image.mode.startswith("I;16"):
-        image = _grey(image, 0, 65535)
+        values = np.asarray(image)
+        image = _grey(values, 0, 65535)
+        if isinstance(transparent, int):
+            image.paste(255, mask=Image.fromarray(values == transparent))
     elif image.mode in ("I", "F"):
-        image = _grey(image)
+        image = _grey(np.asarray(image))
     if image.mode == "La":
         image = image.convert("LA")  # Pillow knows no other conversion
     if image.has_transparency_data:
@@ -172,18 +201,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _grey(image: Image.Image, black: float | None = None, white: float | None = None) -> Image.Image:
-    """An image with one channel of integers or floats in 8 bits; `black` and `white` are by default its own range."""
-    values = np.array(image, dtype=np.float64)
-    np.nan_to_num(values, copy=False, posinf=0, neginf=0)
-    transparent = image.info.get("transparency")
-    mask = values == transparent if isinstance(transparent, int) else None
+def _grey(values: np.ndarray, black: float | None = None, white: float | None = None) -> Image.Image:
+    """Numbers [H,W] as an image with 8 bits; `black` and `white` are by default the smallest and largest of them."""
+    values = np.nan_to_num(values.astype(np.float64), copy=False, posinf=0, neginf=0)
     black = values.min() if black is None else black
     white = values.max() if white is None else white
     values -= black  # in place, because the image may be large
     values *= 255
     values /= (white - black) or 1
-    values = np.rint(values, out=values).astype(np.uint8)
-    if mask is not None:
-        values[mask] = 255
-    return Image.fromarray(values)
+    return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
