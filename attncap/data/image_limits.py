@@ -44,11 +44,10 @@ class LimitedFile(io.BytesIO):
         return io.BytesIO.read(self, size)
 
 
-def check_file(file: LimitedFile) -> None:
-    """Check what Pillow's parsers handle when they open a file. Raises LimitError."""
-    data = file.getvalue()
-    if len(data) < 2**17:  # too little to take long
-        return
+def limited_file(data: bytes) -> io.BytesIO:
+    """The bytes of an image file, for Pillow to open. Raises LimitError for what would take its parsers long."""
+    if len(data) < 2**17:  # nothing so small does
+        return io.BytesIO(data)
     if data.startswith(b"\xff\xd8"):
         pieces = data.count(b"Exif\0\0")
     elif data.startswith(b"\x89PNG"):
@@ -59,6 +58,7 @@ def check_file(file: LimitedFile) -> None:
         pieces = 0
     if pieces > MAX_METADATA:
         raise LimitError("it has too many pieces of metadata")
+    file = LimitedFile(data)
     if data.startswith((b"II", b"MM")):
         fields = ImageFileDirectory_v1(data[: 16 if data[2] == 43 else 8])
         file.seek(fields.next)
@@ -69,6 +69,7 @@ def check_file(file: LimitedFile) -> None:
             )  # or a colour profile, a preview
             if len(value) > MAX_TIFF_FIELD and not is_text:
                 raise LimitError(f"its TIFF field {tag} has too many values")
+    return file
 
 
 def check_image(image: Image.Image, data: bytes) -> None:
@@ -94,8 +95,12 @@ def check_image(image: Image.Image, data: bytes) -> None:
         raise LimitError("its TIFF strips or tiles overlap")
     if image.format in ("JPEG", "MPO"):
         scans = MAX_SCANNED // pixels
-        # A scan has a header of 10 bytes. Most files need no closer look.
-        if len(data) > 10 * scans and data.count(b"\xff" + SCAN) > scans and jpeg_scans(data) > scans:
+        # A scan without progression has some bits for each block of pixels, so that many scans need a large file.
+        if (
+            (image.info.get("progressive") or len(data) > 2**25)
+            and data.count(b"\xff" + SCAN) > scans
+            and jpeg_scans(data) > scans
+        ):
             raise LimitError(f"more than {scans} JPEG scans of {pixels:,} pixels; save it as an ordinary JPEG")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, PLANAR_CONFIGURATION, SAMPLEFORMAT
 
-from attncap.data.image_limits import MAX_FILE, MAX_PIXELS, LimitedFile, LimitError, check_file, check_image
+from attncap.data.image_limits import MAX_FILE, MAX_PIXELS, LimitError, check_image, limited_file
 from attncap.errors import CallError, UserError
 from attncap.files import open_regular
 
@@ -58,8 +58,8 @@ def open_image(source: str | os.PathLike | bytes | BinaryIO | Image.Image | np.n
     and gamma are ignored. `to_rgb` describes the conversion.
 
     Raises ImageError, with the file and the reason on one line, when the file is missing, empty, cut short, not an
-    image, not a regular file, or beyond the limits in `attncap.data.image_limits` or Pillow's MAX_IMAGE_PIXELS; raises
-    CallError for anything else that is passed as an image.
+    image, not a regular file, or beyond the limits in `attncap.data.image_limits` or Pillow's MAX_IMAGE_PIXELS (Pillow
+    images and arrays may have any size); raises CallError for anything else that is passed as an image.
 
     Several threads may call this at once, because it changes no global state. For the same reason it does not silence
     Pillow's warnings about odd metadata, or what libtiff, a C library, prints about broken TIFF files.
@@ -70,10 +70,9 @@ def open_image(source: str | os.PathLike | bytes | BinaryIO | Image.Image | np.n
     try:
         if isinstance(source, Image.Image):
             return _upright_rgb(source)
-        file = LimitedFile(_read(source))
-        check_file(file)
-        with Image.open(file, formats=FORMATS) as image:
-            check_image(image, file.getvalue())
+        data = _read(source)
+        with Image.open(limited_file(data), formats=FORMATS) as image:
+            check_image(image, data)
             return _upright_rgb(image)
     except UnidentifiedImageError as error:
         empty = isinstance(source, str | os.PathLike) and os.path.getsize(source) == 0
@@ -94,7 +93,8 @@ def _read(source: str | os.PathLike | bytes | BinaryIO) -> bytes:
         data = bytes(source)
     elif isinstance(source, str | os.PathLike):
         with open_regular(source) as file:
-            data = file.read(min(os.fstat(file.fileno()).st_size, MAX_FILE) + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(min(size, MAX_FILE) + 1)
     else:
         with contextlib.suppress(AttributeError, OSError):  # a stream that cannot seek
             source.seek(0)
@@ -128,7 +128,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.format == "PPM" and image.mode == "I":  # Pillow has scaled it to 16 bits
         upright = _grey(np.asarray(upright), 0, 65535)
     if image.format == "TIFF":
-        upright = _tiff_grey(upright, image.tag_v2, image.info["compression"] != "raw")
+        upright = _tiff_grey(upright, image.tag_v2, image.info.get("compression") != "raw")
     return to_rgb(upright)
 
 
