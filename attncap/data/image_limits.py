@@ -10,7 +10,7 @@ import io
 import re
 
 from PIL import Image
-from PIL.TiffImagePlugin import ImageFileDirectory_v1
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, ImageFileDirectory_v1
 
 MAX_FILE = 200 * 2**20  # bytes
 MAX_PIXELS = 2**26  # 8192 x 8192 of 8 bits in grey, palette or RGB; half as many of all other images
@@ -87,7 +87,8 @@ def check_image(image: Image.Image, data: bytes) -> None:
     most = min(most, Image.MAX_IMAGE_PIXELS or most)
     if pixels > most:
         raise LimitError(f"more than {most:,} pixels; make the image smaller")
-    if max(image.size) > MAX_SIDE:
+    fields = getattr(image, "tag_v2", {})  # of TIFF
+    if max(*image.size, fields.get(TILEWIDTH, 0), fields.get(TILELENGTH, 0)) > MAX_SIDE:
         raise LimitError(f"more than {MAX_SIDE:,} pixels wide or high; make the image smaller")
     if sum((right - left) * (lower - upper) for _, (left, upper, right, lower) in tiles) > pixels * len(
         image.getbands()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, PLANAR_CONFIGURATION, SAMPLEFORMAT
 
 from attncap.data.image_limits import MAX_FILE, MAX_PIXELS, LimitError, check_image, limited_file
@@ -19,6 +19,17 @@ from attncap.files import open_regular
 
 # An allow-list: some of Pillow's other readers start programs or are hardly ever tested.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+
+# How an image is turned upright, by its EXIF orientation.
+EXIF_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # The transparent colour of a PNG has the file's bits, whereas Pillow decodes the pixels to 8 bits.
 PNG_TRANSPARENCY = {
@@ -120,9 +131,11 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
             image.tile = tile  # otherwise Pillow could take a half-decoded image for a whole one the next time
         raise
     try:
-        upright = ImageOps.exif_transpose(image)
+        turn = EXIF_TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # EXIF may contain anything
-        upright = image.copy()
+        turn = None
+    # Pillow's exif_transpose also writes the EXIF data again, which can fail or take long.
+    upright = image.copy() if turn is None else image.transpose(turn)
     if encoding in PNG_TRANSPARENCY and "transparency" in upright.info:
         upright.info["transparency"] = PNG_TRANSPARENCY[encoding](upright.info["transparency"])
     if image.format == "PPM" and image.mode == "I":  # Pillow has scaled it to 16 bits

@@ -79,7 +79,7 @@ def samples() -> list[bytes]:
 
 
 def damaged(content: bytes, rng: np.random.Generator) -> bytes:
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(1, 3)):
         # Half of the damage is to the first bytes, where most formats describe the image.
         at = int(rng.integers(len(content) if rng.random() < 0.5 else min(len(content), 80)))
         way = rng.integers(6)
@@ -131,13 +131,12 @@ def test_the_samples_themselves_are_read():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(COUNT // BATCH))
-def test_damaged_images(seed, record_property):
+def test_damaged_images(seed):
     """In a process of its own, which a crash would end."""
     ended = subprocess.run([sys.executable, __file__, str(seed), str(BATCH)], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
     figures = json.loads(ended.stdout)
-    for name, value in figures.items():
-        record_property(name, value)
+    print(figures)
     assert figures["errors"] > 0
     assert figures["slowest"] < SECONDS and figures["memory"] < MIB
 

@@ -5,6 +5,7 @@ import pickle
 import socket
 import struct
 import sys
+import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -319,6 +320,15 @@ def test_a_pillow_image_in_lab():
     )
 
 
+def test_exif_is_not_written_again():
+    """Pillow's exif_transpose does that, which took minutes for these fractions, and failed for others."""
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", 33434, 5, 100_000, 38)
+    exif = b"II*\0\x08\0\0\0\2\0" + entries + bytes(4) + struct.pack("<II", 1, 3) * 100_000
+    start = time.process_time()
+    assert open_image(png((1, 2), 8, 0, bytes(4), chunk(b"eXIf", exif))).size == (2, 1)
+    assert time.process_time() - start < 1
+
+
 @pytest.mark.parametrize("exif", [b"", b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff"])
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
 def test_broken_exif_is_ignored(exif):
@@ -355,8 +365,9 @@ def test_a_file_that_is_too_large(tmp_path, monkeypatch):
 def test_sides_and_pixels_have_limits():
     with pytest.raises(ImageError, match="more than 67,108,864 pixels; make the image smaller"):
         open_image(png((8193, 8193), 8, 0, b""))
-    with pytest.raises(ImageError, match="more than 65,535 pixels wide or high"):
-        open_image(png((1, 65536), 8, 0, b""))
+    for content in (png((1, 65536), 8, 0, b""), tiff(np.zeros((1, 1), np.uint8), 8, t322=2**30, t323=16, t324=8)):
+        with pytest.raises(ImageError, match="more than 65,535 pixels wide or high"):
+            open_image(content)
     for content in (
         png((8192, 4097), 8, 6, b""),
         png((8192, 4097), 16, 0, b""),
