@@ -1,14 +1,20 @@
 import io
 import json
+import os
 import pickle
+import socket
+import struct
 import sys
+import time
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from attncap.data import image_limits, images
 from attncap.data.image_folders import find_images
 from attncap.data.images import ImageError, open_image, to_rgb
 from attncap.data.readers import coco
@@ -184,6 +190,258 @@ def test_a_limit_that_was_removed(tmp_path, monkeypatch):
     assert saved(Image.new("L", (300, 1)), tmp_path / "a.png").size == (300, 1)
 
 
+# Depths and kinds of pixels, in files made by hand: the expected values follow from the definitions of the formats.
+
+
+def chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png(size, bits, color_type, rows, *chunks):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, color_type, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff(values, bits, kind=1, white_is_zero=False, order="<", compressed=False, **fields):
+    """A grey TIFF of an array [H,W] in one strip; `fields` of 32-bit integers, t278=1, are added or replaced."""
+    data = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    data = zlib.compress(data) if compressed else data
+    height, width = values.shape
+    found = {256: width, 257: height, 258: bits, 259: 8 if compressed else 1, 262: int(not white_is_zero), 273: 8}
+    found |= {277: 1, 278: height, 279: len(data), 339: kind} | {int(name[1:]): value for name, value in fields.items()}
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8 + len(data))
+    entries = b"".join(struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in sorted(found.items()))
+    return head + data + struct.pack(order + "H", len(found)) + entries + bytes(4)
+
+
+def greys(content):
+    image = np.asarray(open_image(content))
+    assert (image == image[..., :1]).all()
+    return image[..., 0].ravel().tolist()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_grey_png_of_every_depth(bits):
+    white = 2**bits - 1
+    rows = b"\0" + (
+        b"\0\0\xff\xff" if bits == 16 else bytes([white]) if bits == 8 else bytes([white << (8 - 2 * bits)])
+    )
+    size = (1, 1) if bits == 8 else (2, 1)
+    expected = [255] if bits == 8 else [0, 255]
+    assert greys(png(size, bits, 0, rows)) == expected
+    # The transparent colour becomes white.
+    assert greys(png(size, bits, 0, rows, chunk(b"tRNS", struct.pack(">H", 0)))) == [255] * len(expected)
+    assert greys(png(size, bits, 0, rows, chunk(b"tRNS", struct.pack(">H", white)))) == expected
+
+
+def test_a_transparent_grey_between_black_and_white():
+    def transparent(value):
+        return chunk(b"tRNS", struct.pack(">H", value))
+
+    assert greys(png((4, 1), 2, 0, b"\0\x1b", transparent(1))) == [0, 255, 170, 255]  # 0, 1, 2, 3
+    assert greys(png((2, 1), 4, 0, b"\0\x56", transparent(6))) == [85, 255]
+    assert greys(png((2, 1), 16, 0, b"\0\x12\x34\x12\x35", transparent(0x1234))) == [255, 18]
+
+
+def test_a_transparent_colour_of_16_bits():
+    rows = b"\0" + struct.pack(">6H", 0x1234, 0, 0, 0x3412, 0, 0)
+    image = open_image(png((2, 1), 16, 2, rows, chunk(b"tRNS", struct.pack(">3H", 0x1234, 0, 0))))
+    assert [image.getpixel((x, 0)) for x in range(2)] == [WHITE, (0x34, 0, 0)]
+
+
+@pytest.mark.parametrize("most", [1, 100, 255, 256, 1000, 4095, 65535])
+def test_pnm_values_are_fractions_of_the_largest(most):
+    values = [0, most // 2, most]
+    expected = [0, round(most // 2 * 255 / most), 255]
+    binary = struct.pack(">3H" if most > 255 else "3B", *values)
+    assert greys(b"P5 3 1 %d\n" % most + binary) == expected
+    assert greys(b"P2 3 1 %d\n%d %d %d\n" % (most, *values)) == expected
+    for content in (b"P6 1 1 %d\n" % most + binary, b"P3 1 1 %d\n%d %d %d\n" % (most, *values)):
+        assert list(open_image(content).getpixel((0, 0))) == expected
+    white = b"P5 2 1 %d\n" % most + struct.pack(">2H" if most > 255 else "2B", most, most)
+    assert greys(white) == [255, 255]
+
+
+def test_pbm():
+    assert greys(b"P1 3 1 101") == greys(b"P4 3 1\n\xa0") == [0, 255, 0]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_grey_tiff_of_every_depth(order, compressed):
+    def read(values, dtype, bits, kind=1, **options):
+        return greys(tiff(np.array([values], dtype), bits, kind, order=order, compressed=compressed, **options))
+
+    assert read([0, 257, 65535], np.uint16, 16) == [0, 1, 255]
+    assert read([0, 77, 255], np.uint8, 8) == [0, 77, 255]
+    assert read([0, 77, 255], np.uint8, 8, white_is_zero=True) == [255, 178, 0]
+    # No agreed white: the smallest value is black, the largest white.
+    assert read([-128, 127, 0], np.int8, 8, kind=2) == [0, 255, 128]
+    assert read([-300, 300, 0], np.int16, 16, kind=2) == [0, 255, 128]
+    assert read([-(2**31), 2**31 - 1, 0], np.int32, 32, kind=2) == [0, 255, 128]
+    assert read([-1, 1, 0], np.float32, 32, kind=3) == [0, 255, 128]
+    assert read([-1, 1, 1], np.float32, 32, kind=3, white_is_zero=True) == [255, 0, 0]
+    if order == "<":  # Pillow does not know the others
+        assert read([0, 257, 65535], np.uint16, 16, white_is_zero=True) == [255, 254, 0]
+        assert read([0, 2**32 - 1, 2**31], np.uint32, 32) == [0, 255, 128]
+
+
+def test_tiff_of_12_bits():
+    packed = np.array([[0xFF, 0xF8, 0x00]], np.uint8)  # 4095, 2048
+    assert greys(tiff(packed, 12, t256=2)) == [255, 128]
+
+
+def test_tiff_in_planes_that_pillow_reads_wrong():
+    data = tiff(np.zeros((3, 2), np.uint16), 16, t257=1, t262=2, t277=3, t284=2)
+    with pytest.raises(ImageError, match="16 bits in separate planes; save it as PNG"):
+        open_image(data)
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "RGB", "RGBA", "RGBX", "RGBa", "LA", "La", "PA", "CMYK", "YCbCr", "HSV"]
+)
+def test_every_mode_of_a_pillow_image(mode):
+    image = Image.new("RGBA", (2, 2), (255, 255, 255, 255))
+    image.putpixel((0, 0), (0, 0, 0, 255))
+    start = {"RGBa": "RGBA", "La": "LA", "PA": "P"}.get(mode)
+    image = (image.convert(start) if start else image).convert(mode)
+    np.testing.assert_allclose(open_image(image).get_flattened_data(), [(0, 0, 0), *[WHITE] * 3], atol=1)
+
+
+@pytest.mark.parametrize(("mode", "order"), [("I;16", "<u2"), ("I;16L", "<u2"), ("I;16B", ">u2"), ("I;16N", "=u2")])
+def test_pillow_images_of_16_bits(mode, order):
+    image = Image.frombytes(mode, (3, 1), np.array([0, 257, 65535], order).tobytes())
+    assert greys(image) == [0, 1, 255]
+
+
+def test_a_pillow_image_in_lab():
+    assert open_image(Image.new("LAB", (1, 1), (255, 128, 128))).getpixel((0, 0)) == pytest.approx(
+        (254, 255, 254), abs=1
+    )
+
+
+def test_exif_is_not_written_again():
+    """Pillow's exif_transpose does that, which took minutes for these fractions, and failed for others."""
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", 33434, 5, 100_000, 38)
+    exif = b"II*\0\x08\0\0\0\2\0" + entries + bytes(4) + struct.pack("<II", 1, 3) * 100_000
+    start = time.process_time()
+    assert open_image(png((1, 2), 8, 0, bytes(4), chunk(b"eXIf", exif))).size == (2, 1)
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("exif", [b"", b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff"])
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
+def test_broken_exif_is_ignored(exif):
+    for kind in ("jpeg", "png", "webp"):
+        content = encoded(Image.new("RGB", (16, 8), WHITE), kind, exif=b"Exif\0\0" + exif)
+        assert open_image(content).size == (16, 8)
+
+
+# Limits
+
+
+def test_anything_but_a_regular_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    os.mkfifo("a.fifo")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("a.socket")
+        for path in ("a.fifo", "/dev/zero"):
+            assert failure(path) == "cannot be read: not a regular file"
+        assert failure("a.socket") == "cannot be read: No such device or address"
+
+
+def test_a_file_that_is_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_FILE", 2**20)
+    path = tmp_path / "a.png"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # a sparse file, which takes no space
+    assert failure(path) == "larger than 1 MiB; make the image smaller"
+    with open("/dev/zero", "rb") as zeros, pytest.raises(ImageError, match="^/dev/zero: larger than 1 MiB"):
+        open_image(zeros)
+    with pytest.raises(ImageError, match="larger than 1 MiB"):
+        open_image(bytes(2**20 + 1))
+
+
+def test_sides_and_pixels_have_limits():
+    with pytest.raises(ImageError, match="more than 67,108,864 pixels; make the image smaller"):
+        open_image(png((8193, 8193), 8, 0, b""))
+    for content in (png((1, 65536), 8, 0, b""), tiff(np.zeros((1, 1), np.uint8), 8, t322=2**30, t323=16, t324=8)):
+        with pytest.raises(ImageError, match="more than 65,535 pixels wide or high"):
+            open_image(content)
+    for content in (
+        png((8192, 4097), 8, 6, b""),
+        png((8192, 4097), 16, 0, b""),
+        png((8192, 4097), 8, 0, b"", chunk(b"tRNS", b"\0\0")),
+        tiff(np.zeros((1, 1), np.float32), 32, 3, t256=8192, t257=4097),
+    ):
+        with pytest.raises(ImageError, match="more than 33,554,432 pixels"):
+            open_image(content)
+    for content in (b"P2 2049 1024 255\n", b"P5 2049 1024 100\n"):  # decoded in Python
+        with pytest.raises(ImageError, match="more than 2,097,152 pixels"):
+            open_image(content)
+
+
+def test_a_jpeg_with_the_same_scan_many_times():
+    content = encoded(Image.new("L", (4096, 4096)), "jpeg", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    assert image_limits.jpeg_scans(content) == 6
+    bomb = content[:-2] + content[last:-2] * 200 + content[-2:]
+    assert image_limits.jpeg_scans(bomb) == 206
+    with pytest.raises(ImageError, match="more than 64 JPEG scans of 16,777,216 pixels"):
+        open_image(bomb)
+    video = b"\xff\xda" * 1000  # after the image, as phones store them
+    assert image_limits.jpeg_scans(content + video) == 6
+
+
+SMALL_JPEG = b"\xff\xd8\xff\xe0\0\x04\0\0"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        SMALL_JPEG + b"\xff\xe1\xff\xffExif\0\0".ljust(65537, b"\0") * 201,
+        png((1, 1), 8, 0, b"\0\0", chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**20))) * 201),
+        png((1, 1), 8, 0, b"\0\0", chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**20))[:-4]) * 201),
+        b"P2 900 900 255\n" + b"#\n" * 2**17,
+    ],
+    ids=["exif", "profiles", "texts", "comments"],
+)
+def test_metadata_in_many_pieces(content):
+    with pytest.raises(ImageError, match="too many pieces of metadata"):
+        open_image(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        png((1, 1), 8, 0, b"\0\0", chunk(b"abCd", b"") * 20_000),
+        SMALL_JPEG + b"\xff\xe5\0\x02" * 50_000,
+        SMALL_JPEG + bytes(2**17),
+        b"GIF89a\1\0\1\0\0\0\0!\xf0" + b"\1a" * 2**17,
+        b"P5 " + b" " * 2**17,
+    ],
+    ids=["png", "segments", "zeros", "gif", "spaces"],
+)
+def test_files_of_many_small_pieces(content, monkeypatch):
+    monkeypatch.setattr(image_limits, "MAX_READS", 5000)
+    with pytest.raises(ImageError, match="too many small pieces"):
+        open_image(content)
+
+
+def test_tiff_with_too_many_strips():
+    offsets = struct.pack("<HHII", 273, 4, 2**18, 8)
+    content = tiff(np.zeros((1024, 1024), np.uint8), 8)
+    at = content.index(struct.pack("<HHI", 273, 4, 1))
+    with pytest.raises(ImageError, match="TIFF field 273 has too many values"):
+        open_image(content[:at] + offsets + content[at + 12 :])
+    # The same half of the image a thousand times.
+    offsets = struct.pack("<HHII", 273, 4, 1000, 8)
+    content = tiff(np.zeros((64, 64), np.uint8), 8, t278=32)
+    at = content.index(struct.pack("<HHI", 273, 4, 1))
+    with pytest.raises(ImageError, match="strips or tiles overlap"):
+        open_image(content[:at] + offsets + content[at + 12 :])
+
+
 # Other sources than files
 
 
@@ -233,6 +491,22 @@ def test_a_pillow_image_is_turned_upright_and_left_as_it_was():
     exif[0x0112] = 6
     image = Image.open(io.BytesIO(encoded(Image.new("L", (3, 2)), exif=exif)))
     assert open_image(image).size == (2, 3) and image.size == (3, 2) and image.mode == "L"
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate"])
+def test_a_broken_pillow_image_that_is_not_decoded_yet(compression):
+    noise = np.random.default_rng(0).integers(0, 256, (99, 99, 3), dtype=np.uint8)
+    content = bytearray(encoded(Image.fromarray(noise), "tiff", compression=compression))
+    content[9000:20000] = b"\xff" * 11000
+    content = content[:9000] if compression == "raw" else content
+    try:
+        image = Image.open(io.BytesIO(content))
+    except OSError:  # cut before its directory
+        content = encoded(Image.fromarray(noise), "ppm")[:9000]
+        image = Image.open(io.BytesIO(content))
+    for _ in range(2):  # Pillow itself would take it for whole the second time
+        with pytest.raises(ImageError, match="cannot be read"):
+            open_image(image)
 
 
 @pytest.mark.parametrize(
