@@ -8,6 +8,7 @@ import torch
 from attncap.errors import CallError, UserError
 from attncap.files import atomic_path
 from attncap.training.config import TrainConfig, flatten, read_settings
+from attncap.weights import read_pickle
 
 NAME = "checkpoint.pt"
 # Settings that may change when a run is resumed.
@@ -22,16 +23,17 @@ def save(folder: Path, state: dict) -> None:
 
 
 def load(folder: Path) -> dict:
-    """What `save` wrote, on the CPU. Raises UserError for a file that is missing or damaged."""
+    """What `save` wrote, on the CPU, still to be compared with the run. Raises UserError for a file that is missing or
+    damaged."""
     try:
-        return torch.load(folder / NAME, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no single kind of error for a damaged file
+        return read_pickle(folder / NAME)
+    except ValueError as error:
         raise unusable(folder, error) from error
 
 
-def unusable(folder: Path, error: Exception) -> UserError:
+def unusable(folder: Path, error: ValueError) -> UserError:
     """The error to raise for a checkpoint that cannot be used."""
-    return UserError(f"{folder / NAME}: cannot continue from it: {' '.join(str(error).split())[:200]}")
+    return UserError(f"{folder / NAME}: cannot continue from it: {error}; start a new run in another folder")
 
 
 def check_settings(config: TrainConfig, folder: Path) -> None:
@@ -44,9 +46,14 @@ def check_settings(config: TrainConfig, folder: Path) -> None:
     now, default = (flatten(dataclasses.asdict(settings)) for settings in (config, TrainConfig()))
     before = default | before  # settings that are newer than the run had their default
     changed = [
-        f"{name}={value} (was {before[name]})"
+        f"{name}={value} (was {_printable(before[name])})"
         for name, value in now.items()
         if name not in FREE and value != before[name]
     ]
     if changed:
         raise CallError(f"cannot resume: the run in {folder} began with other settings: {', '.join(changed)}")
+
+
+def _printable(value: object) -> str:
+    text = str(value)
+    return (text if text.isprintable() else ascii(text))[:80]

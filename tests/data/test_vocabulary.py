@@ -58,7 +58,7 @@ SPECIALS = list(Vocabulary.SPECIALS)
         ("", "not a whole JSON file"),
         ('{"words": ["<pad>", "<sta', "not a whole JSON file"),
         ("[" * 100_000, "not a whole JSON file"),
-        (b"\xff\xfe", "not a whole JSON file"),
+        (b"\xff\xfe", "not UTF-8 text"),
         ("[]", 'field "words" should be a list of words'),
         ('{"words": "a"}', 'field "words" should be a list of words'),
         ('{"words": [1, 2]}', 'field "words" should be a list of words'),
