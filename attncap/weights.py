@@ -64,7 +64,7 @@ def open_safetensors(path: Path, most_header: int = 100 * 2**20) -> Any:
     try:
         return safe_open(path, "pt")
     except Exception as error:  # the library's own, and others for some headers
-        raise ValueError(f"damaged or cut short ({' '.join(str(error).split())[:100]})") from error
+        raise ValueError(f"damaged or cut short ({str(error).splitlines()[0][:100]!a})") from error
 
 
 def read_pickle(path: Path) -> Any:
@@ -99,7 +99,7 @@ def fit(found: object, own: object, name: str = "") -> Any:
         return _fit_tensor(found, own, name)
     if isinstance(own, dict):
         if not isinstance(found, dict):
-            raise ValueError(f"{name} is not a dict")
+            raise ValueError(f"{name or 'its content'} is not a dict")
         prefix = f"{name}." if name else ""
         missing = [key for key in own if key not in found and not isinstance(key, int)]
         if missing:
