@@ -56,8 +56,8 @@ class Captioner(CaptionMethods, nn.Module):
         cells, channels = self.encoder.grid_shape(config.image_size)
         if cells > MAX_GRID**2:
             raise CallError(
-                f"image_size={config.image_size}: layer {self.encoder.layer} of {config.encoder} gives {cells:,} cells, "
-                f"the most is {MAX_GRID**2:,}; set grid, or choose a later encoder_layer"
+                f"image_size={config.image_size}: layer {self.encoder.layer} of {config.encoder} gives {cells:,} cells "
+                f"(at most {MAX_GRID**2:,}); set grid, or choose a later encoder_layer"
             )
         self.grid = (math.isqrt(cells), math.isqrt(cells))  # rows, columns
         self.decoder = LSTMDecoder(config, channels, len(vocabulary), backend)
@@ -206,8 +206,8 @@ class Captioner(CaptionMethods, nn.Module):
             model.load_state_dict(fit(state, model.state_dict()), assign=True)
         except ValueError as error:
             raise UserError(
-                f"{weights}: does not fit {settings}: {error}; compare encoder, encoder_layer and output_layer, or copy "
-                "or train the model again"
+                f"{weights}: does not fit {settings}: {error}; check encoder, encoder_layer and output_layer there, or "
+                "copy the model again"
             ) from error
         return model.to(device=None if device is None else find_device(device), dtype=dtype).eval()
 
@@ -224,7 +224,7 @@ def _check_sizes(folder: Path, model: Captioner, state: dict[str, Tensor]) -> No
         shape = state[name].shape if name in state else ()
         if axis < len(shape) and shape[axis] != value:
             raise UserError(
-                f"{file}: {field} is {value}, but model.safetensors has {shape[axis]}; the files are those of different "
+                f"{file}: {field} is {value}, but model.safetensors has {shape[axis]}: these files belong to different "
                 "models; copy them again"
             )
 

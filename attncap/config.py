@@ -93,7 +93,9 @@ class ModelConfig:
             raise UserError(f"{path}: not the settings of a model: expected a JSON object; train or copy it again")
         version, kind = content.pop("format_version", FORMAT_VERSION), content.pop("model_type", MODEL_TYPE)
         if kind != MODEL_TYPE:
-            raise UserError(f"{path}: holds a model of type {short(kind)}; this version of attncap reads {MODEL_TYPE!r}")
+            raise UserError(
+                f"{path}: holds a model of type {short(kind)}; this version of attncap reads {MODEL_TYPE!r}"
+            )
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise UserError(
                 f"{path}: has format_version {short(version)}; this version of attncap reads up to {FORMAT_VERSION}: "

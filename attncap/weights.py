@@ -126,14 +126,13 @@ def _fit_tensor(found: object, own: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name} is not a plain tensor")
     if found.shape != own.shape:
         raise ValueError(f"{name} has the shape {list(found.shape)} instead of {list(own.shape)}")
-    kinds = FLOATS if own.dtype in FLOATS else (own.dtype,)
-    if found.dtype not in kinds:
-        raise ValueError(f"{name} is {found.dtype} instead of {' or '.join(map(str, kinds))}")
+    if found.dtype not in (FLOATS if own.dtype in FLOATS else [own.dtype]):
+        raise ValueError(f"{name} is {found.dtype} instead of {own.dtype}")
     if own.dtype in FLOATS and own.numel():
         low, high = found.detach().aminmax()
         if not -torch.finfo(own.dtype).max <= low <= high <= torch.finfo(own.dtype).max:
-            raise ValueError(f"{name} has values that are NaN or infinite in {own.dtype}")
-    # Empty tensors on the meta device are allocated here, as is the memory of tensors that share it in the file.
+            raise ValueError(f"{name} has values that are NaN, or infinite in {own.dtype}")
+    # A copy, because tensors in a file may share memory, with one another and within themselves.
     fitted = torch.empty_like(own, device="cpu", requires_grad=False).copy_(found.detach())
     if own.dtype not in FLOATS and own.dim() and not fitted.equal(own.cpu()):
         raise ValueError(f"{name} has other values than the backbone's, which are indices and do not change")
