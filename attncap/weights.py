@@ -44,7 +44,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     with the reason in one line, for any other file."""
     if path.suffix == ".safetensors":
         with open_safetensors(path, MAX_INDEX) as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}
+            try:
+                state = {name: file.get_tensor(name) for name in file.keys()}
+            except Exception as error:  # the library's own, and others for types that torch lacks
+                raise _damaged(error) from error
     else:
         state = read_pickle(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -63,8 +66,12 @@ def open_safetensors(path: Path, most_header: int = 100 * 2**20) -> Any:
         raise ValueError(f"damaged, or its header is larger than {most_header / 2**20:.0f} MiB")
     try:
         return safe_open(path, "pt")
-    except Exception as error:  # the library's own, and others for some headers
-        raise ValueError(f"damaged or cut short ({str(error).splitlines()[0][:100]!a})") from error
+    except Exception as error:  # the library's own, and others
+        raise _damaged(error) from error
+
+
+def _damaged(error: Exception) -> ValueError:
+    return ValueError(f"damaged or cut short ({str(error)[:100]!a})")
 
 
 def read_pickle(path: Path) -> Any:

@@ -125,6 +125,19 @@ def test_only_regular_files_of_a_bounded_size(tmp_path, read):
     refuse(read, path, "larger than 8 GiB")
 
 
+@pytest.mark.parametrize("kind, size", [("F4", 2), ("F6_E2M3", 3), ("F8_E8M0", 4), ("U64", 32), ("X", 4), ("F32", 15)])
+def test_tensors_that_torch_lacks_are_refused(tmp_path, kind, size):
+    header = f'{{"a": {{"dtype": "{kind}", "shape": [4], "data_offsets": [0, {size}]}}}}'.encode()
+    (tmp_path / "file.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    try:
+        state = read_state_dict(tmp_path / "file.safetensors")
+    except ValueError as error:
+        assert str(error).startswith("damaged or cut short (") and str(error).isprintable()
+    else:  # torch has this one
+        with pytest.raises(ValueError, match="a is torch.* instead of torch.float32|a has the shape"):
+            fit(state, {"a": torch.zeros(4)})
+
+
 def test_names_of_weights_are_names(tmp_path):
     for state in ({"a\n": torch.ones(1)}, {7: torch.ones(1)}, {"a" * 999: torch.ones(1)}):
         torch.save(state, tmp_path / "file.pth")
