@@ -72,12 +72,18 @@ def check_python() -> None:
         )
 
 
+def check_pybind11() -> None:
+    if importlib.util.find_spec("pybind11") is None:  # only without build isolation
+        sys.exit("attncap: pybind11 was not found. Install it with: pip install pybind11")
+
+
 class BuildLibraries(build_ext):
     """Builds with CMake and puts the libraries and build.json into attncap/lib."""
 
     def run(self) -> None:
         check_compiler()
         check_python()
+        check_pybind11()
         torch, torch_version = find_torch() or sys.exit("attncap: the build needs torch>=2.10. Install it first.")
         wanted = os.environ.get("ATTNCAP_CUDA")
         nvcc = None if wanted == "0" else find_nvcc()

@@ -192,7 +192,8 @@ class Captioner(CaptionMethods, nn.Module):
         settings, weights = folder / "config.json", folder / "model.safetensors"
         config, vocabulary = ModelConfig.load(settings), Vocabulary.load(folder / "vocabulary.json")
         try:
-            with Unallocated():  # the sizes are compared with the weights before anything is allocated
+            # The sizes are compared with the weights before memory is taken, whatever the default device and dtype are.
+            with torch.device("cpu"), Unallocated():
                 model = cls(config, vocabulary, backend=backend).float()
         except CallError as error:
             raise UserError(f"{settings}: {error}") from error

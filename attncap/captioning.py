@@ -1,9 +1,11 @@
 """From examples to captions."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from PIL import Image
 
 from attncap.captioner import Caption, Captioner, Ensemble
-from attncap.data import CaptionedImage, report_skipped
+from attncap.data import CaptionedImage, ImageError, Skipped, report_skipped
 from attncap.data.feature_cache import FeatureCache
 from attncap.data.loader import Pictures, batches
 from attncap.search.config import SearchConfig
@@ -40,3 +42,14 @@ def caption_examples(
             yield from ((examples[i], found) for i, found in zip(indices, captions, strict=True))
         if progress is not None:
             progress(len(indices) + len(skipped))
+
+
+def read_images(examples: Iterable[CaptionedImage]) -> Iterator[tuple[CaptionedImage, Image.Image]]:
+    """Each example with its image. Images that cannot be read are reported and left out."""
+    for example in examples:
+        try:
+            image = example.image()
+        except ImageError as error:
+            report_skipped([Skipped(None, error.name, error.reason)])
+        else:
+            yield example, image

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, overload
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from attncap.config import ModelConfig
-from attncap.data.images import ImageError, open_image
+from attncap.data.images import ImageError, check_source, open_image
 from attncap.data.loader import to_tensor
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError, UserError
@@ -60,12 +60,12 @@ class CaptionMethods:
 
     @overload
     def caption(
-        self, images: Sequence[ImageSource] | Tensor, search: SearchConfig | None = None, **settings: Any
+        self, images: Iterable[ImageSource] | Tensor, search: SearchConfig | None = None, **settings: Any
     ) -> list[Any]: ...
 
     def caption(
         self,
-        images: ImageSource | Sequence[ImageSource] | Tensor,
+        images: ImageSource | Iterable[ImageSource] | Tensor,
         search: SearchConfig | None = None,
         *,
         batch_size: int = 32,
@@ -77,8 +77,9 @@ class CaptionMethods:
         """Caption an image, or a list of images.
 
         Args:
-            images: one image or a list: paths, bytes of image files, open binary files, Pillow images, NumPy arrays
-                uint8 [H,W,3]; or a tensor uint8 [B,3,S,S] of images at the model's size.
+            images: one image, or a list or iterator of images (an iterator is read to its end first): paths, bytes of
+                image files, open binary files, Pillow images, NumPy arrays uint8 [H,W,3]; or a tensor uint8 [B,3,S,S]
+                of images at the model's size.
             search: settings of the search; the defaults if None.
             batch_size: number of images that go through the model together.
             processors: additional rules for the words, see `attncap.search.processors`.
@@ -99,10 +100,12 @@ class CaptionMethods:
         if type(batch_size) is not int or batch_size < 1:
             raise CallError(f"batch_size={str(batch_size)[:20]}: must be an integer of at least 1")
         _check_processors(processors)
-        is_list = isinstance(images, Tensor | Sequence) and not isinstance(images, str | bytes | bytearray | memoryview)
+        is_list = _is_list(images)
         several: Any = images if is_list else [images]
-        if is_list and not isinstance(images, Tensor):
+        if not isinstance(several, Tensor):
             several = list(several)
+            for image in several:
+                check_source(image)
         captions: list[Any] = []
         with self._ready() as decoders:
             for start in range(0, len(several), batch_size):
@@ -152,7 +155,10 @@ class CaptionMethods:
 
     @contextlib.contextmanager
     def _ready(self) -> Iterator[list[tuple[Decoder, GraphCache | None]]]:
-        """The models' prepared decoders, while the models are in evaluation mode."""
+        """The models' prepared decoders, while the models are in evaluation mode. Raises CallError for models without
+        weights."""
+        if self.models[0].device.type == "meta":
+            raise CallError("the model is on the meta device, which keeps no weights; load it with from_pretrained")
         with contextlib.ExitStack() as held:
             # In one order for all ensembles, since a model in training mode is locked.
             ready = {model: held.enter_context(model._prepared()) for model in sorted(set(self.models), key=id)}
@@ -258,6 +264,12 @@ def _search_config(search: SearchConfig | None, settings: dict) -> SearchConfig:
     if search is not None and not isinstance(search, SearchConfig):
         raise CallError(f"search should be a SearchConfig, not {type(search).__name__}")
     return replace(search or SearchConfig(), **settings)
+
+
+def _is_list(images: object) -> bool:
+    """Whether these are several images. (A set or a dict has no order for its captions.)"""
+    others = str | bytes | bytearray | memoryview | np.ndarray | Mapping | Set
+    return isinstance(images, Iterable) and not isinstance(images, others) and not hasattr(images, "read")
 
 
 def _check_processors(processors: object) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from attncap.config import short
 from attncap.data import CaptionedImage
 from attncap.data.shapes import is_true
-from attncap.data.tokenizer import tokenize
+from attncap.data.tokenizer import characters, tokenize
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError, UserError
 from attncap.files import read_json
@@ -84,7 +84,7 @@ def summary(
     scores: Scores, captions: Mapping[str, str], vocabulary: Vocabulary | None, training: Collection[str] | None
 ) -> dict:
     """The report of an evaluation: the metrics with their 95% intervals, and how varied the captions are, compared with
-    the model's vocabulary and the captions it was trained on, if these are given."""
+    the model's vocabulary and the captions it was trained on, if these are given. Notes explain the figures."""
     intervals = bootstrap.intervals(scores)
     metrics = {}
     for name, value in scores.corpus().items():
@@ -93,9 +93,20 @@ def summary(
     words = None  # the share of a subword vocabulary that is used says little
     if vocabulary and vocabulary.merges is None:
         words = vocabulary.words[len(vocabulary.SPECIALS) :]
-    seen = None if training is None else (tokenize(caption) for caption in training)
-    varied = diversity([tokenize(caption) for caption in captions.values()], words, seen)
-    return {"images": len(captions), "figures": metrics, "captions": varied}
+
+    def split(caption: str) -> list[str]:
+        return characters(tokenize(caption)) if scores.by_characters else tokenize(caption)
+
+    varied = diversity(list(map(split, captions.values())), words, None if training is None else map(split, training))
+    notes = []
+    if not scores.by_image["CIDEr"].any():
+        notes.append(
+            "CIDEr is 0: no caption shares words with its references, apart from words that the references of every "
+            "image contain, which have no weight (with one image, all words)."
+        )
+    if scores.by_characters:
+        notes.append("The captions have no spaces between words, so words are characters in all figures.")
+    return {"images": len(captions), "figures": metrics, "captions": varied, "notes": notes}
 
 
 def results(captions: Mapping[str, str]) -> list[dict[str, int | str]]:

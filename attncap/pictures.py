@@ -3,9 +3,13 @@ imported only when something is drawn."""
 
 from __future__ import annotations
 
+import functools
 import io
+import logging
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +20,7 @@ from attncap.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontEntry
 
     from attncap.captioner import Caption
 
@@ -26,20 +31,38 @@ PANELS = (
     ("Learning rate", "rate", {"learning_rate": "decoder", "encoder_learning_rate": "encoder"}),
 )
 COLUMNS = 6
+MAX_WORDS = 10 * COLUMNS - 1  # of a caption that are drawn, in ten rows with the image
+MAX_LETTERS = 20  # of a word above its panel
 PANEL = 320  # pixels, more than a panel shows; drawing a photograph in full size would take seconds per word
 
 
+log = logging.getLogger("attncap")
+
+
 def save_attention(path: str | Path, captioned: Sequence[tuple[Image.Image, Caption]]) -> None:
-    """Write the PNG of `draw_attention`. Raises UserError if the file cannot be written."""
-    write_atomically(Path(path), draw_attention(captioned))
+    """Write the PNG of `draw_attention`, see `save`."""
+    save(path, lambda: draw_attention(captioned))
+
+
+def save(path: str | Path, draw: Callable[[], bytes]) -> None:
+    """Write a picture to a file. One that cannot be drawn is reported and left out: that depends on the user's fonts
+    and settings of matplotlib, and the results that it illustrates are worth more. Raises UserError if the file cannot
+    be written."""
+    try:
+        picture = draw()
+    except Exception as error:
+        log.warning("%s: cannot be drawn: %s: %s", path, type(error).__name__, error)
+    else:
+        write_atomically(Path(path), picture)
 
 
 def draw_attention(captioned: Sequence[tuple[Image.Image, Caption]]) -> bytes:
     """A PNG of each image with its caption, followed by one panel per word with its attention as a heat map over the
-    image, as in figure 5 of Xu et al. 2015. The heat is relative to the maximum of the word's own attention."""
+    image, as in figure 5 of Xu et al. 2015. The heat is relative to the maximum of the word's own attention. Words
+    after the first MAX_WORDS, and long ones, are cut."""
     from matplotlib.figure import Figure
 
-    heights = [math.ceil((len(caption.words) + 1) / COLUMNS) for _, caption in captioned]
+    heights = [math.ceil((min(len(caption.words), MAX_WORDS) + 1) / COLUMNS) for _, caption in captioned]
     figure = Figure(figsize=(2 * COLUMNS, 2.25 * sum(heights)), layout="constrained", dpi=80)
     rows = figure.subfigures(len(captioned), 1, height_ratios=heights, squeeze=False)[:, 0]
     for row, height, (image, caption) in zip(rows, heights, captioned, strict=True):
@@ -48,15 +71,17 @@ def draw_attention(captioned: Sequence[tuple[Image.Image, Caption]]) -> bytes:
             panel.axis("off")
         image = image.copy()
         image.thumbnail((PANEL, PANEL))
-        row.suptitle(caption.text, fontsize=11, parse_math=False)
+        title = textwrap.fill(_drawable(caption.text), 75, max_lines=4, placeholder=" …")
+        row.suptitle(title, fontsize=11, family=_families(title), parse_math=False)
         panels[0].imshow(image)
-        attention = np.asarray(caption.attention, dtype=np.float32)
-        for panel, word, weights in zip(panels[1:], caption.words, attention, strict=False):
-            heat = Image.fromarray(weights / weights.max()).resize(image.size, Image.Resampling.BICUBIC)
+        attention = np.nan_to_num(np.asarray(caption.attention, dtype=np.float32))
+        for panel, word, weights in zip(panels[1:], caption.words[:MAX_WORDS], attention, strict=False):
+            heat = Image.fromarray(weights / max(weights.max(), 1e-9)).resize(image.size, Image.Resampling.BICUBIC)
             heat = np.asarray(heat).clip(0, 1)
             panel.imshow(np.asarray(image) // 2)
             panel.imshow(heat, cmap="inferno", alpha=0.8 * heat, vmin=0, vmax=1)
-            panel.set_title(word, fontsize=10, parse_math=False)
+            word = _drawable(word if len(word) <= MAX_LETTERS else f"{word[:MAX_LETTERS]}…")
+            panel.set_title(word, fontsize=10, family=_families(word), parse_math=False)
     return _png(figure)
 
 
@@ -97,5 +122,50 @@ def draw_curves(epochs: Sequence[Mapping[str, float]], best: int) -> bytes:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", dpi="figure")
     return buffer.getvalue()
+
+
+def _drawable(text: str) -> str:
+    """The text without control characters and the like, and with □ for characters that no installed font has."""
+    text = "".join(char for char in " ".join(text.split()) if unicodedata.category(char)[0] != "C")
+    for char in sorted(set(text)):
+        if _family(char) is None:
+            text = text.replace(char, "□")
+            letter = unicodedata.category(char)[0] in "LM"  # the names of these begin with that of their script
+            _report_missing(unicodedata.name(char, "unnamed").split()[0] if letter else "symbol")
+    return text
+
+
+@functools.cache  # once for each script
+def _report_missing(script: str) -> None:
+    log.warning("pictures show □ for %s characters, which no installed font has; Noto Sans has fonts for them", script)
+
+
+def _families(text: str) -> list[str]:
+    """The fonts for the characters of a text, the default one first. Matplotlib takes each character from the first
+    font that has it."""
+    return list(dict.fromkeys(["DejaVu Sans", *filter(None, map(_family, sorted(set(text))))]))
+
+
+@functools.lru_cache(maxsize=2**16)
+def _family(char: str) -> str | None:
+    """The name of an installed font that has the character, DejaVu Sans where it does."""
+    from matplotlib.font_manager import fontManager
+
+    fonts = sorted(fontManager.ttflist, key=lambda font: (font.name != "DejaVu Sans", font.weight != 400, font.name))
+    return next((font.name for font in fonts if ord(char) in _characters(font)), None)
+
+
+@functools.cache
+def _characters(font: FontEntry) -> frozenset[int]:
+    """The code points that a font has; none for one that cannot be read or has bitmaps only, such as those of emoji."""
+    from matplotlib.font_manager import get_font
+
+    if font.name.startswith("Last Resort"):  # has a placeholder for every character
+        return frozenset()
+    try:
+        face = get_font(font.fname)
+    except (OSError, RuntimeError):
+        return frozenset()
+    return frozenset(face.get_charmap()) if face.scalable else frozenset()

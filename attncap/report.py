@@ -46,7 +46,7 @@ def _interval(metric: Mapping) -> str:
 
 def notes(report: Mapping) -> list[str]:
     """The sentences that explain the tables."""
-    found = [f"{report['images']} images. CIDEr is CIDEr-D, as in coco-caption."]
+    found = [f"{report['images']} images. CIDEr is CIDEr-D, as in coco-caption.", *report.get("notes", [])]
     found += [f"{name} skipped: {reason}." for name, reason in report.get("left out", {}).items()]
     if "difference" in report:
         found.append(f"Differences are relative to {report['difference']['from']}, by a paired bootstrap.")

@@ -1,10 +1,14 @@
+import collections
 import copy
 import io
+import itertools
 import json
+import os
 import resource
 import shutil
 import sys
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -83,6 +87,16 @@ def test_attention(model, flickr8k):
     assert model.caption(path, attention=False).attention is None
 
 
+def test_iterables_of_images(model, flickr8k):
+    paths = paths_of(flickr8k, 3)
+    expected = model.caption(paths)
+    for images in (iter(paths), (path for path in paths), map(str, paths), collections.deque(paths)):
+        assert same(model.caption(images), expected)
+    arrays = np.stack([np.array(Image.open(path).resize((32, 32))) for path in paths])
+    assert [caption.text for caption in model.caption(iter(arrays))] == [caption.text for caption in expected]
+    assert model.caption(iter(())) == []
+
+
 def test_training_mode_is_kept(model, flickr8k):
     """And it captions as in evaluation mode."""
     expected = model.caption(flickr8k / "Images" / "001.png")
@@ -97,8 +111,17 @@ def test_wrong_images(model, tmp_path):
         (torch.rand(1, 3, 32, 32), "torch.uint8"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), r"\[1, 3, 64, 64\]"),
         (np.zeros((4, 4, 3)), "float64"),
+        (np.zeros((2, 4, 4, 3), dtype=np.uint8), r"image of uint8 \[2, 4, 4, 3\]: an array must be uint8 \[H, W, 3\]"),
+        (torch.zeros(3, 32, 32, dtype=torch.uint8), r"not torch.uint8 \[3, 32, 32\]"),
+        (None, "image of type NoneType: must be a path"),
         ([None], "NoneType"),
         (7, "int"),
+        (set(), "image of type set"),
+        ({"no.jpg": 1}, "image of type dict"),
+        ([[tmp_path / "no.jpg"]], "image of type list"),
+        (iter([tmp_path / "no.jpg", torch.zeros(3, 32, 32, dtype=torch.uint8)]), "image of type Tensor"),
+        ([tmp_path / "no.jpg", 7], "int"),  # found before any work
+        (io.StringIO("text"), "must be opened in binary mode"),
     ):
         with pytest.raises(CallError, match=message) as raised:
             model.caption(images)
@@ -379,6 +402,63 @@ def test_device_and_dtype(trained, flickr8k):
         assert caption.text == expected.text and caption.score == pytest.approx(expected.score, abs=allowed)
     torch_model = Captioner.from_pretrained(trained, backend="torch")
     assert torch_model.caption(path).text == expected.text
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")], ids=str)
+def test_a_default_dtype_or_device_of_the_user(trained, flickr8k, default, backend):
+    """The model is loaded as without it, and can be captioned with and trained."""
+    paths, images = paths_of(flickr8k, 3), torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    tokens = torch.tensor([[1, 4, 5], [1, 5, 6]])
+    loaded = Captioner.from_pretrained(trained, backend=backend)
+    expected = loaded.caption(paths)
+    try:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        else:
+            torch.set_default_device(default)
+        model = Captioner.from_pretrained(trained, backend=backend)
+        for kept in (loaded, model):
+            assert same(kept.caption(paths), expected)
+            kept.caption(paths, method="sample", n_best=2)
+            kept(images, tokens, tokens, losses_only=True).words.backward()
+            kept(images, tokens, tokens)[2].backward()
+        for one, other in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True):
+            assert one.dtype == other.dtype and one.equal(other)
+        new = Captioner(model.config, model.vocabulary, backend=backend)
+        if isinstance(default, torch.dtype):
+            assert new(images, tokens)[0].dtype == default
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("change", ["half", "bfloat16", "double"])
+@pytest.mark.parametrize("of", ["model", "encoder", "decoder"])
+def test_another_precision(trained, flickr8k, change, of, backend):
+    """Of the whole model or a part of it, before and after the first caption: captions, features and losses."""
+    paths, tokens = paths_of(flickr8k, 3), torch.tensor([[1, 4, 5], [1, 5, 6], [1, 7, 8]])
+    model = Captioner.from_pretrained(trained, backend=backend)
+    texts = [caption.text for caption in model.caption(paths)]
+    part = model if of == "model" else getattr(model, of)
+    getattr(part, change)()
+    assert [caption.text for caption in model.caption(paths)] == texts
+    with torch.no_grad():
+        features = model.encoder(torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8))
+        assert features.dtype == next(model.encoder.parameters()).dtype
+        assert len(model.caption_features(features.float())) == len(
+            beam_search(model.decoder, features, SearchConfig())
+        )
+    model.train()(features, tokens, tokens, losses_only=True).words.backward()
+    assert all(p.grad.isfinite().all() for p in model.decoder.parameters() if p.grad is not None)
+
+
+def test_a_model_without_weights(trained, flickr8k):
+    model = Captioner.from_pretrained(trained).to("meta")
+    for ask in (lambda: model.caption(paths_of(flickr8k, 1)), lambda: model.caption_features(torch.zeros(2, 16, 64))):
+        with pytest.raises(CallError, match="the model is on the meta device, which keeps no weights"):
+            ask()
 
 
 def test_forward(model):
@@ -675,8 +755,9 @@ def test_threads_in_training_mode(drawn):
 
 def test_threads(trained, flickr8k):
     """Eight threads caption with one model while two load models: the same captions, and nothing of the process is
-    changed."""
+    changed. ATTNCAP_SECONDS=60 makes it last so long."""
     model, paths = Captioner.from_pretrained(trained), paths_of(flickr8k, 12)
+    end = time.monotonic() + float(os.environ.get("ATTNCAP_SECONDS", 0))
     before = (sys.stdout, sys.stderr, torch.nn.Module.__call__, warnings.filters[:], torch.get_num_threads())
     expected, stop = [model.caption(paths), model.caption(paths, n_best=3)], threading.Event()
 
@@ -689,16 +770,20 @@ def test_threads(trained, flickr8k):
         return loaded
 
     def caption(_):
-        for _ in range(5):
+        for rounds in itertools.count(1):
             same(model.caption(paths), expected[0])
             for of_image, of_other in zip(model.caption(paths, n_best=3), expected[1], strict=True):
                 same(of_image, of_other)
+            if rounds >= 5 and time.monotonic() > end:
+                return rounds
 
     with ThreadPoolExecutor(10) as pool:
         loading = [pool.submit(load) for _ in range(2)]
         try:
-            list(pool.map(caption, range(8)))
+            rounds = sum(pool.map(caption, range(8)))
         finally:
             stop.set()
-        assert all(job.result() > 0 for job in loading)
+        loaded = [job.result() for job in loading]
+    print(f"{rounds * 2 * len(paths)} images were captioned, {sum(loaded)} models loaded")
+    assert all(loaded)
     assert (sys.stdout, sys.stderr, torch.nn.Module.__call__, warnings.filters[:], torch.get_num_threads()) == before

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attncap.errors import UserError
-from attncap.evaluation import image_id, read_results
+from attncap.evaluation import image_id, read_results, summary
+from attncap.metrics import score
+from attncap.report import as_text
 from attncap.training.config import training_seed
 
 # Any JSON value, and values close to COCO's results.
@@ -72,3 +74,17 @@ def test_the_seed_of_a_models_training(trained, tmp_path):
         (tmp_path / "settings.json").write_text(broken)
         with pytest.raises(UserError, match=r"settings\.json: (not a whole JSON file|field \"(settings|seed)\")"):
             training_seed(tmp_path)
+
+
+def report_of(captions, references):
+    return as_text(summary(score(captions, references), captions, None, None))
+
+
+def test_the_report_says_why_cider_is_0():
+    for captions, references in (
+        ({"1": "a dog"}, {"1": ["a dog", "the dog"]}),  # one image, all of whose words are in every image's references
+        ({"1": "a dog", "2": "a dog"}, {"1": ["a dog"], "2": ["a dog"]}),
+        ({"1": "a cat", "2": "a dog"}, {"1": ["a dog"], "2": ["a cat"]}),
+    ):
+        assert "CIDEr is 0: no caption shares words with its references, apart from" in report_of(captions, references)
+    assert "CIDEr is 0" not in report_of({"1": "a dog", "2": "a cat"}, {"1": ["a dog"], "2": ["a cat"]})

@@ -6,6 +6,7 @@ attncap caption photo.jpg folder/ --model runs/shapes
 import contextlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Literal
 
 import tyro
 
-from attncap.cli import command
+from attncap.cli import command, process
 from attncap.data import Example, report_skipped
 from attncap.data.image_folders import find_images
 from attncap.data.readers import coco
@@ -49,13 +50,15 @@ def main(config: CaptionConfig) -> None:
     from tqdm import tqdm
 
     from attncap.captioner import Captioner, Ensemble
-    from attncap.captioning import caption_examples
+    from attncap.captioning import caption_examples, read_images
     from attncap.devices import find_device, find_workers
     from attncap.pictures import save_attention
 
     device = find_device(config.device)
     models = [Captioner.from_pretrained(folder, device=device, backend=config.backend) for folder in config.model]
     model = models[0] if len(models) == 1 else Ensemble(models)
+    if config.attention_dir is not None:
+        process.go_on_without_output()
     written = 0
     with tqdm(total=len(examples), desc="captioning", unit="image", leave=False) as bar:
         captioned = caption_examples(
@@ -70,17 +73,24 @@ def main(config: CaptionConfig) -> None:
             for example, captions in captioned:
                 for caption in captions:
                     if config.format == "text":
-                        tqdm.write(f"{example.name}: {caption.text}")
+                        tqdm.write(f"{process.escape_line(example.name)}: {process.escape_line(caption.text)}")
                     else:
                         score = caption.score if math.isfinite(caption.score) else None  # -inf: no word was allowed
                         line = {"image": example.name, "caption": caption.text, "score": score}
-                        tqdm.write(json.dumps(line, ensure_ascii=False))
+                        tqdm.write(json.dumps(line))  # ASCII: valid JSON in any encoding of the output
                 if config.attention_dir is not None:
-                    picture = Path(config.attention_dir) / f"{written:06d}-{example.path.stem}.png"
-                    save_attention(picture, [(example.image(), captions[0])])
+                    picture = Path(config.attention_dir) / picture_name(written, example.path)
+                    for _, image in read_images([example]):  # it may have gone since
+                        save_attention(picture, [(image, captions[0])])
                 written += 1
     if not written:
         raise UserError("none of the images could be read")
+
+
+def picture_name(number: int, image: Path) -> str:
+    """The name of a picture of the attention, short enough for every file system."""
+    stem = os.fsencode(image.stem)[:100].decode(errors="ignore")
+    return f"{number:06d}-{stem}.png"
 
 
 def find_examples(paths: Sequence[str]) -> list[Example]:

@@ -1,18 +1,19 @@
-"""What the commands share: reading their flags, and ending with one clear line when something is wrong."""
+"""What the commands share: how they read their flags, and the flags of those that caption."""
 
-import logging
 import os
+import shutil
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, NoReturn, TypeVar
 
 import tyro
 
+from attncap.cli import process
 from attncap.config import check_at_least
-from attncap.errors import UserError
 from attncap.search.config import SearchConfig
+
+MIN_COLUMNS = 40  # of a terminal; in a few columns, tyro never finishes --help
 
 Config = TypeVar("Config")
 
@@ -49,37 +50,24 @@ def run(
     description: str,
     prog: str,
     arguments: Sequence[str],
-) -> None:
+) -> NoReturn:
     """Run a command: read `arguments` into a dataclass, given as a class or as its defaults, and call `main` with it.
 
-    Ends the process with status 0 (success), 1 (the work failed), 2 (the call was wrong) or 130 (interrupted). An error
-    is one line on standard error; --debug adds the traceback.
+    Ends the process, see `process.run`; --debug adds the traceback of an error.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may not be valid text
-    logging.basicConfig(format="attncap: %(message)s")
-    default = {} if isinstance(config, type) else {"default": config}
-    kind = config if isinstance(config, type) else type(config)
-    try:
+
+    def work() -> None:
         # Flags of nested dataclasses are written without the names of those dataclasses.
         options = {"prog": prog, "description": description, "config": (tyro.conf.OmitArgPrefixes,)}
+        default = {} if isinstance(config, type) else {"default": config}
+        kind = config if isinstance(config, type) else type(config)
         parsed = tyro.cli(kind, args=arguments, **options, **default)
         from tqdm.contrib.logging import logging_redirect_tqdm  # --help does without
 
+        sys.stdout.escaped = True  # tyro's own output has colours
         with logging_redirect_tqdm():
             main(parsed)
-        status = 0
-    except KeyboardInterrupt:
-        print("attncap: interrupted", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:  # the reader of the output has gone, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    except Exception as error:  # whatever it is, the user gets one line
-        if "--debug" in arguments:
-            traceback.print_exc()
-        if isinstance(error, UserError):
-            message, status = str(error), error.status
-        else:
-            message, status = f"{type(error).__name__}: {error} (--debug shows where)", 1
-        print(f"attncap: error: {message}", file=sys.stderr)
-    sys.exit(status)
+
+    if shutil.get_terminal_size().columns < MIN_COLUMNS:
+        os.environ["COLUMNS"] = str(MIN_COLUMNS)
+    process.run(work, debug="--debug" in arguments)

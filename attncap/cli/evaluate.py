@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from attncap.cli import command
+from attncap.cli import command, process
 from attncap.errors import CallError
 from attncap.files import write_atomically
 
@@ -107,6 +107,8 @@ def main(config: EvaluateConfig) -> None:
             for name, d in differences.items()
         }
         report["difference"] = {"from": config.compare, "figures": metrics}
+    if config.output is not None:
+        process.go_on_without_output()
     print(as_text(report))
     if config.output is not None:
         images = {example.name: example.image for example in examples}

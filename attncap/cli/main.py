@@ -5,9 +5,9 @@ import importlib
 import io
 import re
 import sys
-from typing import NoReturn
 
-from attncap.errors import UserError
+from attncap.cli import process
+from attncap.errors import CallError
 from attncap.files import write_atomically
 
 COMMANDS = {
@@ -37,6 +37,14 @@ COMPLETION_FLAGS = ("--tyro-print-completion", "--tyro-write-completion")
 def main() -> None:
     """Run `attncap COMMAND OPTIONS`. Only the commands that need torch import it, which takes seconds."""
     name, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
+    if name in COMMANDS and not (arguments and arguments[0] in COMPLETION_FLAGS):
+        importlib.import_module(f"attncap.cli.{name}").run(f"attncap {name}", arguments)
+    else:
+        process.run(lambda: show(name, arguments))
+
+
+def show(name: str, arguments: list[str]) -> None:
+    """The help, the version or a script for a shell. Raises CallError for an unknown command."""
     if name in ("-h", "--help"):
         lines = [f"  {command:10}{text}" for command, text in COMMANDS.items()]
         print(HELP.format(commands="\n".join(lines)), end="")
@@ -46,17 +54,10 @@ def main() -> None:
         print(f"attncap {__version__}")
     elif name in COMPLETION_FLAGS:
         complete([name, *arguments])
-    elif name not in COMMANDS:
-        fail(f"no command {name!r}; choose one of {', '.join(COMMANDS)}")
-    elif arguments and arguments[0] in COMPLETION_FLAGS:
+    elif name in COMMANDS:
         complete(arguments)  # a shell has one script per program, so it covers all commands
     else:
-        importlib.import_module(f"attncap.cli.{name}").run(f"attncap {name}", arguments)
-
-
-def fail(message: str) -> NoReturn:
-    print(f"attncap: error: {message}", file=sys.stderr)
-    sys.exit(2)
+        raise CallError(f"no command {name!r}; choose one of {', '.join(COMMANDS)}")
 
 
 def complete(arguments: list[str]) -> None:
@@ -64,15 +65,14 @@ def complete(arguments: list[str]) -> None:
     --tyro-print-completion SHELL, or --tyro-write-completion SHELL FILE."""
     flag, *values = arguments
     if values[:1] not in (["bash"], ["zsh"], ["fish"]) or len(values) != 1 + (flag == "--tyro-write-completion"):
-        fail("give --tyro-print-completion SHELL or --tyro-write-completion SHELL FILE; SHELL is bash, zsh or fish")
+        raise CallError(
+            "give --tyro-print-completion SHELL or --tyro-write-completion SHELL FILE; SHELL is bash, zsh or fish"
+        )
     script = completion_script(values[0])
     if len(values) == 1:
         print(script)
     else:
-        try:
-            write_atomically(values[1], script)
-        except UserError as error:
-            fail(str(error))
+        write_atomically(values[1], script)
 
 
 def completion_script(shell: str) -> str:

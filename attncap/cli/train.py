@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-from attncap.cli import command
+from attncap.cli import command, process
 from attncap.training import recipes
 from attncap.training.config import TrainConfig, setting_paths
 
@@ -37,6 +37,7 @@ def main(prog: str, arguments: Sequence[str], config: TrainConfig) -> None:
     from attncap.training.run import train
     from attncap.training.signals import Stopped
 
+    process.go_on_without_output()
     with distributed.process_group(config.run.device) as device:
         try:
             train(config, device, given_settings(arguments))

@@ -39,9 +39,9 @@ def open_image(source: str | os.PathLike | bytes | BinaryIO | Image.Image | np.n
     Several threads may call this at once, because it changes no global state. For the same reason it does not silence
     Pillow's warnings about odd metadata.
     """
+    name = check_source(source)
     if isinstance(source, np.ndarray):
-        return to_rgb(_from_array(source))
-    name = _name(source)
+        return to_rgb(Image.fromarray(source))
     try:
         if isinstance(source, Image.Image):
             return _upright_rgb(source)
@@ -67,16 +67,15 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     return to_rgb(ImageOps.exif_transpose(image))
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
-    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
-    if not is_image or array.dtype != np.uint8 or array.size == 0:
-        found = f"{str(array.dtype)[:60]} {list(array.shape)}"
-        raise CallError(f"image of {found}: an array must be uint8 [H, W, 3] (RGB), [H, W, 4] (RGBA) or [H, W] (grey)")
-    return Image.fromarray(array)
-
-
-def _name(source: object) -> str:
-    """The name of the image in error messages. Raises CallError for anything that cannot be an image."""
+def check_source(source: object) -> str:
+    """The name of the image in error messages. Raises CallError for anything that `open_image` does not take."""
+    if isinstance(source, np.ndarray):
+        found = f"{str(source.dtype)[:60]} {list(source.shape)}"
+        is_image = source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))
+        if not is_image or source.dtype != np.uint8 or source.size == 0:
+            expected = "uint8 [H, W, 3] (RGB), [H, W, 4] (RGBA) or [H, W] (grey)"
+            raise CallError(f"image of {found}: an array must be {expected}")
+        return f"image of {found}"
     if isinstance(source, str | os.PathLike):
         return str(source)
     if isinstance(source, bytes | bytearray | memoryview):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
+from collections.abc import Iterable
 
 # Abbreviations: their dot is part of the token. After any other word, a dot is a full stop.
 _ABBREVIATIONS = r"""
@@ -25,10 +26,12 @@ _ABBREVIATIONS = r"""
 _CAPITAL_ABBREVIATIONS = "Ark Conn Del Ill La Mass Miss Ore Pa Tex Va Wash".split()
 _NUMBER_ABBREVIATIONS = "art ca fig figs no nos op pp prop".split()  # as in "no. 5"
 
-# Combining marks may follow a letter: accents in NFD, vowel signs of Indic scripts.
-_MARKS = "".join(chr(c) for c in range(0x300, 0xE00) if unicodedata.category(chr(c))[0] == "M")
-_LETTER = rf"(?:[^\W\d_][{_MARKS}]*)"
-_ALNUM = rf"(?:[^\W_][{_MARKS}]*)"
+# Combining marks, as ranges of characters. They belong to the letter before them: accents in NFD, vowel signs of Hindi,
+# Thai, Khmer and so on.
+_CATEGORIES = "".join(unicodedata.category(chr(c))[0] for c in range(0x10000))
+_MARKS = "".join(f"{chr(run.start())}-{chr(run.end() - 1)}" for run in re.finditer("M+", _CATEGORIES))
+_LETTER = rf"(?:[^\W\d_][{_MARKS}\u200d]*)"
+_ALNUM = rf"(?:[^\W_][{_MARKS}\u200d]*)"
 
 _TOKEN = re.compile(
     rf"""
@@ -73,14 +76,24 @@ _RESPELLED = str.maketrans(
         "\u2019": "'", "\u2018": "`", "\u201c": '"', "\u201d": '"', "«": '"', "»": '"',
         "\u2012": "--", "\u2013": "--", "\u2014": "--", "\u2015": "--", "…": " ... ", "\u00ad": None,
         "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "£": "# ", "€": "$", "¢": " cents ",
+        **dict.fromkeys([*range(0x20D0, 0x2100), *range(0xFE00, 0xFE10)]),  # marks around symbols, variants of glyphs
     }
 )  # fmt: skip
-# Java's tokenizer skips control characters, joiners, private-use characters, and all above U+FFFF, such as emoji.
+# Java's tokenizer skips control characters, joiners, private-use characters, and all above U+FFFF, such as emoji. Here
+# a joiner stays after a mark: it is part of the spelling of Sinhala and other Indic scripts.
 _SKIPPED = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202f\u2039\u203a\u203c\u203d\u2045-\u206f\u20d0-\u20ff\ue000-\uf8ff\ufe00-\ufe6f"
-    "\ufefd-\uff00\ufff0-\uffff\U00010000-\U0010ffff]+"
+    "[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202f\u2039\u203a\u203c\u203d\u2045-\u206f\ue000-\uf8ff"
+    rf"\ufe10-\ufe1f\ufe30-\ufe6f\ufefd-\uff00\ufff0-\uffff\U00010000-\U0010ffff](?<![{_MARKS}]\u200d)"
 )
 _DROPPED = frozenset([*"'\"`.?!,:-;", "--", "---", "----"])
+
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer; Chinese characters, kana and bopomofo.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+    "\u3005-\u3007\u3040-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+)
+_CHARACTER = re.compile(rf"[{_UNSPACED}][{_MARKS}]*|[^{_UNSPACED}]+")
+_SPACE_BETWEEN = re.compile(rf"[{_UNSPACED}][\s\u200b]+(?=[{_UNSPACED}])")
 
 
 def tokenize(text: str) -> list[str]:
@@ -92,8 +105,25 @@ def tokenize(text: str) -> list[str]:
     `(555) 555-1234` with a no-break space, which every metric of coco-caption but ROUGE-L treats as a space; here they
     are two words. Brackets become `-lrb-` and so on and are kept, because coco-caption's list has them in capitals.
 
+    One difference is on purpose: a combining mark never ends a word here. Java cuts words at most of the vowel signs of
+    Khmer, Burmese, Tibetan, Sinhala, Kannada and others, and drops the signs. Neither splits a run of letters without
+    spaces: see `characters`.
+
     The vocabulary and the metrics both use this function, so that a model is scored in the words it has learned.
     """
     tokens = _TOKEN.findall(_SKIPPED.sub(" ", html.unescape(text).translate(_RESPELLED)).strip())
     kept = [_BRACKETS.get(token, token) for token in tokens if token not in _DROPPED]
     return " ".join(kept).replace("(", "-lrb-").replace(")", "-rrb-").lower().split()
+
+
+def characters(words: Iterable[str]) -> list[str]:
+    """The words, with those in scripts without spaces between words cut into characters: a letter and its marks."""
+    return [character for word in words for character in _CHARACTER.findall(word)]
+
+
+def lacks_spaces(captions: Iterable[str]) -> bool:
+    """Whether captions are in a script without spaces between words, and have not been split into words by spaces: most
+    of their characters are in such a script, and spaces between these are fewer than one in ten."""
+    text = ".".join(captions)
+    count = sum(map(len, re.findall(f"[{_UNSPACED}]+", text)))
+    return count > max(len(text) / 2, 10 * len(_SPACE_BETWEEN.findall(text)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from attncap.errors import CallError, UserError
 from attncap.files import read_json, write_atomically
 
 MAX_FILE = 16 * 2**20  # bytes of a vocabulary: about a million words
+
+# Of Chinese and Japanese, and the dot between Tibetan syllables.
+UNSPACED_PUNCTUATION = re.compile(" ?([\u0f0b\u3001-\u3003\u3008-\u301f\uff01-\uff0f\uff1a-\uff20]) ?")
 
 
 class Vocabulary:
@@ -87,8 +91,13 @@ class Vocabulary:
         return self.text(words)
 
     def text(self, words: Sequence[str]) -> str:
-        """The words, or the words that the pieces spell, separated by spaces."""
-        return " ".join(words if self.merges is None else subwords.spell(words))
+        """The words, or the words that the pieces spell, separated by spaces, except at punctuation of scripts that are
+        written without them: 狗，猫。"""
+        return UNSPACED_PUNCTUATION.sub(r"\1", " ".join(self.spell(words)))
+
+    def spell(self, words: Sequence[str]) -> list[str]:
+        """The words, or the words that the pieces spell."""
+        return list(words) if self.merges is None else subwords.spell(words)
 
     def suppress(self, words: Iterable[str]) -> list[int]:
         """Ids of words, or pieces, that captions must not contain. Raises CallError for `<end>`, which captions need,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy import ndarray
 
-from attncap.data.tokenizer import tokenize
+from attncap.data.tokenizer import characters, lacks_spaces, tokenize
 from attncap.errors import UserError
 from attncap.metrics import java
 from attncap.metrics.bleu import bleu, bleu_statistics
@@ -34,6 +34,8 @@ class Scores:
     """The counts from which METEOR is computed, [I,23], see `meteor_statistics`; None without METEOR."""
     skipped: dict[str, str] = field(default_factory=dict)
     """The reason for each metric that was requested and failed."""
+    by_characters: bool = False
+    """Whether the words that are compared are characters, see `score`."""
 
     def corpus(self) -> dict[str, float]:
         """The metrics of the whole corpus. BLEU and METEOR are computed from the sums of their counts; the others are
@@ -64,6 +66,9 @@ def score(
     The metrics are BLEU-1 to BLEU-4 and ROUGE-L (0 to 1) and CIDEr (0 to 10), which is CIDEr-D as in coco-caption.
     `java_metrics` adds "METEOR" or "SPICE" (0 to 1); one that fails is skipped with a warning.
 
+    The words are those of `tokenize`. Where the references are in a script without spaces between words, such as
+    Chinese or Thai, and have none, its characters are compared instead: otherwise a whole clause would be one word.
+
     Both mappings are keyed by image and must have the same images. Raises UserError if there are no captions, or if an
     image has a caption but no references, or references but no caption.
     """
@@ -77,8 +82,11 @@ def score(
         raise UserError(f"{count} images with references have no caption, e.g. image {first}")
     words = [tokenize(caption) for caption in predictions.values()]
     refs = [[tokenize(caption) for caption in references[name]] for name in predictions]
+    by_characters = lacks_spaces(caption for name in predictions for caption in references[name])
+    if by_characters:
+        words, refs = list(map(characters, words)), [list(map(characters, captions)) for captions in refs]
     by_image = {"ROUGE-L": np.array(rouge_l(words, refs)), "CIDEr": cider(words, refs)}
-    scores = Scores(list(predictions), bleu_statistics(words, refs), by_image)
+    scores = Scores(list(predictions), bleu_statistics(words, refs), by_image, by_characters=by_characters)
     for name in java_metrics:
         try:
             if name == "METEOR":

@@ -36,6 +36,6 @@ class SoftAttention(nn.Module):
         -> context [N,D] and attention weights [N,P]."""
         query = self.query(h).unflatten(0, (len(features), -1)).unsqueeze(2)  # [B,K,1,A]
         scores = ACTIVATIONS[self.activation](keys.unsqueeze(1) + query) @ self.score_weight  # [B,K,P]
-        weights = scores.softmax(dim=2)
+        weights = scores.softmax(dim=2, dtype=scores.dtype)  # on CUDA, autocast would otherwise make it float32
         context = (weights @ features).flatten(0, 1)
         return torch.sigmoid(self.gate(h)) * context, weights.flatten(0, 1)

@@ -46,13 +46,15 @@ class Encoder(nn.Module):
         if weights != "none":
             _load(self.backbone, name, weights, known)
         self.backbone.to(memory_format=torch.channels_last)
-        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1), persistent=False)
+        mean, std = torch.tensor([preprocessing.mean, preprocessing.std], dtype=torch.float32).view(2, 3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        dtype = next(self.backbone.parameters()).dtype
         try:
-            self.backbone(images.contiguous(memory_format=torch.channels_last))
+            self.backbone(images.to(dtype, memory_format=torch.channels_last))
         except _Reached as reached:
             features = reached.output  # [B,D,rows,columns]
         if self.grid is not None:

@@ -56,11 +56,12 @@ def teacher_forcing(decoder: LSTMDecoder, features: Tensor, tokens: Tensor, leng
     # `predicted` ones are those within their row's length: 7 of the 10.
     longest, order = lengths.view(B, K).amax(dim=1).sort(descending=True, stable=True)
     batch_sizes = [int((longest > t).sum()) for t in range(longest[0])]  # images in each step
-    if not order.equal(torch.arange(B)):
+    if not order.equal(torch.arange(B, device="cpu")):
         features = features[order.to(device)]
-    rows = (order.unsqueeze(1) * K + torch.arange(K)).flatten()  # of tokens, in the sorted order
+    rows = (order.unsqueeze(1) * K + torch.arange(K, device="cpu")).flatten()  # of tokens, in the sorted order
     rows_of_steps = torch.cat([rows[: K * b] for b in batch_sizes])
-    steps = torch.arange(len(batch_sizes)).repeat_interleave(K * torch.tensor(batch_sizes))
+    rows_per_step = K * torch.tensor(batch_sizes, device="cpu")
+    steps = torch.arange(len(batch_sizes), device="cpu").repeat_interleave(rows_per_step)
     [predicted] = (lengths[rows_of_steps] > steps).nonzero(as_tuple=True)
     rows_of_steps, steps = torch.stack([rows_of_steps, steps]).to(device)
     predicted = predicted.to(device)
@@ -90,7 +91,7 @@ def forward(decoder: LSTMDecoder, features: Tensor, tokens: Tensor) -> tuple[Ten
     """`LSTMDecoder.forward` by `teacher_forcing`: logits [N,T,V], attention [N,T,P]."""
     check_features(features, decoder.feature_size)
     N, T = tokens.shape
-    output = teacher_forcing(decoder, features, tokens, torch.full((N,), T))
+    output = teacher_forcing(decoder, features, tokens, torch.full((N,), T, device="cpu"))
     return unpack(decoder.word_output(output.outputs), output, N, T), unpack(output.attention, output, N, T)
 
 

@@ -133,10 +133,10 @@ class _AttentionLstm(torch.autograd.Function):
         # For each of the M rows, the indices that the gradients below need. They are moved to the device before the
         # loop: after it, the copy would have to wait for the GPU.
         (B, P, D), K, T = features.shape, _rows_per_image(h, features), len(ctx.batch_sizes)
-        rows_per_step = K * torch.tensor(ctx.batch_sizes)
+        rows_per_step = K * torch.tensor(ctx.batch_sizes, device="cpu")
         starts = rows_per_step.cumsum(0) - rows_per_step
-        step = torch.arange(T).repeat_interleave(rows_per_step)
-        row = torch.arange(len(step)) - starts[step]
+        step = torch.arange(T, device="cpu").repeat_interleave(rows_per_step)
+        row = torch.arange(len(step), device="cpu") - starts[step]
         previous = torch.where(step == 0, row, len(h) + starts[step - 1] + row)  # of the incoming h in [h, next_h]
         image = row // max(K, 1)
         padded = image * T * K + step * K + row % max(K, 1)  # in [B, T, K], where shorter images have padding

@@ -36,7 +36,7 @@ def _load(device_type: str) -> str | None:
         if not FOLDER.is_dir():
             return "the package was not built; run `pip install .` in its source directory"
         reason = _build_record().get("cuda_left_out", f"{path} does not exist")
-        return f"it was not built ({reason}); install nvcc, then run `pip install .` again"
+        return f"it was not built ({reason}); with a working nvcc, run `pip install .` again"
     try:
         torch.ops.load_library(path)
     except OSError as error:

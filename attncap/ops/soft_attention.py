@@ -81,7 +81,7 @@ def soft_attention_reference(
         score = score.masked_fill(~mask.unsqueeze(1), -torch.inf)
         # If all cells of an image are masked, any finite score will do: its weights are set to 0 below.
         score = score.masked_fill(~mask.any(1)[:, None, None], 0)
-    weights = score.softmax(-1)
+    weights = score.softmax(-1, dtype=score.dtype)  # on CUDA, autocast would otherwise make it float32
     if mask is not None:
         weights = weights.masked_fill(~mask.unsqueeze(1), 0)
     context = (weights @ features).reshape(N, features.shape[2])

@@ -36,7 +36,7 @@ class SearchConfig:
     Must divide the beam size (Vijayakumar et al. 2016)."""
     diversity: float = 0.5
     """Diverse beam search: amount subtracted from a score for each beam of an earlier group that chose the same word in
-    that step. It stays in the score. <end> does not count as a word, so groups may end with the same caption."""
+    that step; above 0. It stays in the score. <end> does not count as a word, so groups may find the same caption."""
     top_k: int = 0
     """sample: draw only from this many of the most likely words. 0: from all words."""
     top_p: float = 1.0
@@ -72,6 +72,8 @@ class SearchConfig:
             raise CallError(f"groups={self.groups}: must divide beam_size={self.beam_size}")
         if self.groups > 1 and self.method == "sample":
             raise CallError(f"groups={self.groups}: method='sample' has no groups; leave out one of the two")
+        if self.groups > 1 and self.diversity == 0:
+            raise CallError(f"diversity=0: all {self.groups} groups would find the same captions; leave out groups")
         if not 1e-3 <= self.temperature <= 1e3:
             raise CallError(f"temperature={self.temperature}: must be from 0.001 to 1000")
         if not 0 < self.top_p <= 1:

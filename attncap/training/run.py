@@ -2,16 +2,21 @@
 
 import dataclasses
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from attncap.captioner import Captioner
+from attncap.captioning import read_images
 from attncap.data import Splits, open_dataset
+from attncap.data.dataset import one_line
+from attncap.data.tokenizer import lacks_spaces
 from attncap.data.vocabulary import Vocabulary
 from attncap.devices import find_workers
 from attncap.errors import CallError, UserError
@@ -24,6 +29,8 @@ from attncap.training import checkpoint, distributed
 from attncap.training.config import TrainConfig
 from attncap.training.trainer import Trainer
 from attncap.versions import versions
+
+log = logging.getLogger("attncap")
 
 
 def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()) -> None:
@@ -115,6 +122,8 @@ def find_vocabulary(config: TrainConfig, captions: Sequence[str]) -> Vocabulary:
     CallError and UserError."""
     path = config.data.vocabulary
     if path is None:
+        if distributed.is_main() and not config.data.subwords and lacks_spaces(captions):
+            log.warning("the captions have no spaces between words, so each clause is one word; use --subwords 4000")
         return Vocabulary.build(captions, config.data.min_count, config.data.subwords)
     if not Path(path).is_file():
         raise CallError(f"{path}: no such vocabulary file")
@@ -147,10 +156,10 @@ def evaluate_test_split(
     write_atomically(output / "results.json", json.dumps(results(captions), indent=1) + "\n")
     report = summary(scores, captions, model.vocabulary, training)
     print(f"test split, beam size {config.search.beam_size}\n{as_text(report)}")
-    names = list(captions)[:4]
-    images = [example.image() for example in splits["test"] if example.name in names]
+    read = list(islice(read_images(example for example in splits["test"] if example.name in captions), 4))
+    images = [image for _, image in read]
     shown = model.caption(images, dataclasses.replace(config.search, n_best=1))
-    for name, caption in zip(names, shown, strict=True):
-        print(f"{name}: {caption.text}")
-    save_attention(output / "attention.png", list(zip(images, shown, strict=True)))
-    print(f"picture of the attention: {output / 'attention.png'}")
+    for (example, _), caption in zip(read, shown, strict=True):
+        print(f"{one_line(example.name)}: {one_line(caption.text)}")
+    if images:
+        save_attention(output / "attention.png", list(zip(images, shown, strict=True)))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attncap.data.tokenizer import tokenize
+from attncap.data.tokenizer import characters, lacks_spaces, tokenize
 from attncap.data.vocabulary import Vocabulary
 from attncap.metrics.cider import CiderD
 from attncap.models.decoder import Decoder
@@ -27,7 +27,7 @@ class SelfCritical:
     The reward is CIDEr-D against all of the image's captions, with the document frequencies of the training split.
     <end> counts as a word in samples and references: otherwise a caption would lose nothing by stopping at "a man in
     a", since its n-grams are also those of a longer caption. <unk> is a word that no reference contains. Subwords are
-    joined into the words that they spell.
+    joined into the words that they spell; captions without spaces between words are compared by characters.
 
     Args:
         vocabulary: that of the model.
@@ -42,17 +42,18 @@ class SelfCritical:
         self.pieces[Vocabulary.UNK] = "\ufffd"  # in no reference: the tokenizer drops it
         self.ids: defaultdict[str, int] = defaultdict()
         self.ids.default_factory = self.ids.__len__  # a new word gets the next number
+        self.by_characters = lacks_spaces(caption for of_image in captions for caption in of_image)
         self.cider = CiderD([[[*self.encode(tokenize(c)), END] for c in of_image] for of_image in captions])
 
     def encode(self, words: Sequence[str]) -> list[int]:
-        return [self.ids[word] for word in words]
+        return [self.ids[word] for word in (characters(words) if self.by_characters else words)]
 
     def rewards(self, tokens: Tensor, images: Sequence[int]) -> Tensor:
         """CIDEr-D, float64 [N], of samples int64 [N,T]; `images` are their training images, by index."""
         captions = []
         for row in tokens[:, 1:].tolist():
             pieces = [self.pieces[token] for token in row if token > Vocabulary.END]
-            caption = self.encode(self.vocabulary.text(pieces).split())
+            caption = self.encode(self.vocabulary.spell(pieces))
             captions.append([*caption, END] if Vocabulary.END in row else caption)
         return torch.from_numpy(self.cider.score(captions, images))
 

@@ -240,7 +240,8 @@ __global__ void __launch_bounds__(kThreads)
   Pack<acc_t, width> score_weight{}, score_weight_grad{};
   if (has_channel) score_weight = load<width>(params.score_weight + block.channel, block.channel_count, aligned);
 
-  for (int64_t k = 0; k < K; k += rows) {
+  int64_t k = 0;
+  do {  // once without any rows: keys_grad is 0 then
     const int64_t first_row = b * K + k, row_count = K - k < rows ? K - k : rows;
     Pack<acc_t, width> query_grads[rows] = {};
     for (int64_t p = block.first_cell; has_channel && p < P; p += block.cell_step) {
@@ -273,7 +274,7 @@ __global__ void __launch_bounds__(kThreads)
       sum_over_groups(query_grads[row], columns, scratch, block, A,
                       [&](int64_t a, acc_t sum) { params.query_grad[(first_row + row) * A + a] = sum; });
     }
-  }
+  } while ((k += rows) < K);
   if (!params.keys_grad) return;
   sum_over_groups(score_weight_grad, columns, scratch, block, A,
                   [&](int64_t a, acc_t sum) { params.score_weight_grad[b * A + a] = sum; });

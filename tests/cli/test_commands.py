@@ -8,6 +8,7 @@ from conftest import TINY, make_flickr8k
 from PIL import Image
 from pycocotools.coco import COCO
 
+from attncap import Captioner
 from attncap.data.vocabulary import Vocabulary
 
 
@@ -84,6 +85,26 @@ def test_broken_images_are_skipped(attncap, trained, broken_images):
     (broken_images / "tiny.png").unlink()
     status, out, err = attncap("caption", broken_images, "--model", trained, "--workers", 0)
     assert status == 1 and out == "" and "none of the images could be read" in one_line(err)
+
+
+def test_pictures_of_attention_do_not_end_captioning(attncap, trained, flickr8k, tmp_path, monkeypatch):
+    """An image that goes while it is captioned has no picture; a name as long as file systems allow is cut."""
+    images = [tmp_path / "gone.png", tmp_path / f"{'é' * 125}.png"]
+    for image in images:
+        Image.open(flickr8k / "Images" / "001.png").save(image)
+    caption_batch = Captioner.caption_batch
+
+    def remove(*arguments):
+        images[0].unlink()
+        return caption_batch(*arguments)
+
+    monkeypatch.setattr(Captioner, "caption_batch", remove)
+    arguments = [*images, "--model", trained, "--workers", 0, "--attention-dir", tmp_path / "attention"]
+    status, out, err = attncap("caption", *arguments)
+    assert status == 0 and len(out.splitlines()) == 2
+    assert err.count("skipped: ") == 1 and f"skipped: {images[0]}: " in err
+    [picture] = (tmp_path / "attention").iterdir()
+    assert picture.name == f"000001-{'é' * 50}.png" and Image.open(picture).width > 500
 
 
 def test_evaluate_a_model(attncap, trained, flickr8k, tmp_path):

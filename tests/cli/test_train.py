@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,10 @@ from safetensors.torch import load_file
 from attncap import Captioner
 from attncap.cli.train import given_settings, resume_command
 from attncap.config import ModelConfig
+from attncap.data import Example, ImageError
 from attncap.data.vocabulary import Vocabulary
+from attncap.training.config import RunConfig, TrainConfig
+from attncap.training.run import evaluate_test_split
 
 
 def test_training_learns_what_is_in_the_pictures(trained, flickr8k):
@@ -186,6 +190,32 @@ def test_a_loss_that_is_not_finite_stops_the_run(attncap, flickr8k, tmp_path):
     arguments = ["--data", flickr8k, "--output", tmp_path / "run", *TINY, "--learning-rate", 1e30, "--clip-norm", 1e30]
     status, _, err = attncap("train", *arguments)
     assert status == 1 and "try a new run with a lower learning rate" in err and "Traceback" not in err
+
+
+def test_test_images_that_go_after_they_were_scored(trained, flickr8k, tmp_path, capsys):
+    """They have no pictures; the run ends as it should, also if there is nothing to draw."""
+
+    class ReadOnce(Example):
+        def image(self):
+            if self.name in read:
+                raise ImageError(self.name, "gone")
+            read.add(self.name)
+            return super().image()
+
+    paths = sorted((flickr8k / "Images").iterdir())[:6]
+    config = TrainConfig(run=RunConfig(workers=0))
+    for kinds, shown in (([ReadOnce, Example] * 3, 3), ([ReadOnce] * 6, 0)):
+        read, output = set(), tmp_path / str(shown)
+        shutil.copytree(trained, output)
+        (output / "attention.png").unlink()
+        test = [kind(path.name, ("a picture",), path) for kind, path in zip(kinds, paths, strict=True)]
+        evaluate_test_split(config, {"test": test}, ["a picture"], output, torch.device("cpu"))
+        lines = capsys.readouterr().out.splitlines()
+        assert [path.name for path in paths if any(line.startswith(f"{path.name}: ") for line in lines)] == [
+            example.name for example in test if type(example) is Example
+        ]
+        assert (output / "attention.png").exists() == bool(shown)
+        assert len(json.loads((output / "results.json").read_text())) == 6
 
 
 @pytest.mark.slow

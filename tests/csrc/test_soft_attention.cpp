@@ -374,6 +374,7 @@ int main() {
   // {B, K, P, D, A}: below, at and above the sizes of a vector, a warp, a tile of cells, a block and a block's rows
   test_sizes<float>("float32", 1e-5,
                     {{1, 1, 1, 1, 1},
+                     {2, 0, 7, 8, 5},
                      {2, 3, 7, 8, 5},
                      {1, 1, 49, 33, 100},
                      {3, 2, 8, 64, 64},
@@ -383,7 +384,7 @@ int main() {
                      {1, 1, 197, 65, 33},
                      kCellsInParts});
   test_sizes<double>("float64", 1e-12, {{2, 3, 7, 8, 5}, {1, 2, 33, 65, 100}, {1, 11, 3, 4, 6}, kCellsInParts});
-  test_sizes<bfloat16>("bfloat16", 0.02, {{2, 3, 7, 8, 5}, {1, 2, 33, 65, 100}, {2, 6, 9, 72, 16}, kCellsInParts});
+  test_sizes<bfloat16>("bfloat16", 0.02, {{3, 0, 9, 72, 16}, {2, 3, 7, 8, 5}, {1, 2, 33, 65, 100}, {2, 6, 9, 72, 16}, kCellsInParts});
   test_sizes<float16>("float16", 0.002, {{2, 3, 7, 8, 5}, {1, 2, 33, 65, 100}, {2, 6, 9, 72, 16}, kCellsInParts});
   test_many_cells();
   test_large_scores();

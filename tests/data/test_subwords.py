@@ -6,9 +6,11 @@ import sys
 from collections import Counter
 
 import pytest
+from conftest import COLORS, TINY, make_flickr8k
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attncap import Captioner
 from attncap.data import subwords
 from attncap.data.tokenizer import tokenize
 from attncap.data.vocabulary import Vocabulary
@@ -144,3 +146,39 @@ def test_the_error_for_a_word_that_is_no_piece_names_the_piece(vocabulary):
     assert vocabulary.suppress(["▁hunde"]) == [vocabulary.words.index("▁hunde")]
     with pytest.raises(CallError, match="'hunde' cannot be suppressed.*; '▁hunde' is"):
         vocabulary.suppress(["hunde"])
+
+
+UNSPACED = {  # names of colours, and captions
+    "zh": (("红", "绿", "蓝"), ("一张{}色的图片。", "这张图片，全是{}色的。")),
+    "th": (("แดง", "เขียว", "น้ำเงิน"), ("รูปภาพสี{}", "ภาพนี้เป็นสี{}ทั้งหมด")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", UNSPACED)
+def test_captions_without_spaces_between_words(attncap, tmp_path, language):
+    """A model of subwords writes them as they are in the training data, and CIDEr compares their characters."""
+    data, (names, sentences) = make_flickr8k(tmp_path / "data"), UNSPACED[language]
+    captions = [[sentence.format(name) for sentence in sentences] for name in names]
+    lines = [f"{i:03d}.png,{caption}" for i in range(60) for caption in captions[i % len(COLORS)]]
+    (data / "captions.txt").write_text("\n".join(["image,caption", *lines]), encoding="utf-8")
+    output = tmp_path / "run"
+    run = ("train", "--data", data, "--output", output, *TINY, "--epochs", 8)
+    status, out, _ = attncap(*run, "--subwords", 60)
+    assert status == 0 and "so words are characters in all figures" in out
+    scores = json.loads((output / "test.json").read_text())
+    assert scores["CIDEr"] > 5 and scores["BLEU-4"] > 0.9
+    found = Captioner.from_pretrained(output).caption(sorted((data / "Images").iterdir())[:6])
+    assert all(caption.text in captions[i % 3] for i, caption in enumerate(found))
+
+
+def test_vocabularies_of_clauses_are_reported(tmp_path, caplog):
+    """Without subwords."""
+    from attncap.training.config import DataConfig, TrainConfig
+    from attncap.training.run import find_vocabulary
+
+    find_vocabulary(TrainConfig(data=DataConfig(path="zh")), ["一张红色的图片。"])
+    assert "have no spaces between words, so each clause is one word; use --subwords 4000" in caplog.text
+    caplog.clear()
+    find_vocabulary(TrainConfig(data=DataConfig(path="zh")), ["一张 红色 的 图片 。", "a red picture"])
+    assert not caplog.text

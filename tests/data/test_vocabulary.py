@@ -4,6 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from attncap.data.tokenizer import tokenize
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import CallError, UserError
 
@@ -157,3 +158,16 @@ def test_any_file_is_a_vocabulary_or_refused(tmp_path, data):
         assert str(error).startswith(str(path)) and "\n" not in str(error)
     else:
         assert vocabulary.words[:4] == SPECIALS and vocabulary.encode("a man ab", 9)[-1] == Vocabulary.END
+
+
+def test_punctuation_of_scripts_without_spaces():
+    """Stands without spaces, and the text is split into the same words."""
+    for caption, text in (
+        ("一只 黑狗 ， 在 草地 。", "一只 黑狗，在 草地。"),
+        ("「黒い犬」が走る！", "「黒い犬」が走る！"),
+        ("བོད་ཡིག", "བོད་ཡིག"),
+        ("a dog, black.", "a dog black"),
+    ):
+        vocabulary = Vocabulary.build([caption], 1)
+        assert vocabulary.text(tokenize(caption)) == text
+        assert tokenize(text) == tokenize(caption)

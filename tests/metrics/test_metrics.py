@@ -8,7 +8,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from attncap.data.tokenizer import tokenize
+from attncap.data.tokenizer import characters, tokenize
 from attncap.errors import UserError
 from attncap.metrics import score
 from attncap.metrics.bleu import bleu, bleu_statistics
@@ -109,6 +109,31 @@ def test_perfect_captions():
     other = "two green triangles stand above one yellow cross"
     scores = score({"1": caption, "2": other}, {"1": [caption], "2": [other]})
     assert scores.corpus() == pytest.approx({**dict.fromkeys(BLEU, 1), "ROUGE-L": 1, "CIDEr": 10})
+
+
+def test_captions_without_spaces_between_words():
+    """Characters are compared, as pycocoevalcap does if they are separated; with spaces, words are."""
+    cases = {
+        "1": ("一只黑狗在跑。", ["一只黑狗在草地上跑。", "黑色的狗跑"]),
+        "2": ("一只猫，睡觉", ["一只猫在椅子上睡觉", "白猫"]),
+        "3": ("两个人", ["三个人在玩iPad"]),
+    }
+    spread = {
+        key: (" ".join(characters(tokenize(caption))), [" ".join(characters(tokenize(ref))) for ref in refs])
+        for key, (caption, refs) in cases.items()
+    }
+    assert spread["1"][0] == "一 只 黑 狗 在 跑 。" and spread["3"][1] == ["三 个 人 在 玩 ipad"]
+    found = score(
+        {key: caption for key, (caption, _) in cases.items()}, {key: refs for key, (_, refs) in cases.items()}
+    )
+    assert found.by_characters and found.corpus() == pytest.approx(official(spread)[0], rel=0, abs=1e-9)
+    assert found.corpus()["CIDEr"] > 1
+    check(
+        {
+            "1": ("一只 黑狗 在 跑 。", ["一只 黑狗 在 草地 上 跑 。"]),
+            "2": ("หมา สี ดำ", ["หมา สี ดำ วิ่ง บน หญ้า", "ผู้ชาย ขี่ ม้า"]),
+        }
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@ compares both with the equations of the paper.)"""
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from attncap.ops import attention_lstm, attention_lstm_reference
+from attncap.models.attention import SoftAttention
+from attncap.ops import attention_lstm, attention_lstm_reference, soft_attention_reference
 
 B, K, P, D, A, H = 4, 2, 5, 6, 3, 4
 BATCH_SIZES = (3, 3, 2, 1)  # the last image has no tokens
@@ -142,6 +144,25 @@ def test_autocast(device, op):
         torch.testing.assert_close(actual, true)
     sum(x.float().square().sum() for x in outputs).backward()
     assert all(tensor.grad.dtype == torch.float32 for tensor in inputs.values())
+
+
+def test_autocast_of_cuda_without_a_gpu():
+    """On tensors that have only shapes: CUDA's autocast makes other operations float32 than the CPU's."""
+    with FakeTensorMode() as mode:
+        inputs = [mode.from_tensor(x.detach()).to("cuda", torch.float32) for x in make_inputs().values()]
+        features, keys, *_, score_weight = inputs
+        with torch.device("cuda"):
+            gate, h, module = torch.empty(B * K, D), torch.empty(B * K, H), SoftAttention(D, H, A, "tanh")
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            outputs = [
+                *attention_lstm_reference(*inputs, batch_sizes=BATCH_SIZES),
+                *soft_attention_reference(features, keys, gate[:, :A], score_weight, gate=gate),
+                *module(features, keys, h),
+            ]
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert {x.dtype for x in outputs} == {torch.get_autocast_dtype("cuda")}
 
 
 def test_opcheck(device):

@@ -227,7 +227,7 @@ def test_options_together(backend, data):
         no_repeat_ngram=data.draw(st.integers(0, 3)),
         temperature=data.draw(st.sampled_from([0.6, 1.0, 1.7])),
         n_best=data.draw(st.integers(1, K)),
-        diversity=data.draw(st.sampled_from([0.0, 0.4, 3.0])),
+        diversity=data.draw(st.sampled_from([0.1, 0.4, 3.0])),
     )
     check_search(
         config,
@@ -447,6 +447,7 @@ def test_an_image_that_is_no_number_is_named(device, backend, method, value, end
         (dict(temperature=math.nan), "temperature=nan: must be from 0.001 to 1000"),
         (dict(top_p=0.0), "top_p=0.0: must be above 0 and at most 1"),
         (dict(top_p=1.1), "top_p=1.1: must be above 0 and at most 1"),
+        (dict(beam_size=6, groups=3, diversity=0), "diversity=0: all 3 groups would find the same captions"),
         (dict(diversity=-0.5), "diversity=-0.5: must be at least 0"),
         (dict(diversity=math.nan), "diversity=nan: must be at least 0"),
         (dict(no_repeat_ngram=-1), "no_repeat_ngram=-1: must be at least 0"),

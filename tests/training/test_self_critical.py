@@ -160,6 +160,17 @@ def test_subwords_count_as_the_words_they_spell():
     assert found.item() == pytest.approx(expected.item()) and found.item() > 2
 
 
+def test_captions_without_spaces_count_as_characters():
+    vocabulary = Vocabulary([*Vocabulary.SPECIALS, "▁", "黑", "狗跑", "。"], merges=["狗 跑"])
+    scst = SelfCritical(vocabulary, [["黑狗在草地上跑。"], ["一只猫，白猫"]], 2, 6)
+    spaced = SelfCritical(
+        Vocabulary([*Vocabulary.SPECIALS, *"黑狗跑。"]), [["黑 狗 在 草 地 上 跑 。"], ["一 只 猫 ， 白 猫"]], 2, 6
+    )
+    found = scst.rewards(torch.tensor([[START, 4, 5, 6, 4, 7, END]]), [0])
+    expected = spaced.rewards(torch.tensor([[START, 4, 5, 6, 7, END, PAD]]), [0])
+    assert found.item() == pytest.approx(expected.item()) and found.item() > 1
+
+
 def test_gradient_is_the_policy_gradient():
     """The mean over words of (reward - the other samples' mean reward) times the gradient of -log p, of samples."""
     vocabulary = Vocabulary([*Vocabulary.SPECIALS, "a", "dog"])
