@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,16 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from attncap.captions import Caption, CaptionMethods, Ensemble
-from attncap.config import ModelConfig
+from attncap.config import MAX_GRID, ModelConfig
 from attncap.data.vocabulary import Vocabulary
 from attncap.devices import find_device
 from attncap.errors import CallError, UserError
 from attncap.files import write_atomically
-from attncap.models.decoder import Decoder, LSTMDecoder
+from attncap.models.decoder import Decoder, LSTMDecoder, check_backend, rename_old_weights
 from attncap.models.encoder import Encoder
 from attncap.models.losses import CaptionLosses, caption_losses, losses_from_logits, target_lengths
 from attncap.search.beam_search import Hypothesis
 from attncap.search.graphs import GraphCache
+from attncap.weights import Unallocated, fit, read_state_dict
 
 __all__ = ["Caption", "Captioner", "Ensemble"]
 
@@ -55,6 +54,11 @@ class Captioner(CaptionMethods, nn.Module):
         self.config = replace(config, encoder_layer=self.encoder.layer)
         self.vocabulary = vocabulary
         cells, channels = self.encoder.grid_shape(config.image_size)
+        if cells > MAX_GRID**2:
+            raise CallError(
+                f"image_size={config.image_size}: layer {self.encoder.layer} of {config.encoder} gives {cells:,} cells "
+                f"(at most {MAX_GRID**2:,}); set grid, or choose a later encoder_layer"
+            )
         self.grid = (math.isqrt(cells), math.isqrt(cells))  # rows, columns
         self.decoder = LSTMDecoder(config, channels, len(vocabulary), backend)
         self._kept: _Prepared | None = None
@@ -184,23 +188,46 @@ class Captioner(CaptionMethods, nn.Module):
         folder = Path(folder)
         if not folder.is_dir():
             raise CallError(f"{folder}: no such model folder; train one with python -m attncap.train --output {folder}")
-        config = ModelConfig.load(folder / "config.json")
-        vocabulary = Vocabulary.load(folder / "vocabulary.json")
-        weights = folder / "model.safetensors"
+        check_backend(backend)
+        settings, weights = folder / "config.json", folder / "model.safetensors"
+        config, vocabulary = ModelConfig.load(settings), Vocabulary.load(folder / "vocabulary.json")
         try:
-            state = safetensors.torch.load_file(weights)
-        except OSError as error:
-            raise UserError(f"{weights}: cannot read the model's weights: {error.strerror or error}") from error
-        except (safetensors.SafetensorError, struct.error, json.JSONDecodeError) as error:
-            raise UserError(f"{weights}: the file is damaged or cut short ({error}); copy or train it again") from error
-        with torch.device("cpu"):  # whatever the default device and dtype are
-            model = cls(config, vocabulary, backend=backend).float()
+            # The sizes are compared with the weights before memory is taken, whatever the default device and dtype are.
+            with torch.device("cpu"), Unallocated():
+                model = cls(config, vocabulary, backend=backend).float()
+        except CallError as error:
+            raise UserError(f"{settings}: {error}") from error
         try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"{weights}: does not fit {folder / 'config.json'}: {reason}") from error
+            state = read_state_dict(weights)
+        except ValueError as error:
+            raise UserError(f"{weights}: cannot read the model's weights: {error}; copy or train it again") from error
+        rename_old_weights(model.decoder, state, "decoder.")
+        _check_sizes(folder, model, state)
+        try:
+            model.load_state_dict(fit(state, model.state_dict()), assign=True)
+        except ValueError as error:
+            raise UserError(
+                f"{weights}: does not fit {settings}: {error}; check encoder, encoder_layer and output_layer there, or "
+                "copy the model again"
+            ) from error
         return model.to(device=None if device is None else find_device(device), dtype=dtype).eval()
+
+
+def _check_sizes(folder: Path, model: Captioner, state: dict[str, Tensor]) -> None:
+    """Raises UserError, which names the field, when a size of the decoder is not the one that the weights have."""
+    config, settings = model.config, folder / "config.json"
+    for file, field, value, name, axis in (
+        (settings, "attention_size", config.attention_size, "decoder.attention.score_weight", 0),
+        (settings, "embedding_size", config.embedding_size, "decoder.embedding.weight", 1),
+        (settings, "hidden_size", config.hidden_size, "decoder.lstm.weight_hh", 1),
+        (folder / "vocabulary.json", "number of words", len(model.vocabulary), "decoder.embedding.weight", 0),
+    ):
+        shape = state[name].shape if name in state else ()
+        if axis < len(shape) and shape[axis] != value:
+            raise UserError(
+                f"{file}: {field} is {value}, but model.safetensors has {shape[axis]}: these files belong to different "
+                "models; copy them again"
+            )
 
 
 class _Prepared:

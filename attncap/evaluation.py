@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from attncap.config import short
 from attncap.data import CaptionedImage
 from attncap.data.shapes import is_true
 from attncap.data.tokenizer import characters, tokenize
@@ -22,6 +23,8 @@ from attncap.search.config import SearchConfig
 if TYPE_CHECKING:  # these import torch, which scoring a file does not need
     from attncap.captioner import Captioner, Ensemble
     from attncap.data.feature_cache import FeatureCache
+
+MAX_RESULTS = 256 * 2**20  # bytes of a results file; those for COCO's 40,775 test images have 4 MiB
 
 log = logging.getLogger("attncap")
 
@@ -122,7 +125,7 @@ def read_results(path: str | Path) -> dict[str, str]:
     names the field, when its content has a different form."""
     if not Path(path).is_file():
         raise CallError(f"{path}: no such file")
-    found = read_json(Path(path))
+    found = read_json(path, MAX_RESULTS)
     if not isinstance(found, list):
         raise UserError(f'{path}: expected a list, [{{"image_id": 1, "caption": "..."}}, ...]')
     captions: dict[str, str] = {}
@@ -132,7 +135,7 @@ def read_results(path: str | Path) -> dict[str, str]:
                 raise UserError(f'{path}: field "{field}" of entry {i} is missing or of the wrong type')
         name = str(result["image_id"])
         if name in captions:
-            raise UserError(f"{path}: image id {name} occurs twice; keep one caption per image")
+            raise UserError(f"{path}: image id {short(result['image_id'])} occurs twice; keep one caption per image")
         captions[name] = result["caption"]
     if not captions:
         raise UserError(f"{path}: the list of captions is empty")

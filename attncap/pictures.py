@@ -106,7 +106,7 @@ def draw_curves(epochs: Sequence[Mapping[str, float]], best: int) -> bytes:
         (title, unit, {label: [line.get(name, math.nan) for line in epochs] for name, label in found.items()})
         for title, unit, names in PANELS
         if (found := {name: label for name, label in names.items() if any(name in line for line in epochs)})
-    ]
+    ] or [("No values", "", {})]
     figure = Figure(figsize=(7, 0.5 + 2.4 * len(present)), layout="constrained", dpi=100)
     panels = figure.subplots(len(present), 1, sharex=True, squeeze=False)[:, 0]
     for panel, (title, unit, curves) in zip(panels, present, strict=True):

@@ -2,7 +2,10 @@ import collections
 import copy
 import io
 import itertools
+import json
 import os
+import resource
+import shutil
 import sys
 import threading
 import time
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from attncap import CallError, Captioner, Ensemble, SearchConfig, UserError
 from attncap.config import ModelConfig
@@ -284,6 +288,95 @@ def test_wrong_folders_and_devices(trained, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             Captioner.from_pretrained(folder, **options)
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of the trained model's folder, and a function that changes one of its JSON files."""
+    for name in ("config.json", "vocabulary.json", "model.safetensors"):
+        shutil.copy(trained / name, tmp_path)
+
+    def change(name, **values):
+        content = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps({**content, **values}))
+
+    return tmp_path, change
+
+
+SETTINGS = [
+    ({"image_size": 20_000}, ": .*image_size=20000: must be at most 1,024"),
+    ({"hidden_size": 10**9}, ": .*hidden_size=1000000000: must be at most 16,384"),
+    ({"grid": 10**5}, ": .*grid=100000: must be at most 100"),
+    ({"image_size": 1024, "grid": None}, ": image_size=1024: layer layer1 of resnet18 gives 65,536 cells"),
+    ({"hidden_size": 16_000}, ": hidden_size is 16000, but model.safetensors has 32"),
+    ({"attention_size": 8}, ": attention_size is 8, but model.safetensors has 16"),
+    ({"embedding_size": 8}, ": embedding_size is 8, but model.safetensors has 16"),
+    ({"encoder": "regnet_y_128gf", "encoder_layer": None}, ": encoder.backbone.* is missing"),
+    ({"encoder": "resnet50"}, ": encoder.backbone.layer1.0.conv3.weight is missing"),
+    ({"encoder_layer": "layer2"}, ": encoder.backbone.layer2.* is missing"),
+    ({"output_layer": "plain"}, ": 'decoder.context_output.weight' is unknown"),
+    ({"encoder": "no\nnet"}, r": .*encoder='no\\nnet': torchvision has no such name"),
+    ({"encoder": "vgg99"}, ': encoder="vgg99": no such backbone'),
+    ({"encoder_layer": "9" * 10**5}, ": .*encoder_layer='999"),
+    ({"encoder_layer": "conv1_" + "9" * 90}, ": encoder_layer="),
+]
+WORDS = [
+    ([*Vocabulary.SPECIALS, "a"], ": number of words is 5, but model.safetensors has 10"),
+    ([*Vocabulary.SPECIALS, *map(str, range(10**6))], ": number of words is 1000004, but model.safetensors has 10"),
+    ([*Vocabulary.SPECIALS, "x" * 2**24], ": .*larger than 16 MiB"),
+]
+DAMAGED = [("config.json", values, message) for values, message in SETTINGS]
+DAMAGED += [("vocabulary.json", {"words": words}, message) for words, message in WORDS]
+
+
+@pytest.mark.parametrize(("file", "values", "message"), DAMAGED, ids=[message for _, _, message in DAMAGED])
+def test_folders_that_do_not_fit_together(copied, file, values, message):
+    """One line names the file and the field, before memory is taken for what they ask for."""
+    folder, change = copied
+    change(file, **values)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=f"{file}{message}") as raised:
+        Captioner.from_pretrained(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 200 * 2**10
+    error = str(raised.value)
+    assert raised.value.status == 1 and error.startswith(str(folder)) and error.isprintable() and "--" not in error
+
+
+def test_weights_of_other_dtypes(copied, trained):
+    """Floating-point numbers are converted to float32, anything else is refused; and so are NaN and infinity."""
+    folder, _ = copied
+    path, original = folder / "model.safetensors", load_file(trained / "model.safetensors")
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        save_file({n: v.to(dtype) if v.is_floating_point() else v for n, v in original.items()}, path)
+        for name, value in Captioner.from_pretrained(folder).state_dict().items():
+            assert value.dtype == original[name].dtype and value.equal(original[name].to(dtype).to(value.dtype))
+    for name in ("decoder.lstm.weight_hh", "encoder.backbone.bn1.running_var"):
+        for dtype in (torch.int8, torch.bool, torch.complex64, torch.float8_e5m2):
+            save_file({**original, name: original[name].to(dtype)}, path)
+            with pytest.raises(UserError, match=f"model.safetensors: does not fit .*: {name} is {dtype} instead of"):
+                Captioner.from_pretrained(folder)
+        for value in (torch.nan, torch.inf, 1e300):
+            save_file({**original, name: original[name].double().index_fill(0, torch.tensor(1), value)}, path)
+            with pytest.raises(
+                UserError, match=f"model.safetensors: does not fit .*: {name} has values that are NaN, or"
+            ):
+                Captioner.from_pretrained(folder)
+    save_file({**original, "decoder.further": torch.ones(3)}, path)
+    with pytest.raises(UserError, match="'decoder.further' is unknown"):
+        Captioner.from_pretrained(folder)
+
+
+def test_loading_leaves_the_process_as_it_was(trained):
+    """The generator of random numbers too; and what a user has set does not change the model."""
+    torch.manual_seed(0)
+    random, expected = torch.get_rng_state(), Captioner.from_pretrained(trained).state_dict()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = Captioner.from_pretrained(trained).state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.get_rng_state().equal(random)
+    assert all(value.dtype == expected[name].dtype and value.equal(expected[name]) for name, value in found.items())
 
 
 def test_each_device_gives_the_same_captions(model, trained, flickr8k, device):

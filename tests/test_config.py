@@ -36,7 +36,7 @@ def test_config_json_of_older_versions(tmp_path):
             {"model_type": "transformer"},
             "a model of type 'transformer'; this version of attncap reads 'attention-lstm'",
         ),
-        ({"layers": 3}, "unexpected keyword argument 'layers'"),
+        ({"layers": 3}, "unknown field 'layers'"),
         ({"hidden_size": 0}, "hidden_size=0: must be at least 1"),
         ({"hidden_size": "many"}, "not the settings of a model"),
         ([], "expected a JSON object"),

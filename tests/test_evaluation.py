@@ -49,6 +49,10 @@ def test_any_results_file_is_read_or_refused(tmp_path_factory, content):
         ('{"image_id": 1}', "expected"),
         ('[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]', "twice"),
         ('[{"image_id": "1", "caption": "a"}, {"image_id": 1, "caption": "b"}]', "image id 1 occurs twice"),
+        (
+            '[{"image_id": "a\\n", "caption": "a"}, {"image_id": "a\\n", "caption": "b"}]',
+            r"image id 'a\\n' occurs twice",
+        ),
     ],
 )
 def test_invalid_results_files(tmp_path, content, reason):

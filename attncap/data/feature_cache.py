@@ -19,7 +19,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -28,7 +27,8 @@ from attncap.data.dataset import CaptionedImage, Skipped
 from attncap.data.feature_size import feature_bytes, size_in_words
 from attncap.data.loader import Pictures, batches
 from attncap.errors import UserError
-from attncap.files import write_atomically
+from attncap.files import open_regular, write_atomically
+from attncap.weights import open_safetensors
 
 SHARD = 128 * 2**20
 VERSION = 1  # part of the folders' names: raise it when images are read, resized or generated in another way
@@ -68,7 +68,7 @@ class FeatureCache(Dataset):
         """
         cells, channels = encoder.grid_shape(image_size)
         folder = (folder or cache_folder()) / _key(encoder, image_size, cells)
-        locations = _find(folder)
+        locations = _find(folder, cells, channels)
         images = [example.identity() for example in examples]
         missing = {image: example for image, example in zip(images, examples, strict=True) if image not in locations}
         if missing:
@@ -141,9 +141,9 @@ def _write(folder: Path, rows: list[tuple[str, Tensor]]) -> dict[str, tuple[Path
     return {image: (path, row) for row, image in enumerate(images)}
 
 
-def _find(folder: Path) -> dict[str, tuple[Path, int]]:
-    """The location of every image whose features are in the folder. Removes damaged files, and temporary files older
-    than an hour, which a killed process has left."""
+def _find(folder: Path, cells: int, channels: int) -> dict[str, tuple[Path, int]]:
+    """The location of every image whose features are in the folder. Removes files that are damaged or have anything
+    else, and temporary files older than an hour, which a killed process has left."""
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > 3600:
@@ -151,13 +151,19 @@ def _find(folder: Path) -> dict[str, tuple[Path, int]]:
     locations: dict[str, tuple[Path, int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, "pt") as file:
-                images = json.loads(file.metadata()["images"])
-        except OSError:  # deleted meanwhile, or no permission
+            open_regular(path).close()
+            with open_safetensors(path) as file:
+                images, features = json.loads(file.metadata()["images"]), file.get_slice("features")
+            if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+                raise ValueError("no list of images")
+            if (features.get_dtype(), features.get_shape()) != ("F16", [len(images), cells, channels]):
+                raise ValueError("not the features of these images")
+        except OSError:  # deleted meanwhile, no permission, or not a file
             continue
-        except (SafetensorError, ValueError, LookupError, TypeError) as error:
+        except Exception as error:  # the library raises anything
             log.warning("%s: damaged, its images are encoded again (%s)", path, error)
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             continue
         locations |= {image: (path, row) for row, image in enumerate(images)}
     return locations
@@ -166,9 +172,9 @@ def _find(folder: Path) -> dict[str, tuple[Path, int]]:
 def _open(path: Path) -> Tensor:
     """float16 [images,P,D], memory-mapped: pages are loaded when they are read, and all processes share them."""
     try:
-        with safe_open(path, "pt") as file:
+        with open_safetensors(path) as file:
             return file.get_tensor("features")
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 

@@ -8,10 +8,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from attncap.config import short
 from attncap.data import subwords
 from attncap.data.tokenizer import tokenize
 from attncap.errors import CallError, UserError
-from attncap.files import write_atomically
+from attncap.files import read_json, write_atomically
+
+MAX_FILE = 16 * 2**20  # bytes of a vocabulary: about a million words
 
 # Of Chinese and Japanese, and the dot between Tibetan syllables.
 UNSPACED_PUNCTUATION = re.compile(" ?([\u0f0b\u3001-\u3003\u3008-\u301f\uff01-\uff0f\uff1a-\uff20]) ?")
@@ -128,11 +131,9 @@ class Vocabulary:
         """
         fix = "copy vocabulary.json again from the trained model, or train again"
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}; {fix}") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a whole JSON file ({error}); {fix}") from error
+            content = read_json(path, MAX_FILE)
+        except UserError as error:
+            raise UserError(f"{error}; {fix}") from error
         if isinstance(content, dict) and cls.SPECIALS[cls.START] in content:
             return cls(cls._words_of_map(path, content))
         words = content.get("words") if isinstance(content, dict) else None
@@ -142,13 +143,15 @@ class Vocabulary:
             raise UserError(f'{path}: "words" should begin with {", ".join(cls.SPECIALS)}; {fix}')
         if len(set(words)) != len(words):
             [(word, count)] = Counter(words).most_common(1)
-            raise UserError(f'{path}: "words" has {word!r} {count} times; {fix}')
+            raise UserError(f'{path}: "words" has {short(word)} {count} times; {fix}')
         merges, known = content.get("merges"), set(words)
         if merges is not None:
             is_list = isinstance(merges, list) and all(isinstance(merge, str) for merge in merges)
             pairs = [merge.split(" ") for merge in merges] if is_list else []
             if not is_list or not all(len(pair) == 2 and known.issuperset([*pair, "".join(pair)]) for pair in pairs):
                 raise UserError(f'{path}: field "merges" should be a list of pairs of "words", "▁d og"; {fix}')
+            if any("\ud800" <= letter <= "\udfff" for word in words for letter in word):
+                raise UserError(f'{path}: "words" has half a character, which subwords cannot have; {fix}')
         return cls(words, merges)
 
     @classmethod
@@ -160,5 +163,5 @@ class Vocabulary:
                 )
         if len(set(ids.values())) != len(ids):
             [(number, count)] = Counter(ids.values()).most_common(1)
-            raise UserError(f"{path}: {count} words have the id {number}; make the WORDMAP again")
+            raise UserError(f"{path}: {count} words have the id {short(number)}; make the WORDMAP again")
         return [*cls.SPECIALS, *sorted(ids.keys() - set(cls.SPECIALS), key=lambda word: ids[word])]

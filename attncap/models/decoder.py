@@ -71,8 +71,7 @@ class LSTMDecoder(nn.Module):
 
     def __init__(self, config: ModelConfig, feature_size: int, vocabulary_size: int, backend: str = "native"):
         super().__init__()
-        if backend not in ("native", "torch"):
-            raise CallError(f"backend={backend!r}: choose 'native' or 'torch'")
+        check_backend(backend)
         embedding, hidden = config.embedding_size, config.hidden_size
         self.backend = backend
         self.version = 0
@@ -89,7 +88,7 @@ class LSTMDecoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.word_output = nn.Linear(embedding if self.deep else hidden, vocabulary_size)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
-        self.register_load_state_dict_pre_hook(_rename_old_weights)
+        self.register_load_state_dict_pre_hook(rename_old_weights)
         self.register_load_state_dict_post_hook(_count_change)
 
     def start(self, features: Tensor) -> LSTMState:
@@ -167,6 +166,12 @@ class LSTMDecoder(nn.Module):
             self.version += 1
 
 
+def check_backend(backend: str) -> None:
+    """Raises CallError unless it is one of the two backends."""
+    if backend not in ("native", "torch"):
+        raise CallError(f"backend={backend!r}: choose 'native' or 'torch'")
+
+
 def select_images(state: LSTMState, images: Tensor) -> LSTMState:
     """The state of some of its images."""
     rows = (x.unflatten(0, (len(state.features), -1))[images].flatten(0, 1) for x in (state.h, state.c))
@@ -188,8 +193,8 @@ def check_rows(tokens: Tensor, features: Tensor) -> None:
         raise ValueError(f"tokens of shape {list(tokens.shape)} for {B} images; each image needs equally many rows [T]")
 
 
-def _rename_old_weights(decoder: LSTMDecoder, state: dict, prefix: str, *_) -> None:
-    """Models saved before the attention became a module of its own."""
+def rename_old_weights(decoder: LSTMDecoder, state: dict, prefix: str, *_) -> None:
+    """Models saved before the attention became a module of its own. `prefix` is the decoder's place in the state."""
     for part in ("key", "query", "gate", "score_weight"):
         for name in [name for name in state if name.startswith(prefix + part)]:
             state[f"{prefix}attention.{name.removeprefix(prefix)}"] = state.pop(name)

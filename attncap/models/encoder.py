@@ -1,7 +1,6 @@
 """The encoder: a torchvision backbone, cut before its pooling, that turns images into a grid of features."""
 
 import copy
-import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Collection
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from attncap.errors import CallError, UserError
+from attncap.weights import fit, read_state_dict
 
 
 class Encoder(nn.Module):
@@ -70,7 +69,7 @@ class Encoder(nn.Module):
         except (RuntimeError, ValueError, AssertionError, IndexError) as error:
             raise CallError(
                 f"image_size={image_size}: layer {self.layer} of {self.name} gives no feature grid for such images "
-                f"({error}); choose another encoder_layer, or image_size=224"
+                f"({' '.join(str(error).split())[:200]}); choose another encoder_layer, or image_size=224"
             ) from error
         return cells, channels
 
@@ -270,20 +269,15 @@ def _prune(backbone: nn.Module, parameters: set[str], order: dict[str, int], pre
 
 
 def _load(backbone: nn.Module, name: str, weights: str, known: Collection[str]) -> None:
-    if weights == "default":
-        enum = torchvision.models.get_model_weights(name).DEFAULT
-        try:
-            state = enum.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        except (pickle.UnpicklingError, EOFError) as error:
-            folder = Path(torch.hub.get_dir()) / "checkpoints"
-            raise UserError(f"{folder / Path(enum.url).name}: damaged; remove it to download it again") from error
-        except (URLError, OSError, RuntimeError) as error:
-            raise UserError(
-                f"the ImageNet weights of {name} cannot be downloaded from {enum.url} ({error}); download them "
-                "elsewhere and give the file as encoder_weights, or start with encoder_weights=none"
-            ) from error
-    else:
-        state = _read(Path(weights))
+    path = _download(name) if weights == "default" else Path(weights)
+    if not path.is_file():
+        raise CallError(f'encoder_weights="{path}": no such file; give default, none or the path of a state dict')
+    try:
+        state = read_state_dict(path)
+    except ValueError as error:
+        if weights == "default":
+            raise UserError(f"{path}: damaged; remove it to download it again ({error})") from error
+        raise UserError(f"{path}: cannot read the weights: {error}") from error
     # DenseNet's published weights have names from before torchvision renamed them: norm.1.weight for norm1.weight.
     state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key): state[key] for key in state}
     needed = backbone.state_dict()
@@ -297,21 +291,22 @@ def _load(backbone: nn.Module, name: str, weights: str, known: Collection[str]) 
     ):
         if keys:
             raise UserError(f"{weights}: not the weights of {name}: the file {reason}, such as {keys[0]}")
-    backbone.load_state_dict({key: state[key] for key in needed if key in state}, strict=False)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CallError(f'encoder_weights="{path}": no such file; give default, none or the path of a state dict')
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot read the weights: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(
-            f"{path}: not a state dict of names and tensors; write it with torch.save(model.state_dict(), path)"
-        )
-    return state
+        backbone.load_state_dict(fit({key: state.get(key, needed[key]) for key in needed}, needed))
+    except ValueError as error:
+        raise UserError(f"{weights}: not the weights of {name}: {error}") from error
+
+
+def _download(name: str) -> Path:
+    """The file of torchvision's best ImageNet weights, which is downloaded if it is not there yet."""
+    enum = torchvision.models.get_model_weights(name).DEFAULT
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(enum.url).name
+    if not path.exists():
+        try:
+            enum.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        except (URLError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"the ImageNet weights of {name} cannot be downloaded from {enum.url} ({error}); download them "
+                "elsewhere and give the file as encoder_weights, or start with encoder_weights=none"
+            ) from error
+    return path

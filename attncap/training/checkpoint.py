@@ -11,6 +11,7 @@ from attncap.errors import CallError, UserError
 from attncap.files import atomic_file, read_json
 from attncap.training.config import TrainConfig, flatten, read_settings
 from attncap.versions import versions
+from attncap.weights import read_pickle
 
 NAME = "checkpoint.pt"
 # Settings that may change when a run is resumed.
@@ -40,16 +41,17 @@ def save(folder: Path, state: dict) -> None:
 
 
 def load(folder: Path) -> dict:
-    """What `save` wrote, on the CPU. Raises UserError for a file that is missing or damaged."""
+    """What `save` wrote, on the CPU, still to be compared with the run. Raises UserError for a file that is missing or
+    damaged."""
     try:
-        return torch.load(folder / NAME, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no single kind of error for a damaged file
+        return read_pickle(folder / NAME)
+    except ValueError as error:
         raise unusable(folder, error) from error
 
 
-def unusable(folder: Path, error: Exception) -> UserError:
+def unusable(folder: Path, error: ValueError) -> UserError:
     """The error to raise for a checkpoint that cannot be used."""
-    return UserError(f"{folder / NAME}: cannot continue from it: {' '.join(str(error).split())[:200]}")
+    return UserError(f"{folder / NAME}: cannot continue from it: {error}; start a new run in another folder")
 
 
 def check_settings(config: TrainConfig, folder: Path) -> TrainConfig:
@@ -65,7 +67,7 @@ def check_settings(config: TrainConfig, folder: Path) -> TrainConfig:
         sizes = {field.name: before[f"model.{field.name}"] for field in dataclasses.fields(ModelConfig)}
         config = dataclasses.replace(config, model=ModelConfig(**sizes))
     changed = [
-        f"{name}={value} (was {before[name]})"
+        f"{name}={value} (was {_printable(before[name])})"
         for name, value in flatten(dataclasses.asdict(config)).items()
         if name not in FREE and value != before[name]
     ]
@@ -77,3 +79,8 @@ def check_settings(config: TrainConfig, folder: Path) -> TrainConfig:
     if others:
         log.warning("%s: began with other versions, its results may differ: %s", folder, ", ".join(others))
     return config
+
+
+def _printable(value: object) -> str:
+    text = str(value)
+    return (text if text.isprintable() else ascii(text))[:80]

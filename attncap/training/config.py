@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from attncap.config import ModelConfig, check_at_least, check_types
+from attncap.config import MAX_CONFIG, ModelConfig, check_at_least, check_at_most, check_types, short
 from attncap.errors import CallError, UserError
 from attncap.files import read_json
 from attncap.search.config import SearchConfig
@@ -99,6 +99,7 @@ class RunConfig:
         check_types(self)
         check_at_least(self, 1, "epochs")
         check_at_least(self, 0, "seed")
+        check_at_most(self, 2**63 - 1, "seed")
         if self.workers is not None:
             check_at_least(self, 0, "workers")
         if self.recipe not in recipes.NAMES:
@@ -272,19 +273,25 @@ def read_settings(path: Path) -> dict[str, object]:
     Reads the files of older versions, too, in which most settings were not nested. Raises UserError for a file that is
     missing or damaged.
     """
-    content = read_json(path)
+    content = read_json(path, MAX_CONFIG)
     settings = content.get("settings") if isinstance(content, dict) else None
     if not isinstance(settings, dict):
         raise UserError(f'{path}: field "settings" should be an object, as a training run writes it')
-    if isinstance(settings.get("run"), dict):
-        return flatten({part: inner for part, inner in settings.items() if isinstance(inner, dict)})
-    flat = {}
-    for name, value in settings.items():
-        flat |= value if isinstance(value, dict) else {name: value}  # `model` and, later, `search` were nested
-    if isinstance(flat.get("suppressed"), str):
-        flat["suppressed"] = flat["suppressed"].split()
-    paths = setting_paths()
-    return {paths[name]: value for name, value in flat.items() if name in paths}
+    parts = {part: inner for part, inner in settings.items() if isinstance(inner, dict)}
+    if "run" in parts:
+        values = {f"{part}.{name}": value for part, inner in parts.items() for name, value in inner.items()}
+    else:
+        flat = {name: value for name, value in settings.items() if name not in parts}
+        for inner in parts.values():  # `model` and, later, `search` were nested
+            flat |= inner
+        if isinstance(flat.get("suppressed"), str):
+            flat["suppressed"] = flat["suppressed"].split()
+        paths = setting_paths()
+        values = {paths[name]: value for name, value in flat.items() if name in paths}
+    for name, value in values.items():
+        if any(isinstance(entry, dict | list) for entry in (value if isinstance(value, list) else [value])):
+            raise UserError(f"{path}: field {short(name)} should be a number, a text or a list of texts")
+    return values
 
 
 def training_seed(model: str | Path) -> int:
@@ -294,6 +301,6 @@ def training_seed(model: str | Path) -> int:
     if not path.exists():
         return 0
     seed = read_settings(path).get("run.seed")
-    if type(seed) is not int:
-        raise UserError(f'{path}: field "seed" should be an integer; or give --seed')
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise UserError(f'{path}: field "seed" should be an integer from 0; or give --seed')
     return seed

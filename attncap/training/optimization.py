@@ -82,6 +82,9 @@ class Schedule:
         return {"best": self.best, "epochs_without_gain": self.epochs_without_gain, "lowered": self.lowered}
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError for a factor that no schedule has."""
+        if not 0 < state["lowered"] <= 1:
+            raise ValueError(f"schedule.lowered={state['lowered']} is out of range")
         self.best, self.epochs_without_gain = state["best"], state["epochs_without_gain"]
         self.lowered = state["lowered"]
 

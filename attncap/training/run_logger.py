@@ -19,12 +19,13 @@ from torch import Tensor
 
 from attncap.captioner import Caption
 from attncap.errors import UserError
-from attncap.files import write_atomically
+from attncap.files import read_text, write_atomically
 from attncap.pictures import draw_attention, draw_curves, save, try_to_draw
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
 
+MAX_LOG = 16 * 2**20  # bytes of metrics.jsonl; a line has about 400
 LOG_EVERY = 20  # steps between two points of TensorBoard's curves
 
 log = logging.getLogger("attncap")
@@ -108,14 +109,26 @@ class RunLogger:
 
 
 def _read(path: Path, epoch: int) -> list[dict]:
-    """The lines of metrics.jsonl up to that epoch. A line that was cut short while it was written is left out."""
+    """The lines of metrics.jsonl up to that epoch. The last one is left out if it was cut short while it was written.
+    Raises UserError, which names the line, for any other line that is not one of epoch's numbers."""
+    texts = read_text(path, MAX_LOG).splitlines() if path.exists() else []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, LookupError, TypeError):
+    for number, text in enumerate(texts, start=1):
+        try:
             line = json.loads(text)
-            if line["epoch"] <= epoch:
-                lines.append(line)
+        except (ValueError, RecursionError):
+            line = None
+            if number == len(texts):
+                break
+        if not isinstance(line, dict) or not all(map(_is_number, line.values())) or type(line.get("epoch")) is not int:
+            raise UserError(f'{path}: line {number} should be an object of numbers, {{"epoch": 1, ...}}; remove it')
+        if line["epoch"] <= epoch:
+            lines.append(line)
     return lines
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30  # what can be drawn
 
 
 class _Board:

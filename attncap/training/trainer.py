@@ -35,6 +35,7 @@ from attncap.training.run_logger import RunLogger
 from attncap.training.scheduled_sampling import sample_inputs
 from attncap.training.self_critical import SelfCritical
 from attncap.training.signals import SignalHandler, Stopped
+from attncap.weights import fit
 
 CHECKPOINT_EVERY = 600  # seconds, within an epoch
 MAX_UNREAD = 100  # images in a row that cannot be read; after more of them their folder has probably gone
@@ -419,10 +420,13 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write the state of the run, in rank 0; it is the same in every process."""
-        if not distributed.is_main():
-            return
-        self.lock.check()
-        state = {
+        if distributed.is_main():
+            self.lock.check()
+            checkpoint.save(self.output, self.state_dict())
+
+    def state_dict(self) -> dict:
+        """The state of the run."""
+        return {
             "model": self.model.state_dict(),
             "average": {} if self.average is self.model else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -436,24 +440,34 @@ class Trainer:
             "rows": self.rows,
             "seconds": self.seconds,
         }
-        checkpoint.save(self.output, state)
 
     def load_checkpoint(self) -> None:
         """Restore the last state that was written. Raises UserError for a file that is damaged or does not fit."""
-        state = distributed.broadcast(checkpoint.load(self.output) if distributed.is_main() else None)
+        own = self.state_dict()
+        # Adam's state of each parameter. Of the groups only the rates change, and torch's versions add other entries.
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(parameters)}
+        groups = own["optimizer"]["param_groups"]
+        own["optimizer"] = {"state": moments, "param_groups": [{"lr": 0.0} for _ in groups]}
         try:
+            state = fit(checkpoint.load(self.output), own) if distributed.is_main() else None
+            state = distributed.broadcast(state)
             if state["images"] != len(self.splits["train"]):
                 raise ValueError(f"the data had {state['images']} training images, now {len(self.splits['train'])}")
-            self.model.load_state_dict(state["model"])
-            if self.average is not self.model:
-                self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            if state["step"] > self.steps:
+                raise ValueError(f"step={state['step']} is out of range")
             self.schedule.load_state_dict(state["schedule"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.epoch, self.step, self.sums = state["epoch"], state["step"], state["sums"]
-            self.words, self.rows, self.seconds = state["words"], state["rows"], state["seconds"]
-        except (KeyError, ValueError, RuntimeError) as error:
+        except ValueError as error:
             raise checkpoint.unusable(self.output, error) from error
+        self.model.load_state_dict(state["model"])
+        if self.average is not self.model:
+            self.average.load_state_dict(state["average"])
+        rates = state["optimizer"]["param_groups"]
+        groups = [{**group, **rate} for group, rate in zip(groups, rates, strict=True)]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step, self.sums = state["epoch"], state["step"], state["sums"]
+        self.words, self.rows, self.seconds = state["words"], state["rows"], state["seconds"]
 
 
 def in_groups(items: Iterable, size: int) -> Iterator[list]:

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import pickle
 import shutil
@@ -12,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_flickr8k
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from attncap import Captioner, UserError
 from attncap.cli.data import CELLS, CHANNELS
@@ -234,6 +237,38 @@ def test_damaged_files_are_replaced(examples, encoder, build, caplog):
     path.write_bytes(b"")
     build(examples[:5])
     assert not path.exists()
+
+
+def test_files_with_other_features_are_replaced(examples, encoder, build, caplog):
+    folder = build(examples).folder
+    [path] = files(folder)
+    with safe_open(path, "pt") as file:
+        features, images = file.get_tensor("features").clone(), file.metadata()["images"]
+    for tensors, names in (
+        ({"features": features.float()}, images),
+        ({"features": features.view(torch.int16)}, images),
+        ({"features": features[:, :32].contiguous()}, images),
+        ({"features": features[:3]}, images),
+        ({"features": features.transpose(0, 1).contiguous()}, images),
+        ({"other": features}, images),
+        ({"features": features}, "[]"),
+        ({"features": features}, "7"),
+        ({"features": features}, json.dumps(list(range(12)))),
+        ({"features": features}, "[" * 100_000),
+        ({"features": features}, images[:-9]),
+    ):
+        save_file(tensors, path, {"images": names})
+        caplog.clear()
+        check(build(examples), examples[:1], encoder)
+        assert build.encoded == 12 and caplog.text.count(f"{path}: damaged") == 1
+
+
+def test_what_is_no_file_is_left_alone(examples, encoder, build):
+    folder = build(examples).folder
+    os.mkfifo(folder / "a.safetensors")
+    (folder / "b.safetensors").mkdir()
+    check(build(examples), examples, encoder)
+    assert build.encoded == 0 and (folder / "a.safetensors").exists() and (folder / "b.safetensors").exists()
 
 
 def test_not_enough_disk_space(examples, build, tmp_path, monkeypatch):

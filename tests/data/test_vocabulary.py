@@ -59,12 +59,15 @@ SPECIALS = list(Vocabulary.SPECIALS)
         ("", "not a whole JSON file"),
         ('{"words": ["<pad>", "<sta', "not a whole JSON file"),
         ("[" * 100_000, "not a whole JSON file"),
-        (b"\xff\xfe", "not a whole JSON file"),
+        (b"\xff\xfe", "not UTF-8 text"),
         ("[]", 'field "words" should be a list of words'),
         ('{"words": "a"}', 'field "words" should be a list of words'),
         ('{"words": [1, 2]}', 'field "words" should be a list of words'),
         ('{"words": ["a", "b"]}', '"words" should begin with <pad>, <start>, <end>, <unk>'),
         (json.dumps({"words": [*SPECIALS, "a", "b", "a"]}), "\"words\" has 'a' 2 times"),
+        (json.dumps({"words": [*SPECIALS, "\n", "b", "\n"]}), "\"words\" has '\\n' 2 times"),
+        (json.dumps({"words": [*SPECIALS, "▁", "\ud800"], "merges": []}), '"words" has half a character'),
+        (" " * (2**24 + 1), "cannot be read: larger than 16 MiB"),
     ],
 )
 def test_wrong_files_are_named(tmp_path, content, reason):

@@ -105,6 +105,28 @@ def test_other_versions_are_reported(tmp_path, caplog):
     assert caplog.messages == [f"{tmp_path}: began with other versions, its results may differ: torch 2.0, pillow 1.0"]
 
 
+def test_settings_that_somebody_has_edited(tmp_path):
+    config, path = recipes.load("shapes"), tmp_path / "settings.json"
+    deep = json.loads("[" * 400 + "]" * 400)
+    for change in ({"run": {"seed": deep}}, {"run": {"seed": {"a": 1}}}, {"run": {"seed": [[1]]}}, {"epochs": [deep]}):
+        path.write_text(json.dumps({"settings": change}))
+        with pytest.raises(CallError, match=r"cannot resume: .*settings.json: field '.*' should be a number, a text"):
+            checkpoint.check_settings(config, tmp_path)
+    path.write_text(json.dumps({"settings": {**asdict(config), "optimizer": {"name": "a\n" * 500, "unknown": 1}}}))
+    with pytest.raises(
+        CallError, match=r"optimizer.name=adamw \(was 'a\\na\\n[an\\]*\), optimizer.learning_rate"
+    ) as raised:
+        checkpoint.check_settings(config, tmp_path)
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 500
+    for seed in (-1, 2**63, 10**300, True, 1.0):
+        path.write_text(json.dumps({"settings": {"run": {"seed": seed}}}))
+        with pytest.raises(UserError, match='field "seed" should be an integer from 0'):
+            training_seed(tmp_path)
+    path.write_text(" " * (2**20 + 1))
+    with pytest.raises(UserError, match="larger than 1 MiB"):
+        training_seed(tmp_path)
+
+
 # What a version before the settings were nested wrote for a run of the recipe shapes.
 FLAT = {
     "search": {"beam_size": 5, "method": "shrink", "max_length": 50, "length_penalty": "none"},

@@ -73,6 +73,44 @@ def test_resumed_logs_continue_at_the_checkpoint(tmp_path):
     assert lines(tmp_path) == []  # a new run
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "7", "null", "{}", '{"epoch": "1"}', '{"epoch": 1, "CIDEr": "0.5"}', '{"epoch": 1, "CIDEr": NaN}', '{"epo']
+    + [
+        '{"epoch": 1, "CIDEr": null}',
+        '{"epoch": true}',
+        '{"epoch": 1, "loss_words": 1e999}',
+        "[" * 100_000,
+        "1" * 5000,
+    ],
+    ids=lambda text: text[:30],
+)
+def test_a_log_that_somebody_has_edited(tmp_path, text):
+    """The line is named, and nothing of the log is lost."""
+    content = f"{json.dumps(line(1))}\n{text}\n{json.dumps(line(2))}\n"
+    (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 2 should be an object of numbers, .*; remove it"):
+        RunLogger(tmp_path, "CIDEr", epoch=2)
+    assert (tmp_path / "metrics.jsonl").read_text() == content
+
+
+def test_a_log_that_cannot_be_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="metrics.jsonl: cannot be read: not a regular file"):
+        RunLogger(tmp_path, "CIDEr", epoch=2)
+    path.unlink()
+    path.write_bytes(b" " * (16 * 2**20 + 1))
+    with pytest.raises(UserError, match="metrics.jsonl: cannot be read: larger than 16 MiB"):
+        RunLogger(tmp_path, "CIDEr", epoch=2)
+
+
+def test_a_log_without_values_is_drawn(tmp_path, drawn):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2, "further": 1e29}\n')
+    RunLogger(tmp_path, "CIDEr", epoch=2).close()
+    assert len(drawn) == 1 and lines(tmp_path) == [{"epoch": 1}, {"epoch": 2, "further": 1e29}]
+
+
 def test_curves(tmp_path, drawn):
     logger = RunLogger(tmp_path, "CIDEr")
     ciders = [0.2, 0.5, 0.4, 0.5]  # of equal ones the first is the best
