@@ -1,8 +1,13 @@
-"""Whatever the files of a model, a run, an encoder or a cache contain: they can be used, or refused in one line."""
+"""Whatever the files of a model, a run, an encoder or a cache contain: they can be used, or refused in one line.
+
+ATTNCAP_FUZZ=1000 tries more files of each kind than the default.
+"""
 
 import io
 import json
+import os
 import random
+import resource
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,6 +31,7 @@ from attncap.training.trainer import Trainer
 SIZES = dict(attention_size=8, embedding_size=8, hidden_size=16)
 ODD = [None, True, -1, 0, 1, 3, 2**31, 10**9, 10**30, 10**400, 0.5, 1e308, float("nan"), float("inf"), [], {}]
 ODD += ["", "x", "resnet18", "layer2", "\n", "a\x1b[2J\n", "\ud800", "x" * 10**5, [1, [2]], {"a": {}}, ["<unk>"]]
+COUNT = int(os.environ.get("ATTNCAP_FUZZ", 15))  # of each kind
 PIECES = [b"", b"[" * 10**5, b"[" * 900 + b"]" * 900, b"9" * 5000, b"null", b"7", b'"a"', b"\xff\xfe"]
 
 
@@ -254,8 +260,10 @@ def attempt(name: str, folder, tmp_path: Path, seed: int) -> str | None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_damaged_files(name, folder, tmp_path):
-    refused = [attempt(name, folder, tmp_path, seed) is not None for seed in range(15)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused = [attempt(name, folder, tmp_path, seed) is not None for seed in range(COUNT)]
     assert any(refused)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
 
 def test_a_checkpoint_is_restored(folder, tmp_path):

@@ -1,6 +1,6 @@
 """Whatever a data set's files contain, opening it gives examples or one clear line.
 
-FUZZ_EXAMPLES=1000 pytest tests/data/test_fuzz.py    # more of each kind than the 60 of an ordinary run
+ATTNCAP_FUZZ=1000 tries more files of each kind than the default.
 """
 
 import json
@@ -36,7 +36,7 @@ LISTS = {"Flickr_8k.trainImages.txt": "a.jpg\n", "dev.txt": "Images\\b.jpg#0\n",
 FUZZ = settings(
     derandomize=True,
     deadline=5000,  # ms
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", 60)),
+    max_examples=int(os.environ.get("ATTNCAP_FUZZ", 60)),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 

@@ -1,6 +1,6 @@
 """Whatever an image file contains, reading it gives an image or one clear line, within 5 seconds and 1 GiB.
 
-ATTNCAP_FUZZ_IMAGES=2000 tries more files than the default.
+ATTNCAP_FUZZ=2000 tries more files than the default.
 """
 
 import io
@@ -19,7 +19,7 @@ from PIL import Image
 from attncap.data.images import ImageError, open_image
 
 BATCH = 100
-COUNT = int(os.environ.get("ATTNCAP_FUZZ_IMAGES", 500))
+COUNT = int(os.environ.get("ATTNCAP_FUZZ", 500))
 SECONDS, MIB = 5, 1024
 
 EXTREMES = [b"\0", b"\1", b"\x7f", b"\x80", b"\xff", b"\0\0", b"\xff\xff", b"\x7f\xff", b"\xff\x7f"]
