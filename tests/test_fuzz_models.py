@@ -165,13 +165,13 @@ def folder(tmp_path_factory):
     shapes = recipes.load("shapes")
     config = replace(shapes, model=ModelConfig("resnet18", "layer1", 32, grid=2, **SIZES))
     words = Vocabulary([*Vocabulary.SPECIALS, "▁", "a", "b", "▁a", "▁ab"], ["▁ a", "▁a b"])
-    trainer = Trainer(config, Captioner(config.model, words), open_shapes(0, {"train": 4, "val": 2}), folder)
+    trainer = Trainer(config, Captioner(config.model, words), open_shapes(0, {"train": 4, "val": 2}), folder, None)
     for parameter in trainer.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     trainer.optimizer.step()
     trainer.schedule.epoch_ended([0.5, 0.25, 0.125])
     trainer.model.save_pretrained(folder)
-    trainer.save_checkpoint()
+    checkpoint.save(folder, trainer.state_dict())
     (folder / "settings.json").write_text(json.dumps({"settings": asdict(config), "versions": {}}))
     lines = [{"epoch": epoch, "loss_words": 4 / epoch, "CIDEr": 0.5, "BLEU-4": 0.25} for epoch in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

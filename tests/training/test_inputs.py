@@ -56,7 +56,7 @@ def test_captions_that_have_changed_are_counted(run, caplog):
     edited["train"] = [b, replace(a, captions=("a bird", "a bird")), replace(e, captions=("a dog",))]
     assert inputs.compare(inputs.load(run), edited, "data") == (edited, True)
     assert caplog.messages[-2:] == [
-        "data: images of the train split whose captions have changed since the run began: 2 (a.png, \udce9.png)",
+        "data: images of the train split whose captions have changed since the run began: 2 (a.png, \\udce9.png)",
         "data: images of the val split whose captions have changed since the run began: 1 (c.png)",
     ]
 
