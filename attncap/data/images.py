@@ -152,8 +152,8 @@ def _tiff_grey(image: Image.Image, fields: Mapping, compressed: bool) -> Image.I
     bits, kind = fields.get(BITSPERSAMPLE, (1,))[0], fields.get(SAMPLEFORMAT, (1,))[0]
     stored = TIFF_SAMPLES.get((bits, kind))
     if stored is None or image.mode not in ("L", "I", "F", "I;16", "I;16B"):
-        if bits == 16 and fields.get(PLANAR_CONFIGURATION) == 2 and not compressed:
-            raise ValueError("Pillow cannot read uncompressed TIFF with 16 bits in separate planes; save it as PNG")
+        if fields.get(PLANAR_CONFIGURATION) == 2 and (image.mode == "LA" if compressed else bits == 16):
+            raise ValueError("Pillow cannot read this kind of TIFF in separate planes; save it as PNG")
         return image
     values = np.asarray(image).astype(stored, copy=False)
     if fields.prefix == b"MM" and compressed and image.mode in ("I", "F"):

@@ -293,8 +293,15 @@ def test_tiff_of_12_bits():
 
 def test_tiff_in_planes_that_pillow_reads_wrong():
     data = tiff(np.zeros((3, 2), np.uint16), 16, t257=1, t262=2, t277=3, t284=2)
-    with pytest.raises(ImageError, match="16 bits in separate planes; save it as PNG"):
+    with pytest.raises(ImageError, match="in separate planes; save it as PNG"):
         open_image(data)
+    grey_and_alpha = tiff(np.zeros((2, 2), np.uint8), 8, compressed=True, t277=2, t284=2, t338=2)
+    size = len(zlib.compress(bytes(4)))
+    for tag, value in ((273, 8), (279, size)):  # a strip for each plane, here the same one
+        one, two = struct.pack("<HHII", tag, 4, 1, value), struct.pack("<HHIHH", tag, 3, 2, value, value)
+        grey_and_alpha = grey_and_alpha.replace(one, two)
+    with pytest.raises(ImageError, match="in separate planes; save it as PNG"):
+        open_image(grey_and_alpha)
 
 
 @pytest.mark.parametrize(
