@@ -370,19 +370,21 @@ def test_a_file_that_is_too_large(tmp_path, monkeypatch):
 
 
 def test_sides_and_pixels_have_limits():
-    with pytest.raises(ImageError, match="more than 67,108,864 pixels; make the image smaller"):
-        open_image(png((8193, 8193), 8, 0, b""))
+    with pytest.raises(ImageError, match="more than 70,000,000 pixels; make the image smaller"):
+        open_image(png((8400, 8400), 8, 0, b""))
     for content in (png((1, 65536), 8, 0, b""), tiff(np.zeros((1, 1), np.uint8), 8, t322=2**30, t323=16, t324=8)):
         with pytest.raises(ImageError, match="more than 65,535 pixels wide or high"):
             open_image(content)
     for content in (
-        png((8192, 4097), 8, 6, b""),
-        png((8192, 4097), 16, 0, b""),
-        png((8192, 4097), 8, 0, b"", chunk(b"tRNS", b"\0\0")),
-        tiff(np.zeros((1, 1), np.float32), 32, 3, t256=8192, t257=4097),
+        png((8192, 4300), 8, 6, b""),
+        png((8192, 4300), 16, 0, b""),
+        png((8192, 4300), 8, 0, b"", chunk(b"tRNS", b"\0\0")),
+        tiff(np.zeros((1, 1), np.float32), 32, 3, t256=8192, t257=4300),
     ):
-        with pytest.raises(ImageError, match="more than 33,554,432 pixels"):
+        with pytest.raises(ImageError, match="more than 35,000,000 pixels"):
             open_image(content)
+    white = png((4960, 7016), 1, 0, (b"\0" + b"\xff" * 620) * 7016, chunk(b"tRNS", b"\0\0"))  # A4 at 600 dpi
+    assert open_image(white).getextrema() == ((255, 255),) * 3
     for content in (b"P2 2049 1024 255\n", b"P5 2049 1024 100\n"):  # decoded in Python
         with pytest.raises(ImageError, match="more than 2,097,152 pixels"):
             open_image(content)
@@ -396,6 +398,13 @@ def test_a_jpeg_with_the_same_scan_many_times():
     assert image_limits.jpeg_scans(bomb) == 206
     with pytest.raises(ImageError, match="more than 64 JPEG scans of 16,777,216 pixels"):
         open_image(bomb)
+    for jpeg in (bomb, content):
+        file = tiff(np.frombuffer(jpeg, np.uint8)[None], 8, t256=4096, t257=4096, t259=7, t278=4096)
+        if jpeg is bomb:
+            with pytest.raises(ImageError, match="too many JPEG scans; save it as an ordinary JPEG"):
+                open_image(file)
+        else:
+            assert open_image(file).size == (4096, 4096)
     video = b"\xff\xda" * 1000  # after the image, as phones store them
     assert image_limits.jpeg_scans(content + video) == 6
 
