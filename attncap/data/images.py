@@ -215,10 +215,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _grey(values: np.ndarray, black: float | None = None, white: float | None = None) -> Image.Image:
     """Numbers [H,W] as an image with 8 bits; `black` and `white` are by default the smallest and largest of them."""
-    values = np.nan_to_num(values.astype(np.float64), copy=False, posinf=0, neginf=0)
-    black = values.min() if black is None else black
-    white = values.max() if white is None else white
-    values -= black  # in place, because the image may be large
-    values *= 255
-    values /= (white - black) or 1
-    return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
+
+    def rows(start: int) -> np.ndarray:  # a few at a time, because the image may be large
+        return np.nan_to_num(values[start : start + 64].astype(np.float64), copy=False, posinf=0, neginf=0)
+
+    starts = range(0, len(values), 64)
+    black = min(rows(start).min() for start in starts) if black is None else black
+    white = max(rows(start).max() for start in starts) if white is None else white
+    grey = np.empty(values.shape, np.uint8)
+    for start in starts:
+        grey[start : start + 64] = np.rint((rows(start) - black) * 255 / ((white - black) or 1))
+    return Image.fromarray(grey)

@@ -104,6 +104,13 @@ def test_integers_and_floats_fill_their_range(tmp_path, dtype):
     assert flat.getpixel((0, 0)) == (0, 0, 0)
 
 
+def test_integers_and_floats_of_many_rows():
+    values = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32) * 1e30
+    low, high = values.astype(float).min(), values.astype(float).max()
+    expected = np.rint((values.astype(float) - low) * 255 / (high - low))
+    assert (np.array(to_rgb(Image.fromarray(values)))[..., 0] == expected).all()
+
+
 def test_floats_that_are_not_finite():
     values = np.array([[np.nan, 0, 2, np.inf]], dtype=np.float32)
     assert np.array(to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0, 255, 0]
