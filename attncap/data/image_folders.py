@@ -117,10 +117,13 @@ class Folders:
         path = "/" if name.startswith("/") else str(folder)
         for part in name.split("/"):
             if part not in ("", "."):
-                actual = part if part == ".." else self.names(path).find(part)
-                if actual is None and not os.path.isdir(os.path.join(path, part)):  # in a folder that cannot be listed
+                names = self.names(path)
+                # A folder that cannot be listed may still lead to others.
+                as_given = part == ".." or (not names.exact and os.path.isdir(os.path.join(path, part)))
+                actual = part if as_given else names.find(part)
+                if actual is None:
                     return None
-                path = os.path.join(path, actual or part)
+                path = os.path.join(path, actual)
         return path
 
     def _list(self, folder: str | Path) -> tuple[Names, list[Path]]:

@@ -713,13 +713,15 @@ def test_each_folder_is_listed_once(tmp_path, monkeypatch):
 
 
 def test_names_from_files_are_on_one_line(tmp_path, caplog):
-    lines = [{"image": name, "caption": "a dog"} for name in ("1.jpg", "a\n\x1b[31m.jpg", "\udcff.jpg", "a" * 5000)]
+    lines = [
+        {"image": name, "caption": "a dog"} for name in ("1.jpg", "a\n\x1b[31m.jpg", "\udcff.jpg", "a" * 5000, "a\0/1")
+    ]
     write(tmp_path / "mine.jsonl", "\n".join(map(json.dumps, lines)))
     photographs(tmp_path, "1.jpg")
     open_dataset(tmp_path, 0)
     assert caplog.messages[0] == f"skipped: {tmp_path}/a \\x1b[31m.jpg: the file does not exist"
     assert caplog.messages[1] == f"skipped: {tmp_path}/\\udcff.jpg: the file does not exist"
-    assert len(caplog.messages) == 3 and all(len(line) < 400 and line.isprintable() for line in caplog.messages)
+    assert len(caplog.messages) == 4 and all(len(line) < 400 and line.isprintable() for line in caplog.messages)
 
 
 def test_several_data_sets_in_subfolders(tmp_path):
