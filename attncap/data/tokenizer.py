@@ -87,9 +87,10 @@ _SKIPPED = re.compile(
 )
 _DROPPED = frozenset([*"'\"`.?!,:-;", "--", "---", "----"])
 
-# Scripts without spaces between words: Thai, Lao, Burmese, Khmer; Chinese characters, kana and bopomofo.
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, those of Tai languages; Chinese characters, kana and
+# bopomofo.
 _UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaadf"
     "\u3005-\u3007\u3040-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
 )
 _CHARACTER = re.compile(rf"[{_UNSPACED}][{_MARKS}]*|[^{_UNSPACED}]+")
