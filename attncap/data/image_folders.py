@@ -117,10 +117,13 @@ class Folders:
         path = "/" if name.startswith("/") else str(folder)
         for part in name.split("/"):
             if part not in ("", "."):
-                actual = part if part == ".." else self.names(path).find(part)
+                names = self.names(path)
+                # A folder that cannot be listed may still lead to others.
+                as_given = part == ".." or (not names.exact and os.path.isdir(os.path.join(path, part)))
+                actual = part if as_given else names.find(part)
                 if actual is None:
                     return None
-                path = f"{path}/{actual}"
+                path = os.path.join(path, actual)
         return path
 
     def _list(self, folder: str | Path) -> tuple[Names, list[Path]]:
@@ -175,9 +178,10 @@ def find_files(files: Mapping[str, str], where: Surroundings, folders: Folders) 
     `files` has the name of each image's file, perhaps with folders. In each root, the files are looked for in the
     folders that are named after images (Images, Flicker8k_Dataset, flickr30k-images, ...), in such folders in those and
     in the root itself; then in any folder at most two levels below. The search ends with the first of these steps that
-    finds any of the files. Above the roots only folders that are named after images count, with at least half of the
-    files: other data sets may have images with the same names. If nothing is found, names are read with / for \\, and
-    then without their folders, unless several files would have the same name.
+    finds half of the files; if none does, the one with the most counts. Above the roots only folders that are named
+    after images count, with at least half of the files: other data sets may have images with the same names. Names that
+    are not found are read with / for \\, and if few are found, all names without their folders, unless several files
+    would have the same name.
     """
     slashes = {image: name.replace("\\", "/") for image, name in files.items()}
     bare = {image: os.path.basename(name) for image, name in slashes.items()}
@@ -186,14 +190,20 @@ def find_files(files: Mapping[str, str], where: Surroundings, folders: Folders) 
         spellings.append(slashes)
     if bare != spellings[-1] and len(set(bare.values())) == len(set(slashes.values())):
         spellings.append(bare)
-    steps = [(root, places, 1) for root in where.roots for places in (image_folders, folders_below)]
+    steps = [(root, places) for root in where.roots for places in (image_folders, folders_below)]
     if where.above is not None:
-        steps.append((where.above, image_folders, len(files) / 2))
-    for spelling, (root, places, least) in product(spellings, steps):
-        folder, found = _find_files(spelling, places(root, folders), folders)
-        if found and len(found) >= least:
-            return folder, found
-    return image_folders(where.roots[0], folders)[0], {}
+        steps.append((where.above, image_folders))
+    folder, found = image_folders(where.roots[0], folders)[0], {}
+    for spelling, (root, places) in product(spellings, steps):
+        here, new = _find_files(spelling, places(root, folders), folders)
+        enough = len(new) >= len(files) / 2
+        if enough or (len(new) > len(found) and root != where.above):
+            folder, found = here, new
+        if enough:
+            break
+    if rest := {image: name for image, name in slashes.items() if image not in found and name != files[image]}:
+        found = found | find_files(rest, where, folders)[1]
+    return folder, found
 
 
 def _find_files(names: Mapping[str, str], candidates: Sequence[Path], folders: Folders) -> tuple[Path, dict[str, str]]:

@@ -10,13 +10,13 @@ import io
 import re
 
 from PIL import Image
-from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, ImageFileDirectory_v1
+from PIL.TiffImagePlugin import ROWSPERSTRIP, TILELENGTH, TILEWIDTH, ImageFileDirectory_v1
 
 MAX_FILE = 200 * 2**20  # bytes
-MAX_PIXELS = 2**26  # 8192 x 8192 of 8 bits in grey, palette or RGB; half as many of all other images
+MAX_PIXELS = 70_000_000  # of 8 bits in grey, palette or RGB; half as many of all other images: A4 at 600 dpi
 MAX_PYTHON_PIXELS = 2**21  # where Pillow's decoder is a loop in Python
 MAX_SIDE = 65_535  # as in JPEG; Pillow needs memory for each row, however short
-MAX_SCANNED = 2**30  # pixels of all scans of a JPEG together: 16 scans of the largest, 44 of one with 24 megapixels
+MAX_SCANNED = 2**30  # pixels of all scans of a JPEG together: 15 scans of the largest, 44 of one with 24 megapixels
 MAX_READS = 2_200_000  # pieces in which Pillow reads the file: some of its parsers read single bytes
 MAX_METADATA = 200  # pieces of compressed text, colour profiles, EXIF, or comments
 MAX_SAMPLES = 6  # of each pixel, in planes that are decoded one by one
@@ -76,10 +76,10 @@ def check_image(image: Image.Image, data: bytes) -> None:
     pixels = image.width * image.height
     tiles = [tile[:2] for tile in getattr(image, "tile", ())]
     most = MAX_PIXELS
-    if image.format == "WEBP" or image.mode not in ("1", "L", "P", "RGB") or image.has_transparency_data:
+    jpeg_in_tiff = image.info.get("compression") in ("jpeg", "tiff_jpeg")
+    plain = image.mode in ("1", "L", "P", "RGB") and not image.has_transparency_data
+    if image.format == "WEBP" or jpeg_in_tiff or not plain:
         most //= 2
-    if image.info.get("compression") in ("jpeg", "tiff_jpeg"):  # in TIFF: libtiff allows 100 scans
-        most //= 4
     if any(decoder in PYTHON_DECODERS for decoder, _ in tiles):
         most = MAX_PYTHON_PIXELS
     # Pillow itself only warns above its limit, and refuses an image only if it is twice as large.
@@ -98,6 +98,11 @@ def check_image(image: Image.Image, data: bytes) -> None:
         may_have_many = image.info.get("progressive") or len(data) > 2**25
         if may_have_many and data.count(b"\xff" + SCAN) > scans and jpeg_scans(data) > scans:
             raise LimitError(f"more than {scans} JPEG scans of {pixels:,} pixels; save it as an ordinary JPEG")
+    if jpeg_in_tiff:
+        strip = image.width * min(image.height, fields.get(ROWSPERSTRIP, image.height))
+        part = fields[TILEWIDTH] * fields[TILELENGTH] if TILEWIDTH in fields else strip
+        if data.count(b"\xff" + SCAN) * part > MAX_SCANNED:
+            raise LimitError("too many JPEG scans; save it as an ordinary JPEG")
 
 
 def jpeg_scans(data: bytes) -> int:

@@ -152,8 +152,8 @@ def _tiff_grey(image: Image.Image, fields: Mapping, compressed: bool) -> Image.I
     bits, kind = fields.get(BITSPERSAMPLE, (1,))[0], fields.get(SAMPLEFORMAT, (1,))[0]
     stored = TIFF_SAMPLES.get((bits, kind))
     if stored is None or image.mode not in ("L", "I", "F", "I;16", "I;16B"):
-        if bits == 16 and fields.get(PLANAR_CONFIGURATION) == 2 and not compressed:
-            raise ValueError("Pillow cannot read uncompressed TIFF with 16 bits in separate planes; save it as PNG")
+        if fields.get(PLANAR_CONFIGURATION) == 2 and (image.mode == "LA" if compressed else bits == 16):
+            raise ValueError("Pillow cannot read this kind of TIFF in separate planes; save it as PNG")
         return image
     values = np.asarray(image).astype(stored, copy=False)
     if fields.prefix == b"MM" and compressed and image.mode in ("I", "F"):
@@ -215,10 +215,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _grey(values: np.ndarray, black: float | None = None, white: float | None = None) -> Image.Image:
     """Numbers [H,W] as an image with 8 bits; `black` and `white` are by default the smallest and largest of them."""
-    values = np.nan_to_num(values.astype(np.float64), copy=False, posinf=0, neginf=0)
-    black = values.min() if black is None else black
-    white = values.max() if white is None else white
-    values -= black  # in place, because the image may be large
-    values *= 255
-    values /= (white - black) or 1
-    return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
+
+    def rows(start: int) -> np.ndarray:  # a few at a time, because the image may be large
+        return np.nan_to_num(values[start : start + 64].astype(np.float64), copy=False, posinf=0, neginf=0)
+
+    starts = range(0, len(values), 64)
+    black = min(rows(start).min() for start in starts) if black is None else black
+    white = max(rows(start).max() for start in starts) if white is None else white
+    grey = np.empty(values.shape, np.uint8)
+    for start in starts:
+        grey[start : start + 64] = np.rint((rows(start) - black) * 255 / ((white - black) or 1))
+    return Image.fromarray(grey)

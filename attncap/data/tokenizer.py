@@ -80,16 +80,17 @@ _RESPELLED = str.maketrans(
     }
 )  # fmt: skip
 # Java's tokenizer skips control characters, joiners, private-use characters, and all above U+FFFF, such as emoji. Here
-# a joiner stays after a mark: it is part of the spelling of Sinhala and other Indic scripts.
+# a joiner stays before and after a mark: it is part of the spelling of Bengali, Sinhala and other Indic scripts.
 _SKIPPED = re.compile(
     "[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202f\u2039\u203a\u203c\u203d\u2045-\u206f\ue000-\uf8ff"
-    rf"\ufe10-\ufe1f\ufe30-\ufe6f\ufefd-\uff00\ufff0-\uffff\U00010000-\U0010ffff](?<![{_MARKS}]\u200d)"
+    rf"\ufe10-\ufe1f\ufe30-\ufe6f\ufefd-\uff00\ufff0-\uffff\U00010000-\U0010ffff](?<![{_MARKS}]\u200d)(?<!\u200d(?=[{_MARKS}]))"
 )
 _DROPPED = frozenset([*"'\"`.?!,:-;", "--", "---", "----"])
 
-# Scripts without spaces between words: Thai, Lao, Burmese, Khmer; Chinese characters, kana and bopomofo.
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, those of Tai languages; Chinese characters, kana and
+# bopomofo.
 _UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaadf"
     "\u3005-\u3007\u3040-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
 )
 _CHARACTER = re.compile(rf"[{_UNSPACED}][{_MARKS}]*|[^{_UNSPACED}]+")

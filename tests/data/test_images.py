@@ -104,6 +104,13 @@ def test_integers_and_floats_fill_their_range(tmp_path, dtype):
     assert flat.getpixel((0, 0)) == (0, 0, 0)
 
 
+def test_integers_and_floats_of_many_rows():
+    values = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32) * 1e30
+    low, high = values.astype(float).min(), values.astype(float).max()
+    expected = np.rint((values.astype(float) - low) * 255 / (high - low))
+    assert (np.array(to_rgb(Image.fromarray(values)))[..., 0] == expected).all()
+
+
 def test_floats_that_are_not_finite():
     values = np.array([[np.nan, 0, 2, np.inf]], dtype=np.float32)
     assert np.array(to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0, 255, 0]
@@ -293,8 +300,15 @@ def test_tiff_of_12_bits():
 
 def test_tiff_in_planes_that_pillow_reads_wrong():
     data = tiff(np.zeros((3, 2), np.uint16), 16, t257=1, t262=2, t277=3, t284=2)
-    with pytest.raises(ImageError, match="16 bits in separate planes; save it as PNG"):
+    with pytest.raises(ImageError, match="in separate planes; save it as PNG"):
         open_image(data)
+    grey_and_alpha = tiff(np.zeros((2, 2), np.uint8), 8, compressed=True, t277=2, t284=2, t338=2)
+    size = len(zlib.compress(bytes(4)))
+    for tag, value in ((273, 8), (279, size)):  # a strip for each plane, here the same one
+        one, two = struct.pack("<HHII", tag, 4, 1, value), struct.pack("<HHIHH", tag, 3, 2, value, value)
+        grey_and_alpha = grey_and_alpha.replace(one, two)
+    with pytest.raises(ImageError, match="in separate planes; save it as PNG"):
+        open_image(grey_and_alpha)
 
 
 @pytest.mark.parametrize(
@@ -363,19 +377,21 @@ def test_a_file_that_is_too_large(tmp_path, monkeypatch):
 
 
 def test_sides_and_pixels_have_limits():
-    with pytest.raises(ImageError, match="more than 67,108,864 pixels; make the image smaller"):
-        open_image(png((8193, 8193), 8, 0, b""))
+    with pytest.raises(ImageError, match="more than 70,000,000 pixels; make the image smaller"):
+        open_image(png((8400, 8400), 8, 0, b""))
     for content in (png((1, 65536), 8, 0, b""), tiff(np.zeros((1, 1), np.uint8), 8, t322=2**30, t323=16, t324=8)):
         with pytest.raises(ImageError, match="more than 65,535 pixels wide or high"):
             open_image(content)
     for content in (
-        png((8192, 4097), 8, 6, b""),
-        png((8192, 4097), 16, 0, b""),
-        png((8192, 4097), 8, 0, b"", chunk(b"tRNS", b"\0\0")),
-        tiff(np.zeros((1, 1), np.float32), 32, 3, t256=8192, t257=4097),
+        png((8192, 4300), 8, 6, b""),
+        png((8192, 4300), 16, 0, b""),
+        png((8192, 4300), 8, 0, b"", chunk(b"tRNS", b"\0\0")),
+        tiff(np.zeros((1, 1), np.float32), 32, 3, t256=8192, t257=4300),
     ):
-        with pytest.raises(ImageError, match="more than 33,554,432 pixels"):
+        with pytest.raises(ImageError, match="more than 35,000,000 pixels"):
             open_image(content)
+    white = png((4960, 7016), 1, 0, (b"\0" + b"\xff" * 620) * 7016, chunk(b"tRNS", b"\0\0"))  # A4 at 600 dpi
+    assert open_image(white).getextrema() == ((255, 255),) * 3
     for content in (b"P2 2049 1024 255\n", b"P5 2049 1024 100\n"):  # decoded in Python
         with pytest.raises(ImageError, match="more than 2,097,152 pixels"):
             open_image(content)
@@ -389,6 +405,13 @@ def test_a_jpeg_with_the_same_scan_many_times():
     assert image_limits.jpeg_scans(bomb) == 206
     with pytest.raises(ImageError, match="more than 64 JPEG scans of 16,777,216 pixels"):
         open_image(bomb)
+    for jpeg in (bomb, content):
+        file = tiff(np.frombuffer(jpeg, np.uint8)[None], 8, t256=4096, t257=4096, t259=7, t278=4096)
+        if jpeg is bomb:
+            with pytest.raises(ImageError, match="too many JPEG scans; save it as an ordinary JPEG"):
+                open_image(file)
+        else:
+            assert open_image(file).size == (4096, 4096)
     video = b"\xff\xda" * 1000  # after the image, as phones store them
     assert image_limits.jpeg_scans(content + video) == 6
 

@@ -305,7 +305,7 @@ def write_all(folder, files):
         ("mine.jsonl", "".join(f'{{"image": "{i}.jpg", "caption": "a dog"}}\n' for i in (1, 2, 3))),
         ("Flickr8k.lemma.token.txt", "1.jpg#0\ta dog\n2.jpg#0\ta cat\n3.jpg#0\ta bird"),
         ("Flickr8k.arabic.full.txt", "1.jpg#0\tكلب\n2.jpg#0\tقط\n3.jpg#0\tطائر"),
-        ("flickr8kzhc.caption.txt", "1.jpg#zhc#0 一 条 狗\n2.jpg#zhc#0 猫\n3.jpg#zhc#1\t鸟"),
+        ("flickr8kzhc.caption.txt", "1.jpg#zhc#0 一 条 狗\n2.jpg#en-us2zh#0 猫\n3.jpg#zhc#1\t鸟"),
         ("captions_x.json", None),
     ],
 )
@@ -346,6 +346,32 @@ def test_lists_in_all_spellings_and_places(tmp_path, lists, place):
     photographs(tmp_path / "text" / "Images", "1.jpg", "2.jpg", "3.jpg")
     if place != "splits":  # lists are looked for one level above the given folder, but not beside it
         assert names(open_dataset(tmp_path / "text", 0)) == WITH_SPLITS
+
+
+def test_notes_are_no_lists_and_lists_with_other_columns_are_reported(tmp_path):
+    write(tmp_path / "mine.csv", THREE)
+    photographs(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    write(tmp_path / "training_log.txt", "epoch 1 of\n3\nloss 0.5")  # 3 would be 3.jpg
+    assert not read_dataset(tmp_path, 0).skipped
+    write_all(tmp_path, {"val.txt": "2.jpg 0\n3.jpg 1\n", "test.txt": "1.jpg 5\n"})
+    dataset = read_dataset(tmp_path, 0)
+    assert dataset.drawn and [Path(item.name).name for item in dataset.skipped] == ["test.txt", "val.txt"]
+    write(tmp_path / "train.txt", "2.jpg\n3.jpg\n")
+    assert failure(tmp_path) == f"{tmp_path / 'val.txt'}: none of its 2 names has captions and an image"
+
+
+def test_a_caption_with_an_image_and_a_number_in_a_table(tmp_path):
+    write(tmp_path / "mine.csv", THREE + "3.jpg,as in 1.jpg#0 a bird\n")
+    photographs(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    assert captions(read_dataset(tmp_path, 0).splits)["3.jpg"] == ("a bird", "as in 1.jpg#0 a bird")
+
+
+def test_photographs_beside_the_folder_of_a_translation(tmp_path):
+    write(tmp_path / "Flickr8k_text" / "Flickr8k.arabic.full.txt", "1.jpg#0\tكلب\n2.jpg#0\tقط\n3.jpg#0\tطائر")
+    write_all(tmp_path / "Flickr8k_text", PUBLISHED)
+    photographs(tmp_path / "Flickr8k_Dataset" / "Flicker8k_Dataset", "1.jpg", "2.jpg", "3.jpg")
+    for path in (tmp_path, tmp_path / "Flickr8k_text" / "Flickr8k.arabic.full.txt"):
+        assert names(open_dataset(path, 0)) == WITH_SPLITS
 
 
 def test_lists_beside_images_that_are_elsewhere(tmp_path):
@@ -556,6 +582,36 @@ def test_names_as_other_systems_write_them(tmp_path, named, on_disk):
     assert paths_of(read_dataset(tmp_path, 0)) == expected
 
 
+def test_some_names_with_backslashes(tmp_path):
+    write(tmp_path / "mine.csv", THREE.replace("2.jpg", "Images\\2.jpg"))
+    photographs(tmp_path / "Images", "1.jpg", "2.jpg", "3.jpg")
+    expected = {name: tmp_path / "Images" / name[-5:] for name in ("1.jpg", "Images\\2.jpg", "3.jpg")}
+    assert paths_of(read_dataset(tmp_path, 0)) == expected
+
+
+def test_one_image_beside_the_captions_and_the_others_elsewhere(tmp_path):
+    write(tmp_path / "mine.csv", THREE)
+    photographs(tmp_path, "1.jpg")
+    photographs(tmp_path / "photos", "1.jpg", "2.jpg", "3.jpg")
+    assert {path.parent for path in paths_of(read_dataset(tmp_path, 0)).values()} == {tmp_path / "photos"}
+
+
+def test_absolute_names_below_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    """As the folders above one's own often are on shared computers."""
+    names_of = [str(tmp_path / "photos" / f"{i}.jpg") for i in (1, 2)]
+    write(tmp_path / "mine.csv", "image,caption\n" + "".join(f"{name},a dog\n" for name in names_of))
+    photographs(tmp_path / "photos", "1.jpg", "2.jpg")
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == tmp_path.parent:
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert {str(path) for path in paths_of(read_dataset(tmp_path, 0)).values()} == set(names_of)
+
+
 def test_names_that_fit_several_files_or_the_same_one(tmp_path):
     write(tmp_path / "mine.csv", "image,caption\n1.jpg,a\n2.jpg,b\n./2.jpg,c\n3.jpg,d\n3.JPG,e\n._4.jpg,f\n")
     photographs(tmp_path / "Images", "1.JPG", "1.Jpg", "2.jpg", "3.JPG")
@@ -657,13 +713,15 @@ def test_each_folder_is_listed_once(tmp_path, monkeypatch):
 
 
 def test_names_from_files_are_on_one_line(tmp_path, caplog):
-    lines = [{"image": name, "caption": "a dog"} for name in ("1.jpg", "a\n\x1b[31m.jpg", "\udcff.jpg", "a" * 5000)]
+    lines = [
+        {"image": name, "caption": "a dog"} for name in ("1.jpg", "a\n\x1b[31m.jpg", "\udcff.jpg", "a" * 5000, "a\0/1")
+    ]
     write(tmp_path / "mine.jsonl", "\n".join(map(json.dumps, lines)))
     photographs(tmp_path, "1.jpg")
     open_dataset(tmp_path, 0)
     assert caplog.messages[0] == f"skipped: {tmp_path}/a \\x1b[31m.jpg: the file does not exist"
     assert caplog.messages[1] == f"skipped: {tmp_path}/\\udcff.jpg: the file does not exist"
-    assert len(caplog.messages) == 3 and all(len(line) < 400 and line.isprintable() for line in caplog.messages)
+    assert len(caplog.messages) == 4 and all(len(line) < 400 and line.isprintable() for line in caplog.messages)
 
 
 def test_several_data_sets_in_subfolders(tmp_path):

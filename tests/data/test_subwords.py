@@ -177,8 +177,9 @@ def test_vocabularies_of_clauses_are_reported(tmp_path, caplog):
     from attncap.training.config import DataConfig
     from attncap.training.run import find_vocabulary
 
-    find_vocabulary(DataConfig(path="zh", min_count=1), ["一张红色的图片。"])
+    config = DataConfig(path="zh", min_count=1)
+    find_vocabulary(config, ["一张红色的图片。"])
     assert "have no spaces between words, so each clause is one word; use --subwords 4000" in caplog.text
     caplog.clear()
-    find_vocabulary(DataConfig(path="zh", min_count=1), ["一张 红色 的 图片 。", "a red picture"])
+    find_vocabulary(config, ["一张 红色 的 图片 。", "a red picture"])
     assert not caplog.text

@@ -49,7 +49,9 @@ def test_equals_the_output_of_java(text):
 
 
 # Java drops the marks of these, and cuts the words there: "កា ឆ្នេរ" -> "ក ឆ ន រ".
-WORDS = "កា ឆ្នេរ မြင်း အမျိုးသား བོད ශ්‍රී අශ්වයෙකු ಮನುಷ್ಯ ਇੱਕ ଘୋଡ଼ା മനുഷ്യൻ ꦭꦤꦁ ᠠ᠋ᠪ か\u3099き t\ufe20s\ufe21 क्\u200dष".split()
+WORDS = (
+    "កា ឆ្នេរ မြင်း အမျိုးသား བོད ශ්‍රී අශ්වයෙකු ಮನುಷ್ಯ ਇੱਕ ଘୋଡ଼ା മനുഷ്യൻ ꦭꦤꦁ ᠠ᠋ᠪ か\u3099き t\ufe20s\ufe21 क्\u200dष র\u200d্যাব".split()
+)
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -78,6 +80,7 @@ def test_characters():
         (["一只黑狗在草地上奔跑。", "狗"], True),
         (["一只黑狗，在草地上奔跑， 一个人玩 iPad"], True),
         (["黒い犬が草の上を走っている。"], True),
+        (["ᦟᦱᧆᦷᦡᧆᦵᦋ ᦑᦱᧃ"], True),  # New Tai Lue
         (["ผู้ชายกำลังขี่ม้าอยู่บนชายหาด", "ผู้ชาย 2 คนกำลังขี่ม้า อยู่บนชายหาดสีขาว"], True),  # with spaces between clauses
         (["一只 黑狗 在 草地 上 奔跑 。"], False),
         (["黒い 犬 が 草 の 上 を 走っ て いる 。"], False),

@@ -6,6 +6,7 @@ import os
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from attncap.data.dataset import Example, Skipped, Splits, first_of, one_line
@@ -19,6 +20,7 @@ SPLITS = {"train": "train", "restval": "train", "val": "val", "dev": "val", "val
 PUBLISHED = re.compile("(train|val|dev|test)_?images", re.IGNORECASE)  # as Flickr_8k.trainImages.txt, Flickr8k's own
 MAX_LIST = 64 * 2**20  # bytes; a list of the names of COCO's images has 4 MiB
 MAX_LISTS = 20  # that are read in one folder
+_SUFFIX = re.compile(rf"(?i:{'|'.join(map(re.escape, SUFFIXES))})\b")
 
 
 def draw_splits(examples: Sequence[Example], seed: int) -> Splits:
@@ -62,11 +64,16 @@ class ImageIndex:
     its suffix or without, in any case."""
 
     def __init__(self, files: Mapping[str, str]):
+        self._files = files
         self._exact = {**{file: image for image, file in files.items()}, **{image: image for image in files}}
-        self._similar: dict[str, str | None] = {}
-        for image, file in files.items():
+
+    @cached_property
+    def _similar(self) -> dict[str, str | None]:
+        similar: dict[str, str | None] = {}
+        for image, file in self._files.items():
             for spelling in _spellings(file):
-                self._similar[spelling] = image if self._similar.get(spelling, image) == image else None
+                similar[spelling] = image if similar.get(spelling, image) == image else None
+        return similar
 
     def find(self, name: str) -> str | None:
         if name in self._exact:
@@ -99,20 +106,22 @@ def find_lists(
     others: list[Skipped] = []
     for folder in dict.fromkeys(places):
         naming: Lists = {}
-        naming_none: Lists = {}
+        naming_none: Lists = {}  # those that are surely lists
         for split, path in _candidates(folder, folders):
             if path == source or (names := _names(path, folder == source.parent)) is None:
                 continue
             index = index or ImageIndex(files)
             images = {name: index.find(name) for name in names}
-            (naming if any(images.values()) else naming_none).setdefault(split, []).append((path, images))
+            count = sum(image is not None for image in images.values())
+            if count and (count >= len(names) / 2 or _is_list(path, names)):
+                naming.setdefault(split, []).append((path, images))
+            elif not count and _is_list(path, names):
+                naming_none.setdefault(split, []).append((path, images))
         if folder == source.parent:
             reason = f"names none of the images of {source.name}; not used as a list of a split"
-            none = [(path, images) for lists in naming_none.values() for path, images in lists]
-            others = [Skipped(None, str(path), reason) for path, images in none if _is_list(path, images)]
+            others = [Skipped(None, str(path), reason) for lists in naming_none.values() for path, _ in lists]
             # Beside other lists, one that names none of the images is likely to have wrong names: see use_lists.
-            published = {split: lists for split, lists in naming_none.items() if PUBLISHED.search(lists[0][0].name)}
-            naming = naming and {**published, **naming}
+            naming = naming and {**naming_none, **naming}
         listed = {image for lists in naming.values() for _, images in lists for image in images.values()} - {None}
         if naming and (folder == source.parent or (len(naming) == 3 and len(listed) >= len(files) / 2)):
             return {split: naming[split] for split in ("train", "val", "test") if split in naming}, []
@@ -131,8 +140,9 @@ def _candidates(folder: Path, folders: Folders) -> list[tuple[str, Path]]:
 
 
 def _is_list(path: Path, names: Iterable[str]) -> bool:
-    """Whether a text file is surely a list, although its names may be those of other images."""
-    return bool(PUBLISHED.search(path.name)) or not any(re.search(r"\s", name) for name in names)
+    """Whether a text file is surely a list, although its names may be those of other images: notes and logs have lines
+    with spaces and without the suffix of an image."""
+    return bool(PUBLISHED.search(path.name)) or not any(re.search(r"\s", n) and not _SUFFIX.search(n) for n in names)
 
 
 def _names(path: Path, is_beside: bool) -> list[str] | None:

@@ -46,7 +46,7 @@ COLUMNS = {
 MAX_FILES = 100  # in a folder, whose first line is read to find out whether they are tables of captions
 _IMAGE = "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 # NAME.jpg#0, NAME.jpg#zhc#0, or, before a tab, any NAME#0. A name may have # in it.
-_TOKEN = re.compile(rf"(?:([^\t]+?\.(?i:{_IMAGE}))#(?:[A-Za-z]+#)?\d+[\t ]|([^\t]+)#\d+\t)(.*)")
+_TOKEN = re.compile(rf"(?:([^\t\n]+?\.(?i:{_IMAGE}))#(?:[A-Za-z][\w-]*#)?\d+[\t ]|([^\t\n]+)#\d+\t)(.*)")
 
 Rows = Iterator[tuple[int, str, str, str | None]]
 """Line, image, caption, split."""
