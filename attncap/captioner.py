@@ -192,7 +192,8 @@ class Captioner(CaptionMethods, nn.Module):
         settings, weights = folder / "config.json", folder / "model.safetensors"
         config, vocabulary = ModelConfig.load(settings), Vocabulary.load(folder / "vocabulary.json")
         try:
-            # The sizes are compared with the weights before memory is taken, whatever the default device and dtype are.
+            # Sizes are compared with the weights before memory is allocated. The user's default device and dtype are
+            # ignored.
             with torch.device("cpu"), Unallocated():
                 model = cls(config, vocabulary, backend=backend).float()
         except CallError as error:
@@ -214,7 +215,7 @@ class Captioner(CaptionMethods, nn.Module):
 
 
 def _check_sizes(folder: Path, model: Captioner, state: dict[str, Tensor]) -> None:
-    """Raises UserError, which names the field, when a size of the decoder is not the one that the weights have."""
+    """Raises UserError, naming the field, if a size of the decoder differs from that of the weights."""
     config, settings = model.config, folder / "config.json"
     for file, field, value, name, axis in (
         (settings, "attention_size", config.attention_size, "decoder.attention.score_weight", 0),

@@ -267,9 +267,9 @@ def _search_config(search: SearchConfig | None, settings: dict) -> SearchConfig:
 
 
 def _is_list(images: object) -> bool:
-    """Whether these are several images. (A set or a dict has no order for its captions.)"""
-    others = str | bytes | bytearray | memoryview | np.ndarray | Mapping | Set
-    return isinstance(images, Iterable) and not isinstance(images, others) and not hasattr(images, "read")
+    """Whether `images` is several images. Sets and dicts are not, because they have no order for the captions."""
+    not_lists = str | bytes | bytearray | memoryview | np.ndarray | Mapping | Set
+    return isinstance(images, Iterable) and not isinstance(images, not_lists) and not hasattr(images, "read")
 
 
 def _check_processors(processors: object) -> None:

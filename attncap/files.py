@@ -1,4 +1,4 @@
-"""Files written atomically, folders locked, and text and JSON read; the errors of all of these name the file."""
+"""Writing files atomically, locking folders, and reading text and JSON; every error names the file."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ log = logging.getLogger("attncap")
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """Yield a new file, open for writing, which replaces `path` when the block ends without an error.
 
-    Missing folders are made, and a symbolic link stays one. If anything goes wrong, an older file at `path` stays
-    unchanged and the new one is removed. The content is flushed to disk before the file gets its name, so that a power
-    failure leaves either the old file or the new one. Raises UserError when the file cannot be written.
+    Missing folders are created. Of a symbolic link, the target is replaced. If anything goes wrong, an older file at
+    `path` stays unchanged and the new one is removed. The content is flushed to disk before the file gets its name, so
+    that a power failure leaves either the old file or the new one. Raises UserError when the file cannot be written.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         if target.exists() and not target.is_file() and not target.is_dir():
-            raise OSError(errno.EINVAL, "not a regular file")  # /dev/null would become one
+            raise OSError(errno.EINVAL, "not a regular file")  # otherwise one would replace /dev/null
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
@@ -67,9 +67,9 @@ def remove_temporary(folder: Path) -> None:
 
 
 class FolderLock:
-    """As a context manager, makes a folder and keeps other processes that lock it from writing there. The lock is on
-    the file .lock, and ends with the process, however that ends. Folders that it has made are removed if they are
-    still empty at the end.
+    """A context manager that creates a folder and locks it: no other process can lock it at the same time. The lock is
+    on the file .lock and is released when the process ends, however it ends. Folders that it has created are removed
+    if they are still empty at the end.
 
     Entering raises UserError when another process has the lock, or the folder cannot be written.
     """
@@ -100,8 +100,8 @@ class FolderLock:
 
     def _lock(self) -> None:
         try:
-            # A record lock, because processes that are forked do not inherit it: with flock, a worker that outlives its
-            # parent for a moment would still hold it.
+            # A record lock, which forked processes do not inherit: with flock, a worker that outlives its parent for a
+            # moment would still hold it.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.check()  # the process that had the lock may have removed the file
         except (BlockingIOError, PermissionError) as error:
@@ -121,7 +121,7 @@ class FolderLock:
 
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a file to read its bytes. Raises OSError for anything that is not a regular file: a pipe may never end, and
-    merely opening one may block for ever."""
+    merely opening one may block forever."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     file = os.fdopen(descriptor, "rb")  # raises IsADirectoryError
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -130,30 +130,29 @@ def open_regular(path: str | Path) -> BinaryIO:
     return file
 
 
-def read_bytes(path: str | Path, most: int = MAX_TABLE) -> bytes:
-    """All bytes of a regular file. Raises UserError when it cannot be read, or has more than `most` bytes."""
+def read_bytes(path: str | Path, max_bytes: int = MAX_TABLE) -> bytes:
+    """All bytes of a regular file. Raises UserError when it cannot be read, or has more than `max_bytes` bytes."""
     try:
         with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size > most:
-                raise UserError(f"{path}: cannot be read: larger than {most / 2**20:,.0f} MiB")
+            if os.fstat(file.fileno()).st_size > max_bytes:
+                raise UserError(f"{path}: cannot be read: larger than {max_bytes / 2**20:,.0f} MiB")
             return file.read()
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def read_text(path: str | Path, most: int = MAX_TABLE) -> str:
+def read_text(path: str | Path, max_bytes: int = MAX_TABLE) -> str:
     """The UTF-8 text of a file, without a byte order mark. Raises UserError when it cannot be read, is larger than
-    `most` bytes, or is not UTF-8."""
+    `max_bytes`, or is not UTF-8."""
     try:
-        return read_bytes(path, most).decode("utf-8-sig")
+        return read_bytes(path, max_bytes).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
-def read_json(path: str | Path, most: int = MAX_TABLE) -> object:
-    """The value in a JSON file. Raises UserError when it cannot be read, is larger than `most` bytes, or is not
-    JSON."""
-    text = read_text(path, most)
+def read_json(path: str | Path, max_bytes: int = MAX_TABLE) -> object:
+    """The value in a JSON file. Raises UserError when it cannot be read, is larger than `max_bytes`, or is not JSON."""
+    text = read_text(path, max_bytes)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -40,7 +40,7 @@ log = logging.getLogger("attncap")
 
 
 def save_attention(path: str | Path, captioned: Sequence[tuple[Image.Image, Caption]]) -> None:
-    """Write the PNG of `draw_attention`, see `save`."""
+    """Draw the attention (see `draw_attention`) and write the PNG to a file (see `save`)."""
     save(path, lambda: draw_attention(captioned))
 
 

@@ -1,5 +1,5 @@
-"""Weights from files that anyone may have written: read without running code, and compared with what they are for, name
-by name, before anything is allocated for them or computed with them."""
+"""Weights from untrusted files: read without running code, and compared with what this process expects, name by name,
+before anything is allocated for them or computed with them."""
 
 import io
 import math
@@ -29,8 +29,8 @@ PLAIN = re.compile(
 
 
 class Unallocated(TorchFunctionMode):
-    """Within it, new modules of this thread have their parameters on the meta device: shapes without data. (Within
-    `torch.device("meta")` RegNet could not compute its widths.)"""
+    """A context in which new modules of this thread have their parameters on the meta device: shapes without data. (In
+    `torch.device("meta")`, RegNet could not compute its widths.)"""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -96,9 +96,9 @@ def fit(found: object, own: object, name: str = "") -> Any:
     """`found`, which was read from a file, in the form of `own`, which this process made: tensors on the CPU with the
     shape, dtype and memory layout of its tensors; numbers; lists and dicts of these.
 
-    Floating-point tensors may have another precision. Dicts may have further entries, which are left out, except among
-    tensors. Entries with a number as their name may be missing, because an optimizer has no state for parameters that
-    were never trained. In place of None there may be a list of numbers.
+    Floating-point tensors may have another precision. Extra entries of a dict are dropped, but are an error in a dict
+    of tensors. Entries whose key is an integer may be missing, because an optimizer has no state for parameters that
+    were never trained. None may be replaced by a list of numbers.
 
     Raises ValueError, with the entry and the reason in one line, for anything else, and for values that are not finite.
     """
@@ -111,9 +111,9 @@ def fit(found: object, own: object, name: str = "") -> Any:
         missing = [key for key in own if key not in found and not isinstance(key, int)]
         if missing:
             raise ValueError(f"{prefix}{missing[0]} is missing")
-        further = [key for key in found if key not in own]
-        if further and own and all(isinstance(value, Tensor) for value in own.values()):
-            raise ValueError(f"{prefix}{further[0]!a:.100} is unknown")
+        unknown = [key for key in found if key not in own]
+        if unknown and own and all(isinstance(value, Tensor) for value in own.values()):
+            raise ValueError(f"{prefix}{unknown[0]!a:.100} is unknown")
         return {key: fit(found[key], value, f"{prefix}{key}") for key, value in own.items() if key in found}
     if isinstance(own, list):
         if not isinstance(found, list) or len(found) != len(own):
@@ -142,7 +142,7 @@ def _fit_tensor(found: object, own: Tensor, name: str) -> Tensor:
     # A copy, because tensors in a file may share memory, with one another and within themselves.
     fitted = torch.empty_like(own, device="cpu", requires_grad=False).copy_(found.detach())
     if own.dtype not in FLOATS and own.dim() and not fitted.equal(own.cpu()):
-        raise ValueError(f"{name} has other values than the backbone's, which are indices and do not change")
+        raise ValueError(f"{name} differs from the backbone's indices, which never change")
     return fitted
 
 
@@ -160,8 +160,8 @@ def _open(path: Path) -> BinaryIO:
 
 def _check_pickle(file: BinaryIO) -> None:
     """Raises Refused unless the file has the form that torch.save gives to plain tensors, numbers, strings, lists and
-    dicts, and takes no more memory than space on the disk. `weights_only` alone also calls functions with which a small
-    file can take any amount of memory."""
+    dicts, and needs no more memory than disk space. `weights_only` alone also allows calls of functions with which a
+    small file can take any amount of memory."""
     if file.read(4) != b"PK\x03\x04":  # older than torch 1.6: five pickles, then the values
         file.seek(0)
         return _check_names(file.read(MAX_INDEX), pickles=5)
@@ -189,5 +189,5 @@ def _check_names(content: bytes, pickles: int) -> None:
                 continue
             raise Refused(
                 f"refused, because it {problem}, which could run code; only plain tensors, numbers, strings, lists and "
-                "dicts are read, such as torch.save(model.state_dict(), path) writes"
+                "dicts are read, as written by torch.save(model.state_dict(), path)"
             )

@@ -367,7 +367,7 @@ def test_weights_of_other_dtypes(copied, trained):
 
 
 def test_loading_leaves_the_process_as_it_was(trained):
-    """The generator of random numbers too; and what a user has set does not change the model."""
+    """Including the random number generator; and what the user has set does not change the model."""
     torch.manual_seed(0)
     random, expected = torch.get_rng_state(), Captioner.from_pretrained(trained).state_dict()
     torch.set_default_dtype(torch.float64)
@@ -407,7 +407,7 @@ def test_device_and_dtype(trained, flickr8k):
 @pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")], ids=str)
 def test_a_default_dtype_or_device_of_the_user(trained, flickr8k, default, backend):
-    """The model is loaded as without it, and can be captioned with and trained."""
+    """It does not change the loaded model, which can caption and be trained."""
     paths, images = paths_of(flickr8k, 3), torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     tokens = torch.tensor([[1, 4, 5], [1, 5, 6]])
     loaded = Captioner.from_pretrained(trained, backend=backend)
@@ -754,8 +754,8 @@ def test_threads_in_training_mode(drawn):
 
 
 def test_threads(trained, flickr8k):
-    """Eight threads caption with one model while two load models: the same captions, and nothing of the process is
-    changed. ATTNCAP_SECONDS=60 makes it last so long."""
+    """Eight threads caption with one model while two load models: the captions are the same, and the state of the
+    process does not change. ATTNCAP_SECONDS sets the duration."""
     model, paths = Captioner.from_pretrained(trained), paths_of(flickr8k, 12)
     end = time.monotonic() + float(os.environ.get("ATTNCAP_SECONDS", 0))
     before = (sys.stdout, sys.stderr, torch.nn.Module.__call__, warnings.filters[:], torch.get_num_threads())

@@ -42,7 +42,7 @@ def test_unwritable_places_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("size", [10, 100_000])  # below and above what Python buffers
-def test_a_full_disk_is_called_one(tmp_path, monkeypatch, size):
+def test_a_full_disk_is_reported_as_such(tmp_path, monkeypatch, size):
     path = tmp_path / "file"
     path.write_text("old")
     with largest_file(size - 1), pytest.raises(UserError) as caught:
@@ -67,8 +67,8 @@ def test_a_symbolic_link_stays_one(tmp_path):
         assert link.is_symlink() and (tmp_path / "disk" / "file").read_text() == text
 
 
-def test_what_is_no_regular_file_is_not_replaced(tmp_path):
-    """As root, a device could be."""
+def test_only_regular_files_are_replaced(tmp_path):
+    """Root could replace a device."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="cannot write .*pipe: not a regular file"):
         write_atomically(tmp_path / "pipe", "text")
@@ -105,7 +105,7 @@ def test_a_folder_is_locked_by_one_process(tmp_path):
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path):
-    """Also while a process that it has forked, such as a worker that reads images, is still there."""
+    """Even while a process that it forked, such as a worker that reads images, is still running."""
     script = (
         "import os, signal, sys, time; from pathlib import Path; from attncap.files import FolderLock\n"
         "with FolderLock(Path(sys.argv[1])):\n"

@@ -91,7 +91,7 @@ def test_characters_that_no_font_has(monkeypatch, caplog):
 
 
 def test_a_font_that_has_the_characters_is_found(monkeypatch):
-    """Matplotlib's own font STIX has this letter, DejaVu Sans has not."""
+    """Matplotlib's own font STIX has this letter, but DejaVu Sans does not."""
     drawn = titles(monkeypatch)
     assert pictures._family("a") == "DejaVu Sans" != pictures._family("Ⓐ")
     with warnings.catch_warnings():

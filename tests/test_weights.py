@@ -66,7 +66,7 @@ class Code:
     ],
 )
 def test_files_that_call_functions_are_refused(tmp_path, monkeypatch, zipped, name, call):
-    """One of them makes 8 GB of four bytes."""
+    """One of them would turn four bytes into 8 GB."""
     monkeypatch.chdir(tmp_path)
     rebuild = torch._utils._rebuild_device_tensor_from_cpu_tensor
     code = Code(*call or (rebuild, (torch.ones(1).expand(10**9), torch.float64, "cpu", False)))
@@ -175,7 +175,7 @@ def test_tensors_that_do_not_fit(message, found):
 
 
 def test_tensors_that_fit_are_copied():
-    """They have the layout and dtype of the own ones, and share nothing."""
+    """The copies have the expected layout and dtype, and share no memory."""
     values = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
     own = torch.empty(2, 3, 4, 5, device="meta").to(memory_format=torch.channels_last)
     for found in (
@@ -197,7 +197,7 @@ def test_tensors_that_fit_are_copied():
 def test_indices_that_belong_to_the_architecture():
     own = {"index": torch.tensor([2, 0, 1]), "count": torch.tensor(0)}
     assert fit({"index": torch.tensor([2, 0, 1]), "count": torch.tensor(9)}, own)["count"] == 9
-    with pytest.raises(ValueError, match="index has other values than the backbone's"):
+    with pytest.raises(ValueError, match="index differs from the backbone's indices"):
         fit({"index": torch.tensor([2, 0, 10**9]), "count": torch.tensor(0)}, own)
 
 

@@ -80,7 +80,7 @@ def main(config: CaptionConfig) -> None:
                         tqdm.write(json.dumps(line))  # ASCII: valid JSON in any encoding of the output
                 if config.attention_dir is not None:
                     picture = Path(config.attention_dir) / picture_name(written, example.path)
-                    for _, image in read_images([example]):  # it may have gone since
+                    for _, image in read_images([example]):  # the file may have been removed since
                         save_attention(picture, [(image, captions[0])])
                 written += 1
     if not written:

@@ -13,7 +13,7 @@ from attncap.cli import process
 from attncap.config import check_at_least
 from attncap.search.config import SearchConfig
 
-MIN_COLUMNS = 40  # of a terminal; in a few columns, tyro never finishes --help
+MIN_COLUMNS = 40  # of a terminal; in a very narrow one, tyro never finishes --help
 
 Config = TypeVar("Config")
 

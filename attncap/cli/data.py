@@ -70,8 +70,8 @@ def main(config: DataConfig) -> None:
 
 
 def describe(dataset: Dataset, seed: int) -> str:
-    """The data set, whose splits `seed` has drawn if it has none, in numbers, as lines of text. The words are those of
-    the training captions, as a model learns them."""
+    """Statistics of the data set, as lines of text. `seed` is the one from which its splits were drawn, if it has none
+    of its own. Words are counted in the training captions, as a model learns them."""
     import numpy as np
     from tqdm import tqdm
 

@@ -41,8 +41,8 @@ class EvaluateConfig(command.CaptioningConfig):
     images: str | None = None
     """Folder of the data set's images, if it is not near the captions."""
     split: str | None = None
-    """Part of the data set to score: train, val or test. By default test; for --predictions with one COCO file of
-    captions, and no lists of splits beside it, the whole file."""
+    """Part of the data set to score: train, val or test. By default test, but the whole file if --predictions are
+    scored against a COCO caption file without lists of splits beside it."""
     references: str | None = None
     """COCO caption file (JSON) with references for the same image ids, instead of --data."""
     compare: str | None = None
@@ -136,8 +136,8 @@ def check(config: EvaluateConfig) -> None:
 
 
 def open_split(config: EvaluateConfig) -> tuple[Sequence["CaptionedImage"], list[str] | None]:
-    """The images of --split, with the splits of the model's training, and the training captions, if these are known.
-    Raises CallError when --split has no images."""
+    """The images of --split, where splits are drawn as in the model's training, and the training captions, if there are
+    any. Raises CallError when --split has no images."""
     from attncap.data import check_dataset, read_dataset
     from attncap.training.config import training_seed
 

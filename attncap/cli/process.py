@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TextIO
 
 from attncap.errors import UserError
 
-# What a terminal obeys, or what splits or reverses a line. Line feeds are kept by `escape`.
+# Characters that control a terminal, or that split or reverse a line; not line feeds, which `escape` keeps.
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
@@ -27,8 +27,8 @@ def escape_line(text: object) -> str:
 
 
 class StandardError:
-    """sys.stderr, whose write errors are ignored: no work ends because a message cannot be shown. After an error, here
-    and in StandardOutput, the stream leads to os.devnull, so that no later write or flush fails again."""
+    """sys.stderr, whose write errors are ignored: no command ends because a message cannot be shown. After an error,
+    here and in StandardOutput, the stream is redirected to os.devnull, so that later writes and flushes do not fail."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -59,12 +59,12 @@ class StandardError:
 
 
 class StandardOutput(StandardError):
-    """sys.stdout. A command whose only result is its output ends when that cannot be written: with status 0 when the
-    reader has gone, as in `... | head`, and with an error otherwise.
+    """sys.stdout. A command whose only result is its output ends when that cannot be written: with status 0 if the
+    reader has exited, as in `... | head`, and with an error otherwise.
 
     escaped: whether control characters are shown as escapes.
-    optional: whether the command goes on without its output, since its results are files.
-    lost: whether output was lost for another reason than that the reader has gone.
+    optional: whether the command continues without its output, because its results are files.
+    lost: whether output was lost for any other reason than that the reader has exited.
     """
 
     escaped = optional = lost = False
@@ -83,7 +83,7 @@ class StandardOutput(StandardError):
 
 
 def go_on_without_output() -> None:
-    """For a command that also writes files: these are worth more than its output."""
+    """Let the command continue if its output cannot be written, because it also writes files."""
     sys.stdout.optional = True
 
 
@@ -109,7 +109,7 @@ def run(work: Callable[[], object], debug: bool = False) -> NoReturn:
 
 
 def attempt(work: Callable[[], object], debug: bool) -> int:
-    """Call `work` and report its error: the exit status."""
+    """Call `work` and report its error. Returns the exit status."""
     try:
         work()
         return 0
@@ -128,12 +128,12 @@ def attempt(work: Callable[[], object], debug: bool) -> int:
 
 
 def open_closed_streams() -> None:
-    """Let standard streams that are closed lead to os.devnull. Otherwise the next file that is opened, a checkpoint
-    perhaps, would get the number of a standard stream, and the messages of C libraries."""
+    """Open closed standard streams as os.devnull. Otherwise the next file to be opened, perhaps a checkpoint, would get
+    the descriptor of a standard stream, and C libraries would write their messages into it."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, which is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free descriptor, this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))

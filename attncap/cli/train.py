@@ -6,7 +6,6 @@ far; at the end, the best model captions the test images. Ctrl-C and SIGTERM sto
 """
 
 import argparse
-import contextlib
 import functools
 import os
 import shlex
@@ -46,8 +45,7 @@ def main(prog: str, arguments: Sequence[str], config: TrainConfig) -> None:
         except Stopped:
             if distributed.is_main():
                 command_line = resume_command(prog, arguments, os.environ)
-                with contextlib.suppress(OSError):  # after SIGHUP there is no terminal any more
-                    print(f"\nattncap: stopped; continue with: {command_line}", file=sys.stderr, flush=True)
+                print(f"\nattncap: stopped; continue with: {command_line}", file=sys.stderr, flush=True)
             raise
         except Unfinished as error:
             command_line = resume_command(prog, arguments, os.environ)

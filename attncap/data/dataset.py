@@ -93,7 +93,7 @@ class Dataset:
     missing: Sequence[Skipped] = ()  # images whose files do not exist
     skipped: Sequence[Skipped] = ()  # everything else that was left out: captions, images, other data sets
     drawn: bool = False  # whether the splits, or COCO's val and test, were drawn from the seed
-    lists: Sequence[Path] = ()  # of the images in each split, beside the captions
+    lists: Sequence[Path] = ()  # the files that list the images of each split, if splits come from such files
 
 
 def report_skipped(skipped: Iterable[Skipped], seen: set[tuple[str, str]] | None = None) -> None:
@@ -121,7 +121,7 @@ def first_of(names: Sequence[object]) -> str:
 
 
 def one_line(name: object) -> str:
-    """A name on one line, cut to 300 characters: names come from files and may contain anything. Characters that do not
-    print, such as those that control a terminal, are written as \\x1b."""
+    """A name on one line, cut to 300 characters: names come from files and may contain anything. Unprintable
+    characters, such as those that control a terminal, are shown as escapes, such as \\x1b."""
     characters = " ".join(str(name).split())[:300]
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in characters)

@@ -142,8 +142,8 @@ def _write(folder: Path, rows: list[tuple[str, Tensor]]) -> dict[str, tuple[Path
 
 
 def _find(folder: Path, cells: int, channels: int) -> dict[str, tuple[Path, int]]:
-    """The location of every image whose features are in the folder. Removes files that are damaged or have anything
-    else, and temporary files older than an hour, which a killed process has left."""
+    """The location of every image whose features are in the folder. Removes files that are damaged or hold anything
+    else, and temporary files older than an hour, which a killed process left."""
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > 3600:
@@ -158,9 +158,9 @@ def _find(folder: Path, cells: int, channels: int) -> dict[str, tuple[Path, int]
                 raise ValueError("no list of images")
             if (features.get_dtype(), features.get_shape()) != ("F16", [len(images), cells, channels]):
                 raise ValueError("not the features of these images")
-        except OSError:  # deleted meanwhile, no permission, or not a file
+        except OSError:  # just deleted, not permitted, or not a regular file: left alone
             continue
-        except Exception as error:  # the library raises anything
+        except Exception as error:  # safetensors raises errors of many types
             log.warning("%s: damaged, its images are encoded again (%s)", path, error)
             with contextlib.suppress(OSError):
                 path.unlink()

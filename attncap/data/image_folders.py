@@ -18,9 +18,9 @@ from attncap.errors import CallError, UserError
 
 # Of the formats in attncap.data.images.
 SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm".split())
-# Of formats that people have photographs and drawings in, but that are not read.
+# Of other common formats, which are not read.
 UNREAD = frozenset(".heic .heif .avif .jxl .jp2 .svg .psd .raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .srw".split())
-MAX_FOLDERS = 1000  # that are searched, below one folder, for images whose folder has an unusual name
+MAX_FOLDERS = 1000  # searched below one folder for images that are not in a folder named after images
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 log = logging.getLogger("attncap")
@@ -60,17 +60,17 @@ def _refuse(error: OSError) -> None:
 
 
 def of_macos(name: str) -> bool:
-    """Whether this is the name of a file in which macOS keeps attributes of another file, as ._1.jpg of 1.jpg."""
+    """Whether this is the name of an AppleDouble file, in which macOS keeps attributes of another: ._1.jpg of 1.jpg."""
     return name.startswith("._")
 
 
 def fold(name: str) -> str:
-    """The same for names that differ only in case or, as accents do on macOS, in their Unicode form."""
+    """The same for names that differ only in case or in Unicode normalization (macOS decomposes accents)."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 class Names:
-    """Names of files, found also when their case or Unicode form is another one, if only one name fits."""
+    """File names, also found if their case or Unicode normalization differs, as long as only one name matches."""
 
     def __init__(self, names: Iterable[str]):
         self.exact = set(names)
@@ -97,7 +97,7 @@ class Names:
 
 
 class Folders:
-    """The contents of folders, each listed only once: asking for every single file takes minutes on a network drive."""
+    """The contents of folders, each listed only once: checking every single file takes minutes on a network drive."""
 
     def __init__(self) -> None:
         self._listed: dict[str, tuple[Names, list[Path]]] = {}
@@ -112,8 +112,8 @@ class Folders:
         return self._list(folder)[1]
 
     def find(self, folder: str | Path, name: str) -> str | None:
-        """The path of a file or folder in a folder. The name may include further folders; if it does not fit exactly,
-        see `Names`."""
+        """The path of a file or folder in a folder, or None. `name` may contain folders; each of its parts is found as
+        in `Names`."""
         path = "/" if name.startswith("/") else str(folder)
         for part in name.split("/"):
             if part not in ("", "."):
@@ -147,9 +147,9 @@ class Folders:
 
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
-        # Only a symbolic link is asked for what it leads to, and not one with the name of an image.
-        is_link = entry.is_symlink() and os.path.splitext(entry.name)[1].lower() not in SUFFIXES
-        return entry.is_dir(follow_symlinks=is_link)
+        # Links with the name of an image are not followed, because that would take a system call for each of them.
+        follow = entry.is_symlink() and os.path.splitext(entry.name)[1].lower() not in SUFFIXES
+        return entry.is_dir(follow_symlinks=follow)
     except OSError:  # a symbolic link to itself
         return False
 
@@ -158,12 +158,12 @@ class Surroundings(NamedTuple):
     """Where the images of a file of captions may be."""
 
     roots: list[Path]
-    above: Path | None = None  # has other data sets, too
+    above: Path | None = None  # may also contain other data sets
 
     @classmethod
     def of(cls, path: Path, source: Path) -> Surroundings:
-        """Those of the file `source` of the data set at `path`: its folder, then that of the data set, never outside
-        it. If `path` is the file itself, it is not known how large the data set is: it may begin one level up."""
+        """Those of the caption file `source` of the data set at `path`: its folder, then that of the data set, and
+        nothing outside it. If `path` is the caption file itself, the data set may begin one level up."""
         if path.is_dir():
             roots = list(dict.fromkeys([source.parent, path]))
             return cls(roots[::-1] if source.parent.name == "annotations" else roots)
@@ -207,7 +207,7 @@ def find_files(files: Mapping[str, str], where: Surroundings, folders: Folders) 
 
 
 def _find_files(names: Mapping[str, str], candidates: Sequence[Path], folders: Folders) -> tuple[Path, dict[str, str]]:
-    """The candidate with the most of the files, and the paths of the files in it and in those that have only others."""
+    """The candidate with most of the files, and the paths of the files in it and in candidates with only new ones."""
     split = {image: os.path.split(name) for image, name in names.items()}
     tails: dict[str, list[str]] = {}
     for head, tail in split.values():
@@ -245,7 +245,7 @@ def _named_after_images(folders: Iterable[Path]) -> list[Path]:
 
 
 def folders_below(root: Path, folders: Folders) -> list[Path]:
-    """A folder, the folders in it, and those in them, at most MAX_FOLDERS."""
+    """A folder and its subfolders, two levels deep; at most MAX_FOLDERS of them."""
     inside = folders.subfolders(root)
     nested = (inner for folder in inside for inner in folders.subfolders(folder))
     return list(islice(chain([root], inside, nested), MAX_FOLDERS))

@@ -1,4 +1,4 @@
-"""What an image may cost: Pillow's readers can be made to use minutes and gigabytes by files of a few kilobytes.
+"""What an image may cost: a file of a few kilobytes can make Pillow's readers use minutes and gigabytes.
 
 With these limits, reading a file takes less than 5 seconds and 1 GiB of memory (measured on one core of a server CPU).
 They are checked before anything is decoded, and are far above what cameras and common programs write.
@@ -13,13 +13,12 @@ from PIL import Image
 from PIL.TiffImagePlugin import ROWSPERSTRIP, TILELENGTH, TILEWIDTH, ImageFileDirectory_v1
 
 MAX_FILE = 200 * 2**20  # bytes
-MAX_PIXELS = 70_000_000  # of 8 bits in grey, palette or RGB; half as many of all other images: A4 at 600 dpi
+MAX_PIXELS = 70_000_000  # of 8 bits in grey, palette or RGB; half as many in other modes: A4 at 600 dpi
 MAX_PYTHON_PIXELS = 2**21  # where Pillow's decoder is a loop in Python
 MAX_SIDE = 65_535  # as in JPEG; Pillow needs memory for each row, however short
 MAX_SCANNED = 2**30  # pixels of all scans of a JPEG together: 15 scans of the largest, 44 of one with 24 megapixels
 MAX_READS = 2_200_000  # pieces in which Pillow reads the file: some of its parsers read single bytes
 MAX_METADATA = 200  # pieces of compressed text, colour profiles, EXIF, or comments
-MAX_SAMPLES = 6  # of each pixel, in planes that are decoded one by one
 MAX_TIFF_FIELD = 2**19  # bytes of numbers in one field, such as the offsets of the tiles
 
 PYTHON_DECODERS = ("bmp_rle", "ppm", "ppm_plain")
@@ -33,7 +32,7 @@ class LimitError(ValueError):
 
 
 class LimitedFile(io.BytesIO):
-    """The bytes of an image file, which can be read in MAX_READS pieces."""
+    """The bytes of an image file, which can be read in at most MAX_READS pieces."""
 
     reads = 0
 
@@ -45,8 +44,8 @@ class LimitedFile(io.BytesIO):
 
 
 def limited_file(data: bytes) -> io.BytesIO:
-    """The bytes of an image file, for Pillow to open. Raises LimitError for what would take its parsers long."""
-    if len(data) < 2**17:  # nothing so small does
+    """The bytes of an image file, for Pillow to open. Raises LimitError for metadata that takes long to parse."""
+    if len(data) < 2**17:  # too small to take long
         return io.BytesIO(data)
     if data.startswith(b"\xff\xd8"):
         pieces = data.count(b"Exif\0\0")
@@ -94,7 +93,7 @@ def check_image(image: Image.Image, data: bytes) -> None:
         raise LimitError("its TIFF strips or tiles overlap")
     if image.format in ("JPEG", "MPO"):
         scans = MAX_SCANNED // pixels
-        # A scan without progression has some bits for each block of pixels, so that many scans need a large file.
+        # In a JPEG that is not progressive, a scan has some bits for each block, so many scans need a large file.
         may_have_many = image.info.get("progressive") or len(data) > 2**25
         if may_have_many and data.count(b"\xff" + SCAN) > scans and jpeg_scans(data) > scans:
             raise LimitError(f"more than {scans} JPEG scans of {pixels:,} pixels; save it as an ordinary JPEG")

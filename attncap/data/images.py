@@ -31,11 +31,11 @@ EXIF_TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# The transparent colour of a PNG has the file's bits, whereas Pillow decodes the pixels to 8 bits.
+# The transparent colour of a PNG has the bit depth of the file, whereas Pillow decodes the pixels to 8 bits.
 PNG_TRANSPARENCY = {
     "L;2": lambda grey: grey * 85,
     "L;4": lambda grey: grey * 17,
-    "RGB;16B": lambda color: tuple(value >> 8 for value in color),
+    "RGB;16B": lambda colour: tuple(value >> 8 for value in colour),
 }
 
 # Bits and SampleFormat of grey TIFF images that are not simply 8 bits.
@@ -146,9 +146,9 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _tiff_grey(image: Image.Image, fields: Mapping, compressed: bool) -> Image.Image:
-    """The grey image of a TIFF file as it was stored, and other images unchanged. Pillow takes unsigned integers of 32
-    bits for signed ones, signed ones of 8 bits for unsigned ones, does not invert images of more than 8 bits, and
-    reverses the order of bytes twice if they are compressed and the most significant byte comes first."""
+    """A grey TIFF image with the values that the file stores; any other image unchanged. Pillow reads unsigned 32-bit
+    integers as signed and signed 8-bit ones as unsigned, does not invert images of more than 8 bits, and swaps the
+    bytes of compressed big-endian images twice."""
     bits, kind = fields.get(BITSPERSAMPLE, (1,))[0], fields.get(SAMPLEFORMAT, (1,))[0]
     stored = TIFF_SAMPLES.get((bits, kind))
     if stored is None or image.mode not in ("L", "I", "F", "I;16", "I;16B"):
@@ -189,11 +189,12 @@ def check_source(source: object) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image in any of Pillow's modes to RGB. An image in RGB is returned itself.
+    """Convert an image in any of Pillow's modes to RGB. An RGB image is returned as it is, not copied.
 
-    16-bit values are divided by 257 (65535 becomes 255), whereas Pillow would clip them. 32-bit integers, signed ones
-    and floats have no agreed white, so their own range becomes 0 to 255. Transparent pixels become white: drawings with
-    a transparent background are made for white pages, and the colour of those pixels is arbitrary, mostly black.
+    16-bit values are divided by 257 (65535 becomes 255), whereas Pillow would clip them. No value of 32-bit integers,
+    signed integers or floats is white by convention, so the range of each image is scaled to 0 to 255. Transparent
+    pixels become white: drawings with a transparent background are made for white pages, and the stored colour of
+    those pixels is arbitrary, mostly black.
     """
     transparent = image.info.get("transparency")
     if image.mode.startswith("I;16"):
@@ -204,7 +205,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode in ("I", "F"):
         image = _grey(np.asarray(image))
     if image.mode == "La":
-        image = image.convert("LA")  # Pillow knows no other conversion
+        image = image.convert("LA")  # the only conversion that Pillow has for it
     if image.has_transparency_data:
         image = image.convert("RGBA")
         page = Image.new("RGB", image.size, "white")

@@ -22,8 +22,8 @@ from attncap.data.images import ImageError
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import UserError
 
-# Launchers and Ctrl-C send them to all processes at once: only the parent acts on them.
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # by workers
+# Signals that workers ignore: launchers and Ctrl-C send them to all processes at once; only the parent acts on them.
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:
@@ -106,7 +106,7 @@ def batches(
             yield _to_tensors(*_read_batch(pictures, indices), pin)
         return
     with contextlib.ExitStack() as stack:
-        # Python waits for its children before it exits, so an iterator that is still open then ends them.
+        # At exit, Python waits for its child processes. An iterator that is still open must end them before that.
         stack.callback(atexit.unregister, atexit.register(stack.close))
         try:
             started = [stack.enter_context(_Worker(pictures, chosen[i::count], pin)) for i in range(count)]
@@ -126,8 +126,8 @@ class _Worker:
 
     torch's DataLoader passes batches through /dev/shm, which is small or missing in many containers, and through a
     queue that all workers share: one that dies can leave the others and the reader waiting forever. Here, only the
-    worker has the end of the pipe that is written to, so the reader notices its death, whatever the cause; and the
-    worker notices when nobody reads any more.
+    worker holds the write end of its pipe, and only this process the read end, so each notices when the other dies,
+    whatever the cause.
     """
 
     starting = threading.Lock()
@@ -156,7 +156,7 @@ class _Worker:
         self.wanted.release()  # the thread finds the pipe closed, and ends
 
     def _receive(self, pin: bool) -> None:
-        """Put batches into `received`, and at last the error that ends them."""
+        """Put batches into `received`, and finally the error that ended them."""
         with self.reader, open(self.reader.fileno(), "rb", closefd=False) as stream:
             batch = None
             while not isinstance(batch, Exception):
@@ -178,8 +178,8 @@ class _Worker:
             status = self.process.exitcode
             reason = signal.strsignal(-status) if status is not None and status < 0 else f"exit status {status}"
             raise UserError(
-                f"a worker, a process that reads images, has ended ({reason}); if memory ran out, use fewer --workers; "
-                "with --workers 0, the main process reads images"
+                f"a worker, a process that reads images, has ended ({reason}); use fewer --workers if memory ran out, "
+                "or --workers 0 to read images in the main process"
             ) from batch
         if isinstance(batch, Exception):
             raise batch
@@ -187,8 +187,8 @@ class _Worker:
 
 
 def _work(pictures: Dataset, chosen: Sequence[Sequence[int]], reader: Connection, writer: Connection) -> None:
-    """In the process: read the batches and write them, or an error."""
-    reader.close()  # the pipe is broken when no process has this end open
+    """The worker's process: read the batches and write each, or an error in its place, to the pipe."""
+    reader.close()  # only the parent keeps it open: when that dies, writing fails
     warnings.filterwarnings("ignore", module="PIL")  # about odd metadata: every worker would print them
     for signum in IGNORED:
         signal.signal(signum, signal.SIG_IGN)

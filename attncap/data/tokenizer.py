@@ -76,7 +76,7 @@ _RESPELLED = str.maketrans(
         "\u2019": "'", "\u2018": "`", "\u201c": '"', "\u201d": '"', "«": '"', "»": '"',
         "\u2012": "--", "\u2013": "--", "\u2014": "--", "\u2015": "--", "…": " ... ", "\u00ad": None,
         "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "£": "# ", "€": "$", "¢": " cents ",
-        **dict.fromkeys([*range(0x20D0, 0x2100), *range(0xFE00, 0xFE10)]),  # marks around symbols, variants of glyphs
+        **dict.fromkeys([*range(0x20D0, 0x2100), *range(0xFE00, 0xFE10)]),  # marks for symbols, variation selectors
     }
 )  # fmt: skip
 # Java's tokenizer skips control characters, joiners, private-use characters, and all above U+FFFF, such as emoji. Here
@@ -106,9 +106,9 @@ def tokenize(text: str) -> list[str]:
     `(555) 555-1234` with a no-break space, which every metric of coco-caption but ROUGE-L treats as a space; here they
     are two words. Brackets become `-lrb-` and so on and are kept, because coco-caption's list has them in capitals.
 
-    One difference is on purpose: a combining mark never ends a word here. Java cuts words at most of the vowel signs of
-    Khmer, Burmese, Tibetan, Sinhala, Kannada and others, and drops the signs. Neither splits a run of letters without
-    spaces: see `characters`.
+    One difference is deliberate: a combining mark never ends a word here. Java drops most of the vowel signs of Khmer,
+    Burmese, Tibetan, Sinhala, Kannada and others, and cuts words there. Neither splits a run of letters without spaces:
+    see `characters`.
 
     The vocabulary and the metrics both use this function, so that a model is scored in the words it has learned.
     """

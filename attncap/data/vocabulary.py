@@ -16,7 +16,7 @@ from attncap.files import read_json, write_atomically
 
 MAX_FILE = 16 * 2**20  # bytes of a vocabulary: about a million words
 
-# Of Chinese and Japanese, and the dot between Tibetan syllables.
+# Punctuation of Chinese and Japanese, and the dot between Tibetan syllables; spaces around it are removed.
 UNSPACED_PUNCTUATION = re.compile(" ?([\u0f0b\u3001-\u3003\u3008-\u301f\uff01-\uff0f\uff1a-\uff20]) ?")
 
 
@@ -151,7 +151,7 @@ class Vocabulary:
             if not is_list or not all(len(pair) == 2 and known.issuperset([*pair, "".join(pair)]) for pair in pairs):
                 raise UserError(f'{path}: field "merges" should be a list of pairs of "words", "▁d og"; {fix}')
             if any("\ud800" <= letter <= "\udfff" for word in words for letter in word):
-                raise UserError(f'{path}: "words" has half a character, which subwords cannot have; {fix}')
+                raise UserError(f'{path}: "words" has an unpaired surrogate, which subwords cannot have; {fix}')
         return cls(words, merges)
 
     @classmethod

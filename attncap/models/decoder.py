@@ -167,7 +167,7 @@ class LSTMDecoder(nn.Module):
 
 
 def check_backend(backend: str) -> None:
-    """Raises CallError unless it is one of the two backends."""
+    """Raises CallError for an unknown backend."""
     if backend not in ("native", "torch"):
         raise CallError(f"backend={backend!r}: choose 'native' or 'torch'")
 
@@ -194,7 +194,7 @@ def check_rows(tokens: Tensor, features: Tensor) -> None:
 
 
 def rename_old_weights(decoder: LSTMDecoder, state: dict, prefix: str, *_) -> None:
-    """Models saved before the attention became a module of its own. `prefix` is the decoder's place in the state."""
+    """Rename the weights of models saved before the attention became a module. `prefix` is that of the decoder."""
     for part in ("key", "query", "gate", "score_weight"):
         for name in [name for name in state if name.startswith(prefix + part)]:
             state[f"{prefix}attention.{name.removeprefix(prefix)}"] = state.pop(name)

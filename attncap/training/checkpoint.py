@@ -62,7 +62,7 @@ def check_settings(config: TrainConfig, folder: Path) -> TrainConfig:
         before = read_settings(folder / "settings.json")
     except UserError as error:
         raise CallError(f"cannot resume: no run to continue in {folder} ({error})") from error
-    before = flatten(dataclasses.asdict(TrainConfig())) | before  # settings newer than the run had their default
+    before = flatten(dataclasses.asdict(TrainConfig())) | before  # settings that did not exist then had their defaults
     if config.run.start_from:
         sizes = {field.name: before[f"model.{field.name}"] for field in dataclasses.fields(ModelConfig)}
         config = dataclasses.replace(config, model=ModelConfig(**sizes))
@@ -77,7 +77,7 @@ def check_settings(config: TrainConfig, folder: Path) -> TrainConfig:
     began = began if isinstance(began, dict) else {}
     others = [f"{name} {began[name]}" for name in now if began.get(name, now[name]) != now[name]]
     if others:
-        log.warning("%s: began with other versions, its results may differ: %s", folder, ", ".join(others))
+        log.warning("%s: began with other versions, so results may differ: %s", folder, ", ".join(others))
     return config
 
 

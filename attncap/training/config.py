@@ -290,7 +290,7 @@ def read_settings(path: Path) -> dict[str, object]:
         values = {paths[name]: value for name, value in flat.items() if name in paths}
     for name, value in values.items():
         if any(isinstance(entry, dict | list) for entry in (value if isinstance(value, list) else [value])):
-            raise UserError(f"{path}: field {short(name)} should be a number, a text or a list of texts")
+            raise UserError(f"{path}: field {short(name)} should be a number, a string or a list of strings")
     return values
 
 

@@ -1,5 +1,5 @@
-"""What a run is given: its vocabulary, and its images with their captions. It keeps the vocabulary and a record of the
-others, with which it compares what it is given when it is resumed."""
+"""The inputs of a run: its vocabulary, and its images with their captions. A run stores the vocabulary and a record of
+the rest; when it is resumed, the data set is compared with that record."""
 
 import hashlib
 import json
@@ -23,8 +23,8 @@ log = logging.getLogger("attncap")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run began with. Either is None in a run of an older version, which kept no record of its images, and no
-    vocabulary before it had a best model."""
+    """What a run began with. Either may be None for a run of an older version, which kept no record of its images, and
+    wrote the vocabulary only with the first best model."""
 
     vocabulary: Vocabulary | None
     images: dict[str, dict[str, str]] | None  # by split: the images' names, in order, and a digest of their captions

@@ -35,7 +35,7 @@ log = logging.getLogger("attncap")
 
 
 class Unfinished(UserError):
-    """The work failed after the state of the run had been written, and can be resumed."""
+    """An error after the state of the run was written, so the run can be resumed."""
 
 
 def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()) -> None:
@@ -55,7 +55,7 @@ def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()
     with FolderLock(output) if distributed.is_main() else contextlib.nullcontext() as lock:
         trainer = prepare(config, device, given, output, lock)
         config, splits = trainer.config, trainer.splits
-        with trainer.signals:  # entered before the first checkpoint, so that after any later signal the run can go on
+        with trainer.signals:  # from before the first checkpoint, so that the run can be resumed after any later signal
             if distributed.is_main():
                 if not config.run.resume:
                     settings = {"settings": dataclasses.asdict(config), "versions": versions()}
@@ -88,7 +88,7 @@ def prepare(
     asked, start, began, edited = config, None, None, False  # `began`: what the run to resume began with
     if distributed.is_main():
         check_output(config, output)
-    if config.run.resume:  # the run keeps its own sizes and vocabulary, whatever has become of what they came from
+    if config.run.resume:  # it keeps its own sizes and vocabulary, even if the files they came from have changed
         kept = (checkpoint.check_settings(config, output), inputs.load(output)) if distributed.is_main() else None
         config, began = distributed.broadcast(kept)
     elif config.run.start_from:
@@ -130,7 +130,7 @@ def prepare(
 
 
 def check_output(config: TrainConfig, output: Path) -> None:
-    """Raises CallError if the folder of a new run already has one. Removes files that a killed process left
+    """Raises CallError if the folder of a new run already contains a run. Removes files that a killed process left
     half-written."""
     if not config.run.resume and any((output / name).exists() for name in (checkpoint.NAME, "model.safetensors")):
         raise CallError(f"{output} already contains a run; resume it, or choose another output folder")
@@ -180,8 +180,8 @@ def find_vocabulary(config: DataConfig, captions: Sequence[str]) -> Vocabulary:
 
 
 def check_coverage(source: str | Path, vocabulary: Vocabulary, captions: Sequence[str]) -> None:
-    """Print the share of the words in the training captions that a vocabulary has which was not built from them.
-    Raises UserError if it is 0."""
+    """Print how much of the training captions a vocabulary covers that was not built from them. Raises UserError if it
+    has none of their words."""
     ids = Counter(i for caption in captions for i in vocabulary.encode(caption, sys.maxsize)[1:-1])
     if ids.total() == ids[Vocabulary.UNK]:
         raise UserError(f"{source}: contains none of the words of the training captions")

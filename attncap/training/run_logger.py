@@ -84,7 +84,7 @@ class RunLogger:
         if self.lines and self.output.exists():
             try:
                 save(self.output / "curves.png", lambda: draw_curves(self.lines, self._best()))
-            except UserError as error:  # not worth an error, and another one may have ended the run
+            except UserError as error:  # only a picture, and it must not hide an error that ended the run
                 log.warning("%s", error)
 
     def _write_lines(self) -> None:
@@ -96,7 +96,7 @@ class RunLogger:
         try:
             yield
         except OSError as error:
-            log.warning("TensorBoard shows no more of this run: cannot write %s: %s", self.board.path, error.strerror)
+            log.warning("nothing more is logged to TensorBoard: cannot write %s: %s", self.board.path, error.strerror)
             self.board = None
 
     def _best(self) -> int:
@@ -110,7 +110,7 @@ class RunLogger:
 
 def _read(path: Path, epoch: int) -> list[dict]:
     """The lines of metrics.jsonl up to that epoch. The last one is left out if it was cut short while it was written.
-    Raises UserError, which names the line, for any other line that is not one of epoch's numbers."""
+    Raises UserError, naming the line, for any other line that is not an object of an epoch's numbers."""
     texts = read_text(path, MAX_LOG).splitlines() if path.exists() else []
     lines = []
     for number, text in enumerate(texts, start=1):
@@ -132,7 +132,7 @@ def _is_number(value: object) -> bool:
 
 
 class _Board:
-    """A file of TensorBoard's, which hides what earlier files in its folder have from step number `step` on. (torch's
+    """An event file of TensorBoard. It hides the values from `step` on in earlier files of its folder. (torch's
     SummaryWriter writes in a thread of its own, where a full disk ends in a traceback.)"""
 
     def __init__(self, folder: Path, step: int):

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as requests, which training fulfils at the next moment when its state is complete."""
+"""Ctrl-C, SIGTERM and SIGHUP as requests to stop, which training follows as soon as its state is complete."""
 
 import contextlib
 import os
@@ -18,8 +18,8 @@ class Stopped(SystemExit):
 
 
 class SignalHandler:
-    """As a context manager, it handles SIGINT, SIGTERM and SIGHUP: the first one is only noted, as `signum` (0
-    before), and a second one ends the process at once."""
+    """A context manager that handles SIGINT, SIGTERM and SIGHUP: the first one is only noted, as `signum` (0 before),
+    and a second one ends the process at once."""
 
     def __init__(self) -> None:
         self.signum = 0

@@ -38,7 +38,7 @@ from attncap.training.signals import SignalHandler, Stopped
 from attncap.weights import fit
 
 CHECKPOINT_EVERY = 600  # seconds, within an epoch
-MAX_UNREAD = 100  # images in a row that cannot be read; after more of them their folder has probably gone
+MAX_UNREAD = 100  # images in a row that cannot be read; with more, their folder has probably been removed
 TERMS = ("words", "attention")  # of the loss
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -144,7 +144,7 @@ class Trainer:
         if distributed.is_main():
             self.logger = RunLogger(self.output, self.config.run.best_by, self.epoch, self.steps_done)
             if self.schedule.best is not None and not self.has_model:
-                log.warning("%s: the best model is gone; that of the last checkpoint takes its place", self.output)
+                log.warning("%s: the best model is missing; that of the last checkpoint takes its place", self.output)
                 self.average.save_pretrained(self.output)
         try:
             if self.config.run.start_from and self.schedule.best is None:  # the model that epochs are compared with
@@ -199,7 +199,7 @@ class Trainer:
                 self.seconds, before = self.seconds + now - before, now
                 if sum(distributed.all_reduce_sum([self.signals.signum])):  # a signal to any process stops all
                     raise Stopped(self.signals.signum or signal.SIGTERM)
-                bar.update(self.rows - bar.n)  # fails after SIGHUP, when there is no terminal any more
+                bar.update(self.rows - bar.n)  # after the check: without a terminal (SIGHUP), it may fail
                 bar.set_postfix({name.removeprefix("loss_"): f"{mean:.3f}" for name, mean in self.means().items()})
                 if now - saved > CHECKPOINT_EVERY:
                     self.save_checkpoint()
@@ -444,7 +444,8 @@ class Trainer:
     def load_checkpoint(self) -> None:
         """Restore the last state that was written. Raises UserError for a file that is damaged or does not fit."""
         own = self.state_dict()
-        # Adam's state of each parameter. Of the groups only the rates change, and torch's versions add other entries.
+        # Adam's state of each parameter. In the groups, only the learning rates change; the other entries depend on the
+        # version of torch.
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         moments = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(parameters)}
         groups = own["optimizer"]["param_groups"]

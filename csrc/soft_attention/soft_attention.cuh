@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kThreads)
   if (has_channel) score_weight = load<width>(params.score_weight + block.channel, block.channel_count, aligned);
 
   int64_t k = 0;
-  do {  // once without any rows: keys_grad is 0 then
+  do {  // runs once even without rows, to set keys_grad to 0
     const int64_t first_row = b * K + k, row_count = K - k < rows ? K - k : rows;
     Pack<acc_t, width> query_grads[rows] = {};
     for (int64_t p = block.first_cell; has_channel && p < P; p += block.cell_step) {

@@ -105,7 +105,7 @@ def test_no_work_ends_because_messages_cannot_be_shown(unread, full):
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
 def test_closed_streams_count_as_devnull(tmp_path, closed):
-    """And a file that is opened later does not get the number of one, with what C libraries write to it."""
+    """A file that is opened later does not get one of their descriptors, to which C libraries write."""
     path = tmp_path / "file"
     work = (
         f"import os, sys; file = open({str(path)!r}, 'w'); file.write(str(file.fileno()))\n"
@@ -197,7 +197,7 @@ def test_data_and_evaluate_without_a_reader_write_their_files(tmp_path, unread, 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["unread", "full"])
 def test_training_goes_on_without_its_output(request, flickr8k, tmp_path, kind):
-    """As after `train 2>&1 | head`: a pager that is left costs no hours."""
+    """As after `train 2>&1 | head`: quitting a pager must not cost hours of training."""
     arguments = [sys.executable, "-m", "attncap.train", "--data", flickr8k, *TINY, "--epochs", 2, "--output", tmp_path]
     stream = request.getfixturevalue(kind)
     status, _, err = run(arguments, stdout=stream, **({"stderr": stream} if kind == "unread" else {}))

@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(attncap, flickr8k, tmp_path):
 
 
 def test_test_images_that_go_after_they_were_scored(trained, flickr8k, tmp_path, capsys):
-    """They have no pictures; the run ends as it should, also if there is nothing to draw."""
+    """They have no pictures; the run ends normally, even if there is nothing to draw."""
 
     class ReadOnce(Example):
         def image(self):

@@ -262,7 +262,7 @@ def test_files_with_other_features_are_replaced(examples, encoder, build, caplog
         assert build.encoded == 12 and caplog.text.count(f"{path}: damaged") == 1
 
 
-def test_what_is_no_file_is_left_alone(examples, encoder, build):
+def test_only_regular_files_are_removed(examples, encoder, build):
     folder = build(examples).folder
     os.mkfifo(folder / "a.safetensors")
     (folder / "b.safetensors").mkdir()

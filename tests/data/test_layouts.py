@@ -627,7 +627,7 @@ def test_names_that_fit_several_files_or_the_same_one(tmp_path):
     }
 
 
-def test_no_two_names_are_made_one_by_leaving_out_their_folders(tmp_path):
+def test_leaving_out_folders_does_not_merge_names(tmp_path):
     write(tmp_path / "mine.csv", "image,caption\na/1.jpg,a dog\nb/1.jpg,a cat\n")
     photographs(tmp_path / "Images", "1.jpg")
     assert "none of the 2 images it names exist" in failure(tmp_path)
@@ -643,7 +643,7 @@ def test_files_of_macos_are_ignored(tmp_path):
 
 
 def test_captions_without_a_word_are_left_out(tmp_path, caplog):
-    """As a model reads them: punctuation, emoji and entities are no words; a number, an accent and a sign are."""
+    """As a model reads them: punctuation, emoji and entities are not words; a number, an accent and a sign are."""
     wordless = ["-", ".", "...", "!!", "😀", "&nbsp;", "( )", "***", "\u200b"]
     lines = [{"image": "1.jpg", "caption": text} for text in (*wordless, "5", "é", "犬", "ไป", "&amp; so")]
     lines += [{"image": "2.jpg", "caption": "."}, {"image": "3.jpg", "caption": "a dog"}]
@@ -670,7 +670,7 @@ def test_images_in_formats_that_are_not_read_are_reported(tmp_path, caplog):
 
 @pytest.mark.parametrize("name", ["captions.txt", "mine.csv", "metadata.csv", "dataset_coco.json", "trainImages.txt"])
 def test_pipes_are_refused(tmp_path, name):
-    """Opening one would wait for a writer without end."""
+    """Opening one would wait forever for a writer."""
     photographs(tmp_path, "1.jpg", "2.jpg", "3.jpg")
     if name == "trainImages.txt":
         write(tmp_path / "x.csv", THREE)

@@ -60,7 +60,7 @@ def test_words_are_not_cut_at_marks(word):
 
 
 def test_no_mark_of_unicode_cuts_a_word():
-    """Marks around symbols and selectors of variants are left out, as by Java, and do not cut either."""
+    """Marks for symbols and variation selectors are dropped, as by Java, and do not cut words either."""
     for mark in filter(lambda c: unicodedata.category(c) in ("Mn", "Mc", "Me"), map(chr, range(0x10000))):
         left_out = "\u20d0" <= mark <= "\u20ff" or "\ufe00" <= mark <= "\ufe0f"
         assert tokenize(f"a{mark}ก{mark}b 1{mark}") == (["aกb", "1"] if left_out else [f"a{mark}ก{mark}b", f"1{mark}"])

@@ -66,7 +66,7 @@ SPECIALS = list(Vocabulary.SPECIALS)
         ('{"words": ["a", "b"]}', '"words" should begin with <pad>, <start>, <end>, <unk>'),
         (json.dumps({"words": [*SPECIALS, "a", "b", "a"]}), "\"words\" has 'a' 2 times"),
         (json.dumps({"words": [*SPECIALS, "\n", "b", "\n"]}), "\"words\" has '\\n' 2 times"),
-        (json.dumps({"words": [*SPECIALS, "▁", "\ud800"], "merges": []}), '"words" has half a character'),
+        (json.dumps({"words": [*SPECIALS, "▁", "\ud800"], "merges": []}), '"words" has an unpaired surrogate'),
         (" " * (2**24 + 1), "cannot be read: larger than 16 MiB"),
     ],
 )
@@ -161,7 +161,7 @@ def test_any_file_is_a_vocabulary_or_refused(tmp_path, data):
 
 
 def test_punctuation_of_scripts_without_spaces():
-    """Stands without spaces, and the text is split into the same words."""
+    """It has no spaces around it, and the text is still split into the same words."""
     for caption, text in (
         ("一只 黑狗 ， 在 草地 。", "一只 黑狗，在 草地。"),
         ("「黒い犬」が走る！", "「黒い犬」が走る！"),

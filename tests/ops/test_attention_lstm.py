@@ -147,7 +147,7 @@ def test_autocast(device, op):
 
 
 def test_autocast_of_cuda_without_a_gpu():
-    """On tensors that have only shapes: CUDA's autocast makes other operations float32 than the CPU's."""
+    """On meta tensors: the operations that autocast makes float32 differ between CUDA and the CPU."""
     with FakeTensorMode() as mode:
         inputs = [mode.from_tensor(x.detach()).to("cuda", torch.float32) for x in make_inputs().values()]
         features, keys, *_, score_weight = inputs

@@ -45,7 +45,7 @@ def test_the_old_file_stays_until_the_new_one_is_on_the_disk(tmp_path, monkeypat
 
 
 def test_the_limit_of_the_disk_is_named(tmp_path):
-    """And not torch's own error, which follows it."""
+    """Rather than torch's own error, which follows it."""
     checkpoint.save(tmp_path, STATE)
     before = (tmp_path / "checkpoint.pt").read_bytes()
     with largest_file(100_000), pytest.raises(UserError) as caught:
@@ -89,7 +89,7 @@ def test_settings_must_be_the_same(tmp_path):
 
 
 def test_the_sizes_of_the_model_that_a_run_started_from(tmp_path):
-    """That model may be gone, or be another one. The flags that a user repeats do not have its sizes."""
+    """That model may have been removed or replaced. The flags that a user repeats do not have its sizes."""
     began = recipes.load("shapes")
     began = replace(began, run=replace(began.run, start_from="gone"), model=replace(began.model, hidden_size=48))
     write_atomically(tmp_path / "settings.json", json.dumps({"settings": asdict(began)}))
@@ -102,15 +102,15 @@ def test_other_versions_are_reported(tmp_path, caplog):
     content = {"settings": asdict(config), "versions": {**versions(), "pillow": "1.0", "torch": "2.0", "other": "1"}}
     write_atomically(tmp_path / "settings.json", json.dumps(content))
     checkpoint.check_settings(config, tmp_path)
-    assert caplog.messages == [f"{tmp_path}: began with other versions, its results may differ: torch 2.0, pillow 1.0"]
+    assert caplog.messages == [f"{tmp_path}: began with other versions, so results may differ: torch 2.0, pillow 1.0"]
 
 
-def test_settings_that_somebody_has_edited(tmp_path):
+def test_settings_edited_by_hand(tmp_path):
     config, path = recipes.load("shapes"), tmp_path / "settings.json"
     deep = json.loads("[" * 400 + "]" * 400)
     for change in ({"run": {"seed": deep}}, {"run": {"seed": {"a": 1}}}, {"run": {"seed": [[1]]}}, {"epochs": [deep]}):
         path.write_text(json.dumps({"settings": change}))
-        with pytest.raises(CallError, match=r"cannot resume: .*settings.json: field '.*' should be a number, a text"):
+        with pytest.raises(CallError, match=r"cannot resume: .*settings.json: field '.*' should be a number, a string"):
             checkpoint.check_settings(config, tmp_path)
     path.write_text(json.dumps({"settings": {**asdict(config), "optimizer": {"name": "a\n" * 500, "unknown": 1}}}))
     with pytest.raises(

@@ -85,7 +85,7 @@ def test_resumed_logs_continue_at_the_checkpoint(tmp_path):
     ],
     ids=lambda text: text[:30],
 )
-def test_a_log_that_somebody_has_edited(tmp_path, text):
+def test_a_log_edited_by_hand(tmp_path, text):
     """The line is named, and nothing of the log is lost."""
     content = f"{json.dumps(line(1))}\n{text}\n{json.dumps(line(2))}\n"
     (tmp_path / "metrics.jsonl").write_text(content)
@@ -278,7 +278,7 @@ def test_a_run_goes_on_without_its_pictures(tmp_path, caplog, fault):
     assert lines(tmp_path) == [line(1)]
     reason = "File too large" if fault == "a full disk" else "No such file or directory"
     board, *curves = caplog.messages
-    assert board.startswith(f"TensorBoard shows no more of this run: cannot write {tmp_path}/tensorboard/events.out.")
+    assert board.startswith(f"nothing more is logged to TensorBoard: cannot write {tmp_path}/tensorboard/events.out.")
     assert board.endswith(reason)
     assert curves == ([f"cannot write {tmp_path}/curves.png: Is a directory"] if fault == "a full disk" else [])
 

@@ -249,7 +249,7 @@ trainer.Trainer.train_step = stopping
 
 
 def test_a_run_keeps_its_order_splits_and_vocabulary(server, data, whole, tmp_path):
-    """The table of captions is sorted in another way, from which other splits and word ids would follow."""
+    """The rows of the table are in another order, which would give other splits and word ids."""
     copy = shutil.copytree(data, tmp_path / "data")
     arguments = ["--data", copy, *SETTINGS, "--output", tmp_path / "run"]
     status, text = run(server, tmp_path, arguments, STOP)
@@ -264,7 +264,7 @@ def test_a_run_keeps_its_order_splits_and_vocabulary(server, data, whole, tmp_pa
 
 
 def test_captions_edited_before_a_resume(server, data, tmp_path):
-    """They have a word that becomes the most frequent one, so that every word would have another id."""
+    """A new word is now the most frequent one, so every word would get another id."""
     copy = shutil.copytree(data, tmp_path / "data")
     arguments = ["--data", copy, *SETTINGS, "--output", tmp_path / "run"]
     status, text = run(server, tmp_path, arguments, STOP)
@@ -321,7 +321,7 @@ def test_images_that_go_away(server, data, whole, tmp_path):
 
 
 def test_images_in_a_row_that_cannot_be_read(server, tmp_path):
-    """Not the whole epoch goes by."""
+    """The run ends before the epoch does."""
     data = make_flickr8k(tmp_path / "data", 300)
     gone = f"import shutil; run.inputs.save = lambda *_: shutil.move('{data}/Images', '{data}/gone')"
     status, text = run(server, tmp_path, ["--data", data, *QUICK, "--output", tmp_path / "run"], gone)
@@ -342,7 +342,7 @@ def test_two_runs_in_one_folder(server, data, whole, tmp_path):
 
 
 def test_a_folder_that_is_removed(server, data, tmp_path):
-    """It is not made again, with only a part of the files of a run."""
+    """It is not created again with only some of a run's files."""
     remove = STOP.replace("os.kill(os.getpid(), signal.SIGTERM)", "__import__('shutil').rmtree(sys.argv[-1])")
     status, text = run(server, tmp_path, ["--data", data, *SETTINGS, "--output", tmp_path / "run"], remove)
     error = f"attncap: error: {tmp_path}/run: the folder was removed or replaced while this run was writing to it"
@@ -350,8 +350,8 @@ def test_a_folder_that_is_removed(server, data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_test_that_fails_is_no_lost_run(server, data, tmp_path):
-    """Nor is one whose best model was deleted."""
+def test_a_failed_test_does_not_lose_the_run(server, data, tmp_path):
+    """Nor does a deleted best model."""
     fail = "def fail(*_): raise MemoryError('no memory')\nrun.evaluate_test_split = fail"
     arguments = ["--data", data, *SETTINGS, "--output", tmp_path / "run", "--epochs", 1]
     status, text = run(server, tmp_path, arguments, fail)
@@ -360,5 +360,5 @@ def test_a_test_that_fails_is_no_lost_run(server, data, tmp_path):
     Captioner.from_pretrained(tmp_path / "run")
     (tmp_path / "run" / "model.safetensors").unlink()
     status, text = run(server, tmp_path, [*arguments, "--resume"])
-    assert status == 0 and "the best model is gone; that of the last checkpoint takes its place" in text, text
+    assert status == 0 and "the best model is missing; that of the last checkpoint takes its place" in text, text
     Captioner.from_pretrained(tmp_path / "run")

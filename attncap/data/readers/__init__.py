@@ -55,11 +55,12 @@ def read_dataset(
     """Read the data set at `path`, whose layout is recognised, or generate the synthetic data set "shapes".
 
     `seed` generates `shapes`, and draws the splits of a data set that has none, by image; without a seed, images whose
-    split would be drawn are all in test. No image is opened. Of
-    several layouts in a folder the first in the order of LAYOUTS is read. The images are looked for in the folder
-    `images`, by default near the captions (see `find_files`). Examples whose image files do not exist are left out.
-    `need_images=False` is for scoring captions written earlier: these examples stay, unless splits must be drawn and
-    some of the images exist; then they are left out as in training, so that the splits are the same.
+    split would be drawn are all in test. No image is opened. Of several layouts in a folder, the first in the order of
+    LAYOUTS is read. The images are looked for in the folder `images`, by default near the captions (see `find_files`).
+
+    Examples whose image files do not exist are left out. `need_images=False` is for scoring captions written earlier:
+    these examples stay, unless splits must be drawn and some of the images exist; then they are left out as in
+    training, so that the splits are the same.
 
     Raises CallError when nothing exists at `path` or `images`, UserError when it is not a data set or a broken one.
     """
@@ -125,7 +126,7 @@ def _combine(
     need_images: bool,
     folders: Folders,
 ) -> Dataset:
-    """The data set that the caption files make with their images and with the lists of splits."""
+    """Combine the caption files with their images and with lists of splits."""
     source = parts[0].source
     files: dict[str, str] = {}
     split_of: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What a file of captions says, and the examples that it makes with the images that exist."""
+"""The content of a caption file, and the examples that it gives together with the images that exist."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ def find_examples(
 ) -> tuple[list[Example], list[Skipped], list[Skipped]]:
     """The examples whose image files exist, those whose files do not, and what else is skipped.
 
-    `where` to look for the images: see `find_files`. Without `need_images` (see `read_dataset`) all examples are kept
-    where splits are not `drawn`, or no file exists. Raises UserError when no caption has a word, or no file exists.
+    `where` says where to look for the images, see `find_files`. Without `need_images` (see `read_dataset`), all
+    examples are kept if splits are not `drawn` or no file exists. Raises UserError if no caption has a word, or if
+    images are needed and none exists.
     """
     captions, skipped = _captions_with_words(file)
     folder, paths = find_files({image: file.files[image] for image in captions}, where, folders)
@@ -54,7 +55,7 @@ def find_examples(
         log.warning("%s: none of its images exist; splits are drawn from all of them", file.source)
     keep_missing = not need_images and not (drawn and paths)
     owner: dict[str, str] = {}
-    # Of several names that lead to one file, it belongs to the one that is exactly its own.
+    # If several names lead to one file, it belongs to the name that is exactly its own.
     for image in sorted(paths, key=lambda image: not paths[image].endswith(file.files[image])):
         owner.setdefault(paths[image], image)
     examples: list[Example] = []
@@ -88,7 +89,7 @@ def _why_missing(path: Path, folders: Folders) -> str:
 
 
 def _captions_with_words(file: CaptionFile) -> tuple[dict[str, Sequence[str]], list[Skipped]]:
-    """The captions by image, without those that have no word, and these."""
+    """The captions that have a word, by image, and the others as skipped items."""
     kept: dict[str, Sequence[str]] = {}
     skipped: list[Skipped] = []
     for image, texts in file.captions.items():

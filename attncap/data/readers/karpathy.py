@@ -21,7 +21,7 @@ from attncap.files import open_regular, read_json
 NAMES = ("dataset_coco.json", "dataset_flickr30k.json", "dataset_flickr8k.json")
 OPTIONAL = {"filepath": str, "cocoid": int | str}  # null counts as missing
 EXPECTED = "dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json beside the images' folder (Karpathy)"
-MAX_FILES = 100  # in a folder, whose beginning is read
+MAX_FILES = 100  # of a folder, whose beginnings are read
 
 
 def find(path: Path, folders: Folders) -> list[Path]:

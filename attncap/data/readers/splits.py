@@ -19,7 +19,7 @@ SPLITS = {"train": "train", "restval": "train", "val": "val", "dev": "val", "val
 
 PUBLISHED = re.compile("(train|val|dev|test)_?images", re.IGNORECASE)  # as Flickr_8k.trainImages.txt, Flickr8k's own
 MAX_LIST = 64 * 2**20  # bytes; a list of the names of COCO's images has 4 MiB
-MAX_LISTS = 20  # that are read in one folder
+MAX_LISTS = 20  # read in one folder
 _SUFFIX = re.compile(rf"(?i:{'|'.join(map(re.escape, SUFFIXES))})\b")
 
 
@@ -95,12 +95,12 @@ Lists = dict[str, list[tuple[Path, dict[str, str | None]]]]
 def find_lists(
     files: Mapping[str, str], source: Path, places: Iterable[Path], folders: Folders
 ) -> tuple[Lists, list[Skipped]]:
-    """The lists, in the first of `places` that has any with images of `files` in them, and those beside the captions
-    that name none of them.
+    """The lists in the first of `places` where any name images of `files`, and the lists beside the captions that name
+    none of them, as skipped items.
 
-    A list is a text file named after a split, with an image's name on each line. Lists that are not beside the file of
-    the captions, `source`, must be all three and name half of the images: they may be of another data set.
-    Raises UserError for a list that cannot be read.
+    A list is a text file named after a split, with an image's name on each line. Lists that are not beside the caption
+    file, `source`, may be those of another data set: they count only if there are three of them and they name at least
+    half of the images. Raises UserError for a list that cannot be read.
     """
     index: ImageIndex | None = None
     others: list[Skipped] = []

@@ -43,7 +43,7 @@ EXPECTED = (
 COLUMNS = {
     "image_name": "image", "file_name": "image", "comment": "caption", "text": "caption", "captions": "caption"
 }  # fmt: skip
-MAX_FILES = 100  # in a folder, whose first line is read to find out whether they are tables of captions
+MAX_FILES = 100  # of a folder, whose first lines are read to see whether they are tables of captions
 _IMAGE = "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 # NAME.jpg#0, NAME.jpg#zhc#0, or, before a tab, any NAME#0. A name may have # in it.
 _TOKEN = re.compile(rf"(?:([^\t\n]+?\.(?i:{_IMAGE}))#(?:[A-Za-z][\w-]*#)?\d+[\t ]|([^\t\n]+)#\d+\t)(.*)")
@@ -165,7 +165,7 @@ def _delimiter(header: str) -> str:
 
 
 def _columns(header: Iterable[str]) -> list[str]:
-    """The names of the columns as they are here. Another data set's name for a column counts if ours is not there."""
+    """The names of the columns, with those of other data sets replaced by ours, unless ours is there, too."""
     names = [" ".join(name.lower().split()) for name in header]
     return [name if COLUMNS.get(name, name) in names else COLUMNS[name] for name in names]
 
