@@ -130,6 +130,15 @@ def open_regular(path: str | Path) -> BinaryIO:
     return file
 
 
+def read_beginning(path: Path) -> bytes:
+    """The first 64 KiB of a file, without a byte order mark; b"" if it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return file.read(2**16).removeprefix(b"\xef\xbb\xbf")
+    except OSError:
+        return b""
+
+
 def read_bytes(path: str | Path, max_bytes: int = MAX_TABLE) -> bytes:
     """All bytes of a regular file. Raises UserError when it cannot be read, or has more than `max_bytes` bytes."""
     try:

@@ -19,7 +19,9 @@ from attncap.errors import CallError, UserError
 # Of the formats in attncap.data.images.
 SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm".split())
 # Of other common formats, which are not read.
-UNREAD = frozenset(".heic .heif .avif .jxl .jp2 .svg .psd .raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .srw".split())
+UNSUPPORTED = frozenset(
+    ".heic .heif .avif .jxl .jp2 .svg .psd .raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .srw".split()
+)
 MAX_FOLDERS = 1000  # searched below one folder for images that are not in a folder named after images
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -38,11 +40,11 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             images: list[Path] = []
             unread: Counter[str] = Counter()
             for top, _, names in os.walk(path, onerror=_refuse):
-                for name in filterfalse(of_macos, names):
+                for name in filterfalse(is_apple_double, names):
                     suffix = os.path.splitext(name)[1].lower()
                     if suffix in SUFFIXES:
                         images.append(Path(top, name))
-                    elif suffix in UNREAD:
+                    elif suffix in UNSUPPORTED:
                         unread[suffix] += 1
             found += sorted(images)
             if unread:
@@ -59,7 +61,7 @@ def _refuse(error: OSError) -> None:
     raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
-def of_macos(name: str) -> bool:
+def is_apple_double(name: str) -> bool:
     """Whether this is the name of an AppleDouble file, in which macOS keeps attributes of another: ._1.jpg of 1.jpg."""
     return name.startswith("._")
 
@@ -132,7 +134,7 @@ class Folders:
             try:
                 with os.scandir(key) as entries:
                     for entry in entries:
-                        if not of_macos(entry.name):
+                        if not is_apple_double(entry.name):
                             names.append(entry.name)
                             if _is_folder(entry) and not entry.name.startswith("."):
                                 inner.append(Path(folder, entry.name))
@@ -154,14 +156,14 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-class Surroundings(NamedTuple):
+class ImagePlaces(NamedTuple):
     """Where the images of a file of captions may be."""
 
     roots: list[Path]
     above: Path | None = None  # may also contain other data sets
 
     @classmethod
-    def of(cls, path: Path, source: Path) -> Surroundings:
+    def of(cls, path: Path, source: Path) -> ImagePlaces:
         """Those of the caption file `source` of the data set at `path`: its folder, then that of the data set, and
         nothing outside it. If `path` is the caption file itself, the data set may begin one level up."""
         if path.is_dir():
@@ -172,7 +174,7 @@ class Surroundings(NamedTuple):
         return cls([source.parent], source.parent.parent)
 
 
-def find_files(files: Mapping[str, str], where: Surroundings, folders: Folders) -> tuple[Path, dict[str, str]]:
+def find_files(files: Mapping[str, str], where: ImagePlaces, folders: Folders) -> tuple[Path, dict[str, str]]:
     """Where the images are: the folder with the most of them, or the best guess, and the paths of those that exist.
 
     `files` has the name of each image's file, perhaps with folders. In each root, the files are looked for in the

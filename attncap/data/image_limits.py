@@ -12,7 +12,7 @@ import re
 from PIL import Image
 from PIL.TiffImagePlugin import ROWSPERSTRIP, TILELENGTH, TILEWIDTH, ImageFileDirectory_v1
 
-MAX_FILE = 200 * 2**20  # bytes
+MAX_IMAGE_FILE = 200 * 2**20  # bytes
 MAX_PIXELS = 70_000_000  # of 8 bits in grey, palette or RGB; half as many in other modes: A4 at 600 dpi
 MAX_PYTHON_PIXELS = 2**21  # where Pillow's decoder is a loop in Python
 MAX_SIDE = 65_535  # as in JPEG; Pillow needs memory for each row, however short

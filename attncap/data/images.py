@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, PLANAR_CONFIGURATION, SAMPLEFORMAT
 
-from attncap.data.image_limits import MAX_FILE, MAX_PIXELS, LimitError, check_image, limited_file
+from attncap.data.image_limits import MAX_IMAGE_FILE, MAX_PIXELS, LimitError, check_image, limited_file
 from attncap.errors import CallError, UserError
 from attncap.files import open_regular
 
@@ -105,17 +105,17 @@ def _read(source: str | os.PathLike | bytes | BinaryIO) -> bytes:
     elif isinstance(source, str | os.PathLike):
         with open_regular(source) as file:
             size = os.fstat(file.fileno()).st_size
-            data = file.read(min(size, MAX_FILE) + 1)
+            data = file.read(min(size, MAX_IMAGE_FILE) + 1)
     else:
         with contextlib.suppress(AttributeError, OSError):  # a stream that cannot seek
             source.seek(0)
-        pieces, left = [], MAX_FILE + 1
+        pieces, left = [], MAX_IMAGE_FILE + 1
         while left and (piece := source.read(left)):
             pieces.append(piece)
             left -= len(piece)
         data = b"".join(pieces)
-    if len(data) > MAX_FILE:
-        raise LimitError(f"larger than {MAX_FILE // 2**20} MiB; make the image smaller")
+    if len(data) > MAX_IMAGE_FILE:
+        raise LimitError(f"larger than {MAX_IMAGE_FILE // 2**20} MiB; make the image smaller")
     return data
 
 

@@ -14,7 +14,7 @@ from attncap.data.tokenizer import tokenize
 from attncap.errors import CallError, UserError
 from attncap.files import read_json, write_atomically
 
-MAX_FILE = 16 * 2**20  # bytes of a vocabulary: about a million words
+MAX_VOCABULARY = 16 * 2**20  # bytes of a vocabulary: about a million words
 
 # Punctuation of Chinese and Japanese, and the dot between Tibetan syllables; spaces around it are removed.
 UNSPACED_PUNCTUATION = re.compile(" ?([\u0f0b\u3001-\u3003\u3008-\u301f\uff01-\uff0f\uff1a-\uff20]) ?")
@@ -131,7 +131,7 @@ class Vocabulary:
         """
         fix = "copy vocabulary.json again from the trained model, or train again"
         try:
-            content = read_json(path, MAX_FILE)
+            content = read_json(path, MAX_VOCABULARY)
         except UserError as error:
             raise UserError(f"{error}; {fix}") from error
         if isinstance(content, dict) and cls.SPECIALS[cls.START] in content:

@@ -365,7 +365,7 @@ def test_anything_but_a_regular_file_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_file_that_is_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MAX_FILE", 2**20)
+    monkeypatch.setattr(images, "MAX_IMAGE_FILE", 2**20)
     path = tmp_path / "a.png"
     with path.open("wb") as file:
         file.truncate(2**40)  # a sparse file, which takes no space

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 from attncap.data import shapes
 from attncap.data.dataset import Dataset, Example, Skipped, Splits, one_line, report_skipped
-from attncap.data.image_folders import Folders, Surroundings
+from attncap.data.image_folders import Folders, ImagePlaces
 from attncap.data.readers import coco, karpathy, tables
 from attncap.data.readers.caption_file import CaptionFile, find_examples
-from attncap.data.readers.splits import find_lists, split_examples, use_lists
+from attncap.data.readers.splits import Lists, find_lists, split_examples, use_lists
 from attncap.errors import CallError, UserError
 
 log = logging.getLogger("attncap")
@@ -135,23 +135,13 @@ def _combine(
             raise UserError(f"{part.source}: {one_line(min(twice))} is in {source.name} too; remove it from one")
         files |= part.files
         split_of |= part.splits
-    where = Surroundings([images], images.parent) if images else Surroundings.of(path, source)
-    roots = [*where.roots, *filter(None, [where.above])]
-    inside = [folder for root in roots for folder in folders.subfolders(root)]
-    places = [source.parent] if split_of else [source.parent, *roots, *inside, source.parent.parent]
-    lists, skipped = find_lists(files, source, places, folders)
-    list_files = [file for group in lists.values() for file, _ in group]
-    if split_of and lists:
-        reason = f"not used, because {source.name} has splits of its own"
-        skipped += [Skipped(None, str(file), reason) for file in list_files]
-        lists, list_files = {}, []
-    elif lists and list_files[0].parent != source.parent:
-        log.warning("%s: the splits are those of the lists in %s", source, list_files[0].parent)
+    beside = ImagePlaces([images], images.parent) if images else ImagePlaces.of(path, source)
+    lists, skipped = _lists(files, source, bool(split_of), beside, folders)
     examples: list[Example] = []
     missing: list[Skipped] = []
     for part in parts:
         drawn = seed is not None and not lists and len(part.splits) < len(part.files)
-        where = Surroundings([images]) if images else Surroundings.of(path, part.source)
+        where = ImagePlaces([images]) if images else ImagePlaces.of(path, part.source)
         found, without_file, left_out = find_examples(part, where, folders, drawn, need_images)
         examples += found
         missing += without_file
@@ -162,4 +152,23 @@ def _combine(
     else:
         splits = split_examples(examples, split_of, seed)
     drawn = seed is not None and not lists and len(split_of) < len(files)
+    list_files = [file for group in lists.values() for file, _ in group]
     return Dataset(layout, splits, missing, skipped, drawn, list_files)
+
+
+def _lists(
+    files: Mapping[str, str], source: Path, has_splits: bool, beside: ImagePlaces, folders: Folders
+) -> tuple[Lists, list[Skipped]]:
+    """The lists of splits to use, beside the captions in `source` or near the images, and those that are not used."""
+    if has_splits:
+        lists, skipped = find_lists(files, source, [source.parent], folders)
+        reason = f"not used, because {source.name} has splits of its own"
+        skipped += [Skipped(None, str(file), reason) for group in lists.values() for file, _ in group]
+        return {}, skipped
+    roots = [*beside.roots, *filter(None, [beside.above])]
+    inside = [folder for root in roots for folder in folders.subfolders(root)]
+    lists, skipped = find_lists(files, source, [source.parent, *roots, *inside, source.parent.parent], folders)
+    a_list = next((file for group in lists.values() for file, _ in group), source)
+    if a_list.parent != source.parent:
+        log.warning("%s: the splits are those of the lists in %s", source, a_list.parent)
+    return lists, skipped

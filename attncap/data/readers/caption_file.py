@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from attncap.data.dataset import Example, Skipped, one_line
-from attncap.data.image_folders import Folders, Surroundings, find_files, of_macos
+from attncap.data.image_folders import Folders, ImagePlaces, find_files, is_apple_double
 from attncap.data.tokenizer import tokenize
 from attncap.errors import UserError
 
@@ -41,7 +41,7 @@ class CaptionFile:
 
 
 def find_examples(
-    file: CaptionFile, where: Surroundings, folders: Folders, drawn: bool, need_images: bool = True
+    file: CaptionFile, where: ImagePlaces, folders: Folders, drawn: bool, need_images: bool = True
 ) -> tuple[list[Example], list[Skipped], list[Skipped]]:
     """The examples whose image files exist, those whose files do not, and what else is skipped.
 
@@ -82,7 +82,7 @@ def find_examples(
 
 
 def _why_missing(path: Path, folders: Folders) -> str:
-    if of_macos(path.name):
+    if is_apple_double(path.name):
         return "a file of macOS, not an image"
     similar = folders.names(path.parent).similar(path.name)
     return NOT_THERE + (f", but {one_line(' and '.join(similar))} do" if similar else "")

@@ -12,11 +12,11 @@ from itertools import product
 from pathlib import Path
 
 from attncap.data.dataset import Example, Skipped, report_skipped
-from attncap.data.image_folders import Folders, Surroundings
+from attncap.data.image_folders import Folders, ImagePlaces
 from attncap.data.readers import karpathy
 from attncap.data.readers.caption_file import CaptionFile, find_examples, has_word
 from attncap.errors import UserError
-from attncap.files import read_json
+from attncap.files import read_beginning, read_json
 
 EXPECTED = "annotations/captions_*.json beside folders such as train2017/ (COCO)"
 _BEGINNING = re.compile(rb'\s*\{\s*"(info|licenses|images|annotations|type)"')
@@ -37,7 +37,7 @@ def find(path: Path, folders: Folders) -> list[Path]:
     here = [file for file in _json_files(path, folders) if file not in others]
     for files, kind in product((in_annotations, here), ("caption", "image_info_")):
         named = [file for file in files if kind in file.name.lower()]
-        if named := [file for file in named if files is in_annotations or _BEGINNING.match(karpathy.beginning(file))]:
+        if named := [file for file in named if files is in_annotations or _BEGINNING.match(read_beginning(file))]:
             return named
     return []
 
@@ -88,7 +88,7 @@ def read_captions(path: str | Path) -> dict[str, list[str]]:
 def read_images(path: Path) -> tuple[list[Example], list[Skipped]]:
     """All images of a file, without captions, and those whose files do not exist. Raises UserError."""
     path = path.absolute()
-    examples, missing, skipped = find_examples(_image_list(path), Surroundings.of(path, path), Folders(), drawn=False)
+    examples, missing, skipped = find_examples(_image_list(path), ImagePlaces.of(path, path), Folders(), drawn=False)
     return examples, [*missing, *skipped]
 
 

@@ -16,7 +16,7 @@ from attncap.data.image_folders import Folders
 from attncap.data.readers.caption_file import CaptionFile
 from attncap.data.readers.splits import SPLITS
 from attncap.errors import UserError
-from attncap.files import open_regular, read_json
+from attncap.files import read_beginning, read_json
 
 NAMES = ("dataset_coco.json", "dataset_flickr30k.json", "dataset_flickr8k.json")
 OPTIONAL = {"filepath": str, "cocoid": int | str}  # null counts as missing
@@ -35,16 +35,7 @@ def find(path: Path, folders: Folders) -> list[Path]:
 
 
 def _has_sentences(path: Path) -> bool:
-    return re.search(rb'"sentences"\s*:', beginning(path)) is not None
-
-
-def beginning(path: Path) -> bytes:
-    """The first 64 KiB of a file, b"" if it cannot be read."""
-    try:
-        with open_regular(path) as file:
-            return file.read(2**16).removeprefix(b"\xef\xbb\xbf")
-    except OSError:
-        return b""
+    return re.search(rb'"sentences"\s*:', read_beginning(path)) is not None
 
 
 def read(path: Path, files: list[Path]) -> tuple[str, list[CaptionFile]]:

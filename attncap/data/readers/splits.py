@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from attncap.data.dataset import Example, Skipped, Splits, first_of, one_line
-from attncap.data.image_folders import SUFFIXES, Folders, fold, of_macos
+from attncap.data.image_folders import SUFFIXES, Folders, fold, is_apple_double
 from attncap.errors import UserError
 from attncap.files import read_text
 
@@ -155,7 +155,7 @@ def _names(path: Path, is_beside: bool) -> list[str] | None:
             raise
         return None
     names = dict.fromkeys(re.sub(r"#\d+$", "", line.strip()) for line in lines)
-    return [name for name in names if name and not of_macos(name)]
+    return [name for name in names if name and not is_apple_double(name)]
 
 
 def use_lists(lists: Lists, examples: Sequence[Example]) -> tuple[Splits, list[Skipped]]:
