@@ -133,7 +133,8 @@ def _fit_tensor(found: object, own: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name} is not a plain tensor")
     if found.shape != own.shape:
         raise ValueError(f"{name} has the shape {list(found.shape)} instead of {list(own.shape)}")
-    if found.dtype not in (FLOATS if own.dtype in FLOATS else [own.dtype]):
+    # A script that casts a whole state dict casts its counters and indices too.
+    if found.dtype not in (*FLOATS, *([] if own.dtype in FLOATS else [own.dtype])):
         raise ValueError(f"{name} is {found.dtype} instead of {own.dtype}")
     if own.dtype in FLOATS and own.numel():
         low, high = found.detach().aminmax()

@@ -197,6 +197,8 @@ def test_tensors_that_fit_are_copied():
 def test_indices_that_belong_to_the_architecture():
     own = {"index": torch.tensor([2, 0, 1]), "count": torch.tensor(0)}
     assert fit({"index": torch.tensor([2, 0, 1]), "count": torch.tensor(9)}, own)["count"] == 9
+    halved = fit({"index": torch.tensor([2, 0, 1]).half(), "count": torch.tensor(9).half()}, own)
+    assert halved["count"] == 9 and halved["count"].dtype == torch.int64 and halved["index"].equal(own["index"])
     with pytest.raises(ValueError, match="index has other values than the backbone's"):
         fit({"index": torch.tensor([2, 0, 10**9]), "count": torch.tensor(0)}, own)
 
