@@ -26,7 +26,7 @@ from attncap.models.encoder import Encoder
 from attncap.models.losses import CaptionLosses, caption_losses, losses_from_logits, target_lengths
 from attncap.search.beam_search import Hypothesis
 from attncap.search.graphs import GraphCache
-from attncap.weights import Unallocated, fit, read_state_dict
+from attncap.weights import OnMetaDevice, conform, read_state_dict
 
 __all__ = ["Caption", "Captioner", "Ensemble"]
 
@@ -194,7 +194,7 @@ class Captioner(CaptionMethods, nn.Module):
         try:
             # Sizes are compared with the weights before memory is allocated. The user's default device and dtype are
             # ignored.
-            with torch.device("cpu"), Unallocated():
+            with torch.device("cpu"), OnMetaDevice():
                 model = cls(config, vocabulary, backend=backend).float()
         except CallError as error:
             raise UserError(f"{settings}: {error}") from error
@@ -205,7 +205,7 @@ class Captioner(CaptionMethods, nn.Module):
         rename_old_weights(model.decoder, state, "decoder.")
         _check_sizes(folder, model, state)
         try:
-            model.load_state_dict(fit(state, model.state_dict()), assign=True)
+            model.load_state_dict(conform(state, model.state_dict()), assign=True)
         except ValueError as error:
             raise UserError(
                 f"{weights}: does not fit {settings}: {error}; check encoder, encoder_layer and output_layer there, or "

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from attncap.files import open_regular
 
-MAX_FILE = 8 * 2**30  # bytes of a file; torchvision's largest backbone has 2.4 GiB
+MAX_WEIGHTS = 16 * 2**30  # bytes of a file; torchvision's largest backbone has 2.4 GiB, its checkpoint 10 GiB
 MAX_INDEX = 4 * 2**20  # bytes of the names and shapes in it; the largest checkpoints take less than 1 MiB for them
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -28,7 +28,7 @@ PLAIN = re.compile(
 )
 
 
-class Unallocated(TorchFunctionMode):
+class OnMetaDevice(TorchFunctionMode):
     """A context in which new modules of this thread have their parameters on the meta device: shapes without data. (In
     `torch.device("meta")`, RegNet could not compute its widths.)"""
 
@@ -82,17 +82,17 @@ def read_pickle(path: Path) -> Any:
             _check_pickle(file)
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
-        except Refused:
+        except RefusedError:
             raise
         except Exception as error:  # torch.load has no single kind of error for a damaged file
             raise ValueError(f"damaged, or not written by torch.save ({type(error).__name__})") from error
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """A file that is not read although torch might read it."""
 
 
-def fit(found: object, own: object, name: str = "") -> Any:
+def conform(found: object, own: object, name: str = "") -> Any:
     """`found`, which was read from a file, in the form of `own`, which this process made: tensors on the CPU with the
     shape, dtype and memory layout of its tensors; numbers; lists and dicts of these.
 
@@ -114,13 +114,13 @@ def fit(found: object, own: object, name: str = "") -> Any:
         unknown = [key for key in found if key not in own]
         if unknown and own and all(isinstance(value, Tensor) for value in own.values()):
             raise ValueError(f"{prefix}{unknown[0]!a:.100} is unknown")
-        return {key: fit(found[key], value, f"{prefix}{key}") for key, value in own.items() if key in found}
+        return {key: conform(found[key], value, f"{prefix}{key}") for key, value in own.items() if key in found}
     if isinstance(own, list):
         if not isinstance(found, list) or len(found) != len(own):
             raise ValueError(f"{name} is not a list of {len(own)} entries")
-        return [fit(*pair, f"{name}.{i}") for i, pair in enumerate(zip(found, own, strict=True))]
+        return [conform(*pair, f"{name}.{i}") for i, pair in enumerate(zip(found, own, strict=True))]
     if own is None and isinstance(found, list):
-        return [fit(value, 0.0, f"{name}.{i}") for i, value in enumerate(found)]
+        return [conform(value, 0.0, f"{name}.{i}") for i, value in enumerate(found)]
     if type(found) is not type(own):
         raise ValueError(f"{name} is not of type {type(own).__name__}")
     if isinstance(found, float) and not math.isfinite(found) or isinstance(found, int) and not 0 <= found < 2**53:
@@ -133,7 +133,8 @@ def _fit_tensor(found: object, own: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name} is not a plain tensor")
     if found.shape != own.shape:
         raise ValueError(f"{name} has the shape {list(found.shape)} instead of {list(own.shape)}")
-    if found.dtype not in (FLOATS if own.dtype in FLOATS else [own.dtype]):
+    # A script that casts a whole state dict casts its counters and indices too.
+    if found.dtype not in (*FLOATS, *([] if own.dtype in FLOATS else [own.dtype])):
         raise ValueError(f"{name} is {found.dtype} instead of {own.dtype}")
     if own.dtype in FLOATS and own.numel():
         low, high = found.detach().aminmax()
@@ -147,21 +148,21 @@ def _fit_tensor(found: object, own: Tensor, name: str) -> Tensor:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Raises ValueError unless it is a regular file of at most MAX_FILE bytes."""
+    """Raises ValueError unless it is a regular file of at most MAX_WEIGHTS bytes."""
     try:
         file = open_regular(path)
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
         raise ValueError(getattr(error, "strerror", None) or str(error)) from error
-    if os.fstat(file.fileno()).st_size > MAX_FILE:
+    if os.fstat(file.fileno()).st_size > MAX_WEIGHTS:
         file.close()
-        raise ValueError(f"larger than {MAX_FILE / 2**30:.0f} GiB")
+        raise ValueError(f"larger than {MAX_WEIGHTS / 2**30:.0f} GiB")
     return file
 
 
 def _check_pickle(file: BinaryIO) -> None:
-    """Raises Refused unless the file has the form that torch.save gives to plain tensors, numbers, strings, lists and
-    dicts, and needs no more memory than disk space. `weights_only` alone also allows calls of functions with which a
-    small file can take any amount of memory."""
+    """Raises RefusedError unless the file has the form that torch.save gives to plain tensors, numbers, strings, lists
+    and dicts, and needs no more memory than disk space. `weights_only` alone also allows calls of functions with which
+    a small file can take any amount of memory."""
     if file.read(4) != b"PK\x03\x04":  # older than torch 1.6: five pickles, then the values
         file.seek(0)
         return _check_names(file.read(MAX_INDEX), pickles=5)
@@ -170,10 +171,10 @@ def _check_pickle(file: BinaryIO) -> None:
         names = {part.filename for part in parts}
         stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
         if not stored or len(names) < len(parts) or sum(part.file_size for part in parts) > file.seek(0, os.SEEK_END):
-            raise Refused("not written by torch.save: its parts are compressed or overlap")
+            raise RefusedError("not written by torch.save: its parts are compressed or overlap")
         [index] = [part for part in parts if part.filename.endswith("/data.pkl")]
         if index.file_size > MAX_INDEX:
-            raise Refused(f"its names and shapes take more than {MAX_INDEX / 2**20:.0f} MiB")
+            raise RefusedError(f"its names and shapes take more than {MAX_INDEX / 2**20:.0f} MiB")
         _check_names(archive.read(index), pickles=1)
 
 
@@ -187,7 +188,7 @@ def _check_names(content: bytes, pickles: int) -> None:
                 problem = "holds objects"
             else:
                 continue
-            raise Refused(
+            raise RefusedError(
                 f"refused, because it {problem}, which could run code; only plain tensors, numbers, strings, lists and "
                 "dicts are read, as written by torch.save(model.state_dict(), path)"
             )

@@ -15,7 +15,7 @@ import torchvision
 from safetensors.torch import save_file
 
 from attncap.models.encoder import Encoder
-from attncap.weights import Unallocated, fit, open_safetensors, read_pickle, read_state_dict
+from attncap.weights import OnMetaDevice, conform, open_safetensors, read_pickle, read_state_dict
 
 
 def peak() -> float:
@@ -121,8 +121,8 @@ def test_only_regular_files_of_a_bounded_size(tmp_path, read):
     refuse(read, Path("a\0b"), "null")
     path.unlink()
     with open(path, "wb") as file:
-        file.truncate(9 * 2**30)
-    refuse(read, path, "larger than 8 GiB")
+        file.truncate(17 * 2**30)
+    refuse(read, path, "larger than 16 GiB")
 
 
 @pytest.mark.parametrize("kind, size", [("F4", 2), ("F6_E2M3", 3), ("F8_E8M0", 4), ("U64", 32), ("X", 4), ("F32", 15)])
@@ -135,7 +135,7 @@ def test_tensors_that_torch_lacks_are_refused(tmp_path, kind, size):
         assert str(error).startswith("damaged or cut short (") and str(error).isprintable()
     else:  # torch has this one
         with pytest.raises(ValueError, match="a is torch.* instead of torch.float32|a has the shape"):
-            fit(state, {"a": torch.zeros(4)})
+            conform(state, {"a": torch.zeros(4)})
 
 
 def test_names_of_weights_are_names(tmp_path):
@@ -171,7 +171,7 @@ TENSORS = {
 @pytest.mark.parametrize("message, found", [(message, found) for message in TENSORS for found in TENSORS[message]])
 def test_tensors_that_do_not_fit(message, found):
     with pytest.raises(ValueError, match=message):
-        fit({"a": found}, {"a": OWN})
+        conform({"a": found}, {"a": OWN})
 
 
 def test_tensors_that_fit_are_copied():
@@ -184,21 +184,23 @@ def test_tensors_that_fit_are_copied():
         values.transpose(0, 3).contiguous().transpose(0, 3),
         torch.nn.Parameter(values),
     ):
-        fitted = fit({"a": found}, {"a": own})["a"]
+        fitted = conform({"a": found}, {"a": own})["a"]
         assert fitted.equal(values) and fitted.dtype == torch.float32 and not fitted.requires_grad
         assert fitted.is_contiguous(memory_format=torch.channels_last) and fitted.data_ptr() != found.data_ptr()
-    one, other = fit({"a": OWN, "b": OWN}, {"a": OWN, "b": OWN}).values()
+    one, other = conform({"a": OWN, "b": OWN}, {"a": OWN, "b": OWN}).values()
     assert one.data_ptr() != other.data_ptr()
-    repeated = fit(torch.ones(()).expand(2, 3), OWN)
+    repeated = conform(torch.ones(()).expand(2, 3), OWN)
     repeated[0, 0] = 5
     assert repeated.sum() == 10
 
 
 def test_indices_that_belong_to_the_architecture():
     own = {"index": torch.tensor([2, 0, 1]), "count": torch.tensor(0)}
-    assert fit({"index": torch.tensor([2, 0, 1]), "count": torch.tensor(9)}, own)["count"] == 9
+    assert conform({"index": torch.tensor([2, 0, 1]), "count": torch.tensor(9)}, own)["count"] == 9
+    halved = conform({"index": torch.tensor([2, 0, 1]).half(), "count": torch.tensor(9).half()}, own)
+    assert halved["count"] == 9 and halved["count"].dtype == torch.int64 and halved["index"].equal(own["index"])
     with pytest.raises(ValueError, match="index differs from the backbone's indices"):
-        fit({"index": torch.tensor([2, 0, 10**9]), "count": torch.tensor(0)}, own)
+        conform({"index": torch.tensor([2, 0, 10**9]), "count": torch.tensor(0)}, own)
 
 
 STATE = {"n": 1, "x": 0.5, "best": None, "list": [1.0], "inner": {"a": OWN}, "state": {0: {"a": OWN}, 1: {"a": OWN}}}
@@ -206,7 +208,7 @@ STATE = {"n": 1, "x": 0.5, "best": None, "list": [1.0], "inner": {"a": OWN}, "st
 
 def test_states_that_fit():
     found = {**STATE, "best": [0.5, 0.25], "state": {1: {"a": OWN}, 7: "left out"}, "further": object()}
-    fitted = fit(found, STATE)
+    fitted = conform(found, STATE)
     assert fitted["best"] == [0.5, 0.25] and fitted["state"].keys() == {1} and "further" not in fitted
 
 
@@ -231,10 +233,10 @@ def test_states_that_fit():
 )
 def test_states_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        fit({**STATE, **change}, STATE)
+        conform({**STATE, **change}, STATE)
     for found in (7, None, [STATE]):
         with pytest.raises(ValueError, match="^its content is not a dict"):
-            fit(found, STATE)
+            conform(found, STATE)
 
 
 @pytest.mark.parametrize("name", ["regnet_y_400mf", "swin_v2_t", "mnasnet0_5"])
@@ -242,18 +244,18 @@ def test_modules_without_data(name):
     """They have the names, shapes, and constants of those with data."""
     torch.manual_seed(0)
     random = torch.get_rng_state()
-    with Unallocated():
+    with OnMetaDevice():
         empty = Encoder(name)
     assert torch.get_rng_state().equal(random) and all(parameter.is_meta for parameter in empty.parameters())
     own, state = empty.state_dict(), Encoder(name).state_dict()
     assert own.keys() == state.keys() and all(own[key].shape == value.shape for key, value in state.items())
-    empty.load_state_dict(fit(state, own), assign=True)
+    empty.load_state_dict(conform(state, own), assign=True)
     assert not any(tensor.is_meta for tensor in [*empty.parameters(), *empty.buffers()])
     assert all(tensor.equal(state[key]) for key, tensor in empty.state_dict().items())
 
 
 def test_the_largest_backbone_takes_no_memory():
     before = peak()
-    with Unallocated():
+    with OnMetaDevice():
         assert sum(p.numel() for p in torchvision.models.regnet_y_128gf().parameters()) > 600e6
     assert peak() < before + 100

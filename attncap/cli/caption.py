@@ -58,7 +58,7 @@ def main(config: CaptionConfig) -> None:
     models = [Captioner.from_pretrained(folder, device=device, backend=config.backend) for folder in config.model]
     model = models[0] if len(models) == 1 else Ensemble(models)
     if config.attention_dir is not None:
-        process.go_on_without_output()
+        process.make_output_optional()
     written = 0
     with tqdm(total=len(examples), desc="captioning", unit="image", leave=False) as bar:
         captioned = caption_examples(

@@ -109,7 +109,7 @@ def main(config: EvaluateConfig) -> None:
         }
         report["difference"] = {"from": config.compare, "figures": metrics}
     if config.output is not None:
-        process.go_on_without_output()
+        process.make_output_optional()
     print(as_text(report))
     if config.output is not None:
         images = {example.name: example.image for example in examples}

@@ -82,12 +82,12 @@ class StandardOutput(StandardError):
         print(f"attncap: {kind}{message}; the command continues, since it writes files", file=sys.stderr)
 
 
-def go_on_without_output() -> None:
+def make_output_optional() -> None:
     """Let the command continue if its output cannot be written, because it also writes files."""
     sys.stdout.optional = True
 
 
-class Formatter(logging.Formatter):
+class OneLineFormatter(logging.Formatter):
     """Messages on one line; a traceback after them keeps its lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
@@ -102,7 +102,7 @@ def run(work: Callable[[], object], debug: bool = False) -> NoReturn:
     stdout, stderr = StandardOutput(sys.stdout), StandardError(sys.stderr)
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         handler = logging.StreamHandler()
-        handler.setFormatter(Formatter("attncap: %(message)s"))
+        handler.setFormatter(OneLineFormatter("attncap: %(message)s"))
         logging.basicConfig(handlers=[handler])
         worked, flushed = attempt(work, debug), attempt(stdout.flush, debug)
     sys.exit(worked or flushed or int(stdout.lost))

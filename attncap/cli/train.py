@@ -35,10 +35,10 @@ def defaults(arguments: Sequence[str]) -> TrainConfig:
 
 def main(prog: str, arguments: Sequence[str], config: TrainConfig) -> None:
     from attncap.training import distributed
-    from attncap.training.run import Unfinished, train
+    from attncap.training.run import ResumableError, train
     from attncap.training.signals import Stopped
 
-    process.go_on_without_output()
+    process.make_output_optional()
     with distributed.process_group(config.run.device) as device:
         try:
             train(config, device, given_settings(arguments))
@@ -47,7 +47,7 @@ def main(prog: str, arguments: Sequence[str], config: TrainConfig) -> None:
                 command_line = resume_command(prog, arguments, os.environ)
                 print(f"\nattncap: stopped; continue with: {command_line}", file=sys.stderr, flush=True)
             raise
-        except Unfinished as error:
+        except ResumableError as error:
             command_line = resume_command(prog, arguments, os.environ)
             raise UserError(f"{error}; continue with: {command_line}") from error
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from attncap.errors import CallError, UserError
-from attncap.weights import fit, read_state_dict
+from attncap.weights import conform, read_state_dict
 
 
 class Encoder(nn.Module):
@@ -292,7 +292,7 @@ def _load(backbone: nn.Module, name: str, weights: str, known: Collection[str]) 
         if keys:
             raise UserError(f"{weights}: not the weights of {name}: the file {reason}, such as {keys[0]}")
     try:
-        backbone.load_state_dict(fit({key: state.get(key, needed[key]) for key in needed}, needed))
+        backbone.load_state_dict(conform({key: state.get(key, needed[key]) for key in needed}, needed))
     except ValueError as error:
         raise UserError(f"{weights}: not the weights of {name}: {error}") from error
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from attncap.config import ModelConfig
+from attncap.data.dataset import one_line
 from attncap.errors import CallError, UserError
 from attncap.files import atomic_file, read_json
 from attncap.training.config import TrainConfig, flatten, read_settings
@@ -67,7 +68,7 @@ def check_settings(config: TrainConfig, folder: Path) -> TrainConfig:
         sizes = {field.name: before[f"model.{field.name}"] for field in dataclasses.fields(ModelConfig)}
         config = dataclasses.replace(config, model=ModelConfig(**sizes))
     changed = [
-        f"{name}={value} (was {_printable(before[name])})"
+        f"{name}={value} (was {one_line(before[name])[:80]})"
         for name, value in flatten(dataclasses.asdict(config)).items()
         if name not in FREE and value != before[name]
     ]
@@ -79,8 +80,3 @@ def check_settings(config: TrainConfig, folder: Path) -> TrainConfig:
     if others:
         log.warning("%s: began with other versions, so results may differ: %s", folder, ", ".join(others))
     return config
-
-
-def _printable(value: object) -> str:
-    text = str(value)
-    return (text if text.isprintable() else ascii(text))[:80]

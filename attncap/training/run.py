@@ -34,7 +34,7 @@ from attncap.versions import versions
 log = logging.getLogger("attncap")
 
 
-class Unfinished(UserError):
+class ResumableError(UserError):
     """An error after the state of the run was written, so the run can be resumed."""
 
 
@@ -49,7 +49,7 @@ def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()
             these can contradict the model that `start_from` names.
 
     Raises Stopped after Ctrl-C, SIGTERM or SIGHUP, once the state of the run has been written; CallError and UserError
-    before it is written for the first time, and Unfinished for any error after that.
+    before it is written for the first time, and ResumableError for any error after that.
     """
     output = Path(config.run.output or Path("runs") / Path(config.data.path).resolve().stem)
     with FolderLock(output) if distributed.is_main() else contextlib.nullcontext() as lock:
@@ -77,7 +77,7 @@ def train(config: TrainConfig, device: torch.device, given: Collection[str] = ()
                 kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                 reason = " ".join(f"{kind}{error}".splitlines())
                 saved = f"; the best model so far is in {output}" if (output / "model.safetensors").exists() else ""
-                raise Unfinished(reason + saved) from error
+                raise ResumableError(reason + saved) from error
 
 
 def prepare(
@@ -85,12 +85,12 @@ def prepare(
 ) -> Trainer:
     """The trainer of a new run, or of the run in `output` in the state of its last checkpoint. Raises CallError and
     UserError."""
-    asked, start, began, edited = config, None, None, False  # `began`: what the run to resume began with
+    requested, start, recorded, edited = config, None, None, False
     if distributed.is_main():
         check_output(config, output)
     if config.run.resume:  # it keeps its own sizes and vocabulary, even if the files they came from have changed
         kept = (checkpoint.check_settings(config, output), inputs.load(output)) if distributed.is_main() else None
-        config, began = distributed.broadcast(kept)
+        config, recorded = distributed.broadcast(kept)
     elif config.run.start_from:
         start = Captioner.from_pretrained(config.run.start_from, backend=config.run.backend)
         config = dataclasses.replace(config, model=start.config)
@@ -101,18 +101,18 @@ def prepare(
                 raise UserError(
                     f"{config.data.path}: no images for the {split} split; at least three images are needed"
                 )
-        if began:
-            splits, edited = inputs.compare(began, splits, config.data.path)
+        if recorded:
+            splits, edited = inputs.compare(recorded, splits, config.data.path)
     captions = training_captions(splits)
     if start:
-        check_start(asked, start, given, captions)
-    if began and began.vocabulary:
-        source, vocabulary = output / inputs.VOCABULARY, began.vocabulary
+        check_start(requested, start, given, captions)
+    if recorded and recorded.vocabulary:
+        source, vocabulary = output / inputs.VOCABULARY, recorded.vocabulary
     elif start:
         source, vocabulary = Path(config.run.start_from) / inputs.VOCABULARY, start.vocabulary
     else:
         source, vocabulary = config.data.vocabulary, find_vocabulary(config.data, captions)
-    if source and (edited or not began):
+    if source and (edited or not recorded):
         check_coverage(source, vocabulary, captions)
     processors_for(config.search, vocabulary)  # a word that does not exist is an error now, not after an epoch
     torch.manual_seed(config.run.seed)

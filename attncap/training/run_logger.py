@@ -131,7 +131,7 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < 1e30  # what can be drawn
 
 
-class _Board:
+class _EventFile:
     """An event file of TensorBoard. It hides the values from `step` on in earlier files of its folder. (torch's
     SummaryWriter writes in a thread of its own, where a full disk ends in a traceback.)"""
 
@@ -162,10 +162,10 @@ class _Board:
                 records.write(event.SerializeToString())
 
 
-def _open_board(folder: Path, step: int) -> _Board | None:
+def _open_board(folder: Path, step: int) -> _EventFile | None:
     """None without TensorBoard."""
     try:
-        return _Board(folder, step)
+        return _EventFile(folder, step)
     except ImportError:
         return None
     except OSError as error:

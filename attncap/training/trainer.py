@@ -35,10 +35,10 @@ from attncap.training.run_logger import RunLogger
 from attncap.training.scheduled_sampling import sample_inputs
 from attncap.training.self_critical import SelfCritical
 from attncap.training.signals import SignalHandler, Stopped
-from attncap.weights import fit
+from attncap.weights import conform
 
 CHECKPOINT_EVERY = 600  # seconds, within an epoch
-MAX_UNREAD = 100  # images in a row that cannot be read; with more, their folder has probably been removed
+MAX_UNREADABLE = 100  # images in a row that cannot be read; with more, their folder has probably been removed
 TERMS = ("words", "attention")  # of the loss
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -105,7 +105,7 @@ class Trainer:
             encode = functools.partial(model.vocabulary.encode, max_length=max_length)
             self.tokens_by_image = [list(map(encode, of_image)) for of_image in captions]
         self.skipped_seen: set[tuple[str, str]] = set()  # images that have been reported
-        self.unread = 0  # images in a row that could not be read
+        self.unreadable = 0  # images in a row that could not be read
         self.signals = SignalHandler()
         self.epoch = self.step = 0
         self.start_sums()
@@ -274,9 +274,9 @@ class Trainer:
         """One step of the optimizer. Its loss is that of all batches of the step in all processes together."""
         words, rows = sum(batch.words for batch in step_batches), sum(batch.rows for batch in step_batches)
         words, rows = distributed.all_reduce_sum([words, rows])
-        self.unread = 0 if rows else self.unread + len(step_batches) * self.config.data.batch_size
-        if self.unread > MAX_UNREAD:
-            raise UserError(f"none of the last {self.unread} training images could be read; are they still there?")
+        self.unreadable = 0 if rows else self.unreadable + len(step_batches) * self.config.data.batch_size
+        if self.unreadable > MAX_UNREADABLE:
+            raise UserError(f"none of the last {self.unreadable} training images could be read; are they still there?")
         if not rows:
             return
         factor = self.schedule.factor(self.steps_done)
@@ -451,7 +451,7 @@ class Trainer:
         groups = own["optimizer"]["param_groups"]
         own["optimizer"] = {"state": moments, "param_groups": [{"lr": 0.0} for _ in groups]}
         try:
-            state = fit(checkpoint.load(self.output), own) if distributed.is_main() else None
+            state = conform(checkpoint.load(self.output), own) if distributed.is_main() else None
             state = distributed.broadcast(state)
             if state["images"] != len(self.splits["train"]):
                 raise ValueError(f"the data had {state['images']} training images, now {len(self.splits['train'])}")

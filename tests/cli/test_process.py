@@ -60,7 +60,7 @@ def full():
 
 
 FOR_EVER = "while True: print('a caption')"
-WITH_FILES = "process.go_on_without_output(); print('a'); print('b'); open({path!r}, 'w').write('done')"
+WITH_FILES = "process.make_output_optional(); print('a'); print('b'); open({path!r}, 'w').write('done')"
 NO_SPACE = "cannot write standard output: No space left on device"
 
 
