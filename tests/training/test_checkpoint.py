@@ -113,9 +113,7 @@ def test_settings_edited_by_hand(tmp_path):
         with pytest.raises(CallError, match=r"cannot resume: .*settings.json: field '.*' should be a number, a string"):
             checkpoint.check_settings(config, tmp_path)
     path.write_text(json.dumps({"settings": {**asdict(config), "optimizer": {"name": "a\n" * 500, "unknown": 1}}}))
-    with pytest.raises(
-        CallError, match=r"optimizer.name=adamw \(was 'a\\na\\n[an\\]*\), optimizer.learning_rate"
-    ) as raised:
+    with pytest.raises(CallError, match=r"optimizer.name=adamw \(was [a ]{80}\), optimizer.learning_rate") as raised:
         checkpoint.check_settings(config, tmp_path)
     assert str(raised.value).isprintable() and len(str(raised.value)) < 500
     for seed in (-1, 2**63, 10**300, True, 1.0):
