@@ -27,13 +27,14 @@ class Inputs:
     wrote the vocabulary only with the first best model."""
 
     vocabulary: Vocabulary | None
-    images: dict[str, dict[str, str]] | None  # by split: the images' names, in order, and a digest of their captions
+    images: dict[str, dict[str, list[str]]] | None
+    """By split: the images' names, in order, each with a digest of its captions and one of its `identity()`."""
 
 
 def save(folder: Path, vocabulary: Vocabulary, splits: Splits) -> None:
     """Write vocabulary.json and inputs.json. Raises UserError when they cannot be written."""
     vocabulary.save(folder / VOCABULARY)
-    images = {split: {example.name: _digest_captions(example) for example in splits[split]} for split in splits}
+    images = {split: {example.name: _digests(example) for example in splits[split]} for split in splits}
     content = {"vocabulary": _digest_vocabulary(vocabulary), "images": images}
     write_atomically(folder / NAME, json.dumps(content, indent=0) + "\n")
 
@@ -47,7 +48,7 @@ def load(folder: Path) -> Inputs:
     content = read_json(folder / NAME)
     images = content.get("images") if isinstance(content, dict) else None
     images = {split: images.get(split) for split in SPLITS} if isinstance(images, dict) else {}
-    if not images or not all(isinstance(of_split, dict) for of_split in images.values()):
+    if not images or not all(map(_is_record, images.values())):
         raise UserError(f'{folder / NAME}: field "images" should have the images of each split; restore this file')
     vocabulary = Vocabulary.load(path)
     if content.get("vocabulary") != _digest_vocabulary(vocabulary):
@@ -57,7 +58,7 @@ def load(folder: Path) -> Inputs:
 
 def compare(began: Inputs, splits: Splits, source: str) -> tuple[Splits, bool]:
     """The images that a run began with, in its own splits and order, because its place in an epoch is a place in that
-    order; and whether captions for training have changed, or may have. Warns about captions and splits that have
+    order; and whether captions for training have changed, or may have. Warns about captions, files and splits that have
     changed. Raises UserError when the images in `source` are not the same ones."""
     if began.images is None:
         return splits, True
@@ -72,10 +73,13 @@ def compare(began: Inputs, splits: Splits, source: str) -> tuple[Splits, bool]:
             )
     edited = {}
     for split, images in began.images.items():
-        edited[split] = [name for name in images if images[name] != _digest_captions(now[name])]
+        found = {name: _digests(now[name]) for name in images}
+        edited[split] = [name for name in images if images[name][0] != found[name][0]]
+        replaced = [name for name in images if images[name][1] != found[name][1]]
         moved = [example.name for example in splits[split] if example.name not in images]
         for names, what in (
             (edited[split], f"images of the {split} split whose captions have changed since the run began"),
+            (replaced, f"images of the {split} split whose files have changed or moved since the run began"),
             (moved, f"images that are new in the {split} split, where the run does not use them"),
         ):
             if names:
@@ -83,17 +87,22 @@ def compare(began: Inputs, splits: Splits, source: str) -> tuple[Splits, bool]:
     return {split: [now[name] for name in images] for split, images in began.images.items()}, bool(edited["train"])
 
 
+def _is_record(images: object) -> bool:
+    """Whether this can be what `save` wrote for a split."""
+    return isinstance(images, dict) and all(isinstance(x, list) and len(x) == 2 for x in images.values())
+
+
 def _count(names: Sequence[str]) -> str:
     return f"{len(names):,} ({first_of(names)})"
 
 
-def _digest_captions(example: CaptionedImage) -> str:
-    return _digest(list(example.captions))
+def _digests(example: CaptionedImage) -> list[str]:
+    return [_digest(list(example.captions)), _digest(example.identity())]
 
 
 def _digest_vocabulary(vocabulary: Vocabulary) -> str:
     return _digest([vocabulary.words, vocabulary.merges])
 
 
-def _digest(value: Sequence) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -61,6 +61,19 @@ def test_captions_that_have_changed_are_counted(run, caplog):
     ]
 
 
+def test_files_that_have_changed_are_counted(tmp_path, caplog):
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).write_bytes(b"a picture")
+    a, b, c = (Example(name, ("a dog",), tmp_path / name) for name in ("a.png", "b.png", "c.png"))
+    splits = {"train": [a, b], "val": [c], "test": []}
+    inputs.save(tmp_path, WORDS, splits)
+    assert inputs.compare(inputs.load(tmp_path), splits, "data") == (splits, False) and not caplog.records
+    (tmp_path / "b.png").write_bytes(b"another picture")
+    assert inputs.compare(inputs.load(tmp_path), splits, "data") == (splits, False)
+    reason = "images of the train split whose files have changed or moved since the run began: 1 (b.png)"
+    assert caplog.messages == [f"data: {reason}"]
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_other_images_are_refused(run, split):
     for images, message in (
@@ -93,8 +106,9 @@ def test_runs_of_older_versions(run, caplog):
     assert inputs.load(run).vocabulary is None
 
 
-@pytest.mark.parametrize("content", [3, {}, {"images": []}, {"images": {"train": {}, "val": {}, "test": 1}}])
-def test_a_damaged_record(run, content):
+@pytest.mark.parametrize("images", [None, [], {"train": {}, "val": {}}, {"train": {}, "val": {}, "test": {"a": "0"}}])
+def test_a_damaged_record(run, images):
+    content = 3 if images is None else {"images": images}
     (run / "inputs.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match='inputs.json: field "images" should have the images of each split'):
         inputs.load(run)
