@@ -122,9 +122,8 @@ class FolderLock:
 def open_regular(path: str | Path) -> BinaryIO:
     """Open a file to read its bytes. Raises OSError for anything that is not a regular file: a pipe may never end, and
     merely opening one may block forever."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    file = os.fdopen(descriptor, "rb")  # raises IsADirectoryError
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return file

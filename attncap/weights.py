@@ -103,7 +103,7 @@ def conform(found: object, own: object, name: str = "") -> Any:
     Raises ValueError, with the entry and the reason in one line, for anything else, and for values that are not finite.
     """
     if isinstance(own, Tensor):
-        return _fit_tensor(found, own, name)
+        return _conform_tensor(found, own, name)
     if isinstance(own, dict):
         if not isinstance(found, dict):
             raise ValueError(f"{name or 'its content'} is not a dict")
@@ -128,7 +128,7 @@ def conform(found: object, own: object, name: str = "") -> Any:
     return found
 
 
-def _fit_tensor(found: object, own: Tensor, name: str) -> Tensor:
+def _conform_tensor(found: object, own: Tensor, name: str) -> Tensor:
     if not isinstance(found, Tensor) or found.device.type != "cpu" or found.layout != torch.strided:
         raise ValueError(f"{name} is not a plain tensor")
     if found.shape != own.shape:
@@ -141,10 +141,10 @@ def _fit_tensor(found: object, own: Tensor, name: str) -> Tensor:
         if not -torch.finfo(own.dtype).max <= low <= high <= torch.finfo(own.dtype).max:
             raise ValueError(f"{name} has values that are NaN, or infinite in {own.dtype}")
     # A copy, because tensors in a file may share memory, with one another and within themselves.
-    fitted = torch.empty_like(own, device="cpu", requires_grad=False).copy_(found.detach())
-    if own.dtype not in FLOATS and own.dim() and not fitted.equal(own.cpu()):
+    conformed = torch.empty_like(own, device="cpu", requires_grad=False).copy_(found.detach())
+    if own.dtype not in FLOATS and own.dim() and not conformed.equal(own.cpu()):
         raise ValueError(f"{name} differs from the backbone's indices, which never change")
-    return fitted
+    return conformed
 
 
 def _open(path: Path) -> BinaryIO:

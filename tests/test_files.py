@@ -9,7 +9,7 @@ import pytest
 from conftest import largest_file
 
 from attncap.errors import UserError
-from attncap.files import FolderLock, atomic_file, write_atomically
+from attncap.files import FolderLock, atomic_file, open_regular, write_atomically
 
 
 def test_text_and_bytes(tmp_path):
@@ -17,6 +17,15 @@ def test_text_and_bytes(tmp_path):
     assert (tmp_path / "a" / "b.txt").read_bytes() == b"B\xc3\xa4r\n"
     write_atomically(str(tmp_path / "c.bin"), b"\x00\xff")
     assert (tmp_path / "c.bin").read_bytes() == b"\x00\xff"
+
+
+def test_what_is_refused_leaves_no_descriptor_open(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    before = os.listdir("/proc/self/fd")
+    for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "pipe", "not a regular file"), ("a\0b", "null")):
+        with pytest.raises((OSError, ValueError), match=reason):
+            open_regular(path)
+    assert os.listdir("/proc/self/fd") == before
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
