@@ -35,4 +35,13 @@ __device__ acc_t sigmoid(acc_t x) {
   return 1 / (1 + std::exp(-x));
 }
 
+// To the precision of T.
+template <typename T>
+__device__ float fast_sigmoid(float x) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) == 2) return __fdividef(1, 1 + __expf(-x));
+#endif
+  return sigmoid(x);
+}
+
 }  // namespace attncap

@@ -28,9 +28,13 @@ struct bfloat16 {
 
   bfloat16() = default;
   ATTNCAP_HOST_DEVICE bfloat16(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
     const uint32_t x = bit_cast<uint32_t>(value);
     const bool is_nan = (x & 0x7fffffffu) > 0x7f800000u;
     bits = is_nan ? 0x7fc0 : static_cast<uint16_t>((x + 0x7fffu + ((x >> 16) & 1u)) >> 16);
+#endif
   }
   ATTNCAP_HOST_DEVICE operator float() const { return bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 };

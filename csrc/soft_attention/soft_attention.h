@@ -117,6 +117,11 @@ int soft_attention_parts_cuda(const SoftAttentionSizes& sizes);
 // All return the first error of their kernel launches.
 template <typename T>
 cudaError_t soft_attention_forward_cuda(const SoftAttentionForward<T>& params, cudaStream_t stream);
+// The forward in one kernel. Returns whether it was launched, which takes compute capability 9.0 or newer, arrays that
+// can be read 16 bytes at a time, and sizes that fit into shared memory; `error` is then that of the launch. Not for
+// float64. Defined only with ATTNCAP_CLUSTERS.
+template <typename T>
+bool soft_attention_cluster_cuda(const SoftAttentionForward<T>& params, cudaStream_t stream, cudaError_t& error);
 template <typename T>
 cudaError_t soft_attention_backward_cuda(const SoftAttentionBackward<T>& params, cudaStream_t stream);
 template <typename T>
