@@ -237,7 +237,7 @@ def outcome(part: dict[str, Any]) -> str:
 def floor(result: dict[str, Any], ceiling: dict[str, dict]) -> float | None:
     """Microseconds that a result's work takes at the least, one part after the other, at the measured ceilings."""
     works = result.get("of parts") or ([[result["bytes"], result["flops"]]] if "bytes" in result else [])
-    bandwidth = ceiling.get("bandwidth", {}).get("copy GB/s")
+    bandwidth = max(ceiling.get("bandwidth", {}).get(f"{way} GB/s", 0.0) for way in ("copy", "read"))
     rate = ceiling.get(f"product {result.get('dtype')}", {}).get("TFLOP/s")
     if not works or not bandwidth or not rate:
         return None
@@ -253,9 +253,15 @@ def time_row(result: dict[str, Any], ceiling: dict[str, dict], predicted: dict[s
     expected = predicted.get(case.removeprefix("of the step: "))
     cells = [least, expected, measured, least and measured / least]
     shown = ["" if cell is None else f"{cell:.1f}" for cell in cells]
-    hidden = ("case", "us", "ms", "bytes", "flops", "dtype", "sets", "of parts")
-    others = values({key: value for key, value in result.items() if key not in hidden})
-    return f"| {case} | {' | '.join(shown)} | {others} |"
+    hidden = ("case", "us", "ms", "bytes", "flops", "dtype", "sets", "of parts", "by kernel")
+    others = {key: value for key, value in result.items() if key not in hidden}
+    others |= {kernel_name(row["kernel"]): row["us"] for row in result.get("by kernel", [])[:6]}
+    return f"| {case} | {' | '.join(shown)} | {values(others)} |"
+
+
+def kernel_name(signature: str) -> str:
+    """A kernel's name without its namespace, template arguments and parameters."""
+    return re.sub(r"^(?:void )?(?:\w+::)*(\w+).*$", r"\1", signature)
 
 
 def values(result: dict[str, Any]) -> str:

@@ -118,7 +118,8 @@ def time_case(case: Case, settings: Settings, device: torch.device) -> dict[str,
     turn = cycle([cases.make(case, settings.sizes, device) for _ in range(sets)])
     with torch.no_grad():
         times = measure.interleaved({"": lambda: next(turn)()}, device, settings.rounds, measure.CALLS)
-    return {"us": 1000 * times[""], **work._asdict(), "dtype": case.dtype, "sets": sets}
+        kernels = profile(lambda: next(turn)(), device)["kernels"]
+    return {"us": 1000 * times[""], **work._asdict(), "dtype": case.dtype, "sets": sets, "by kernel": kernels}
 
 
 @torch.inference_mode()

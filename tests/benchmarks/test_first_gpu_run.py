@@ -237,6 +237,7 @@ def test_inputs_of_many_images_are_several(monkeypatch):
     made = []
     monkeypatch.setattr(cases, "make", lambda case, *_: made.append(case) or (lambda: None))
     monkeypatch.setattr(measure, "interleaved", lambda *_: {"": 1.0})
+    monkeypatch.setattr(gpu_measurements, "profile", lambda *_: {"kernels": []})
     properties = SimpleNamespace(L2_cache_size=3500)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     for B, cache, sets in ((1, 3500, 1), (2, 3500, 7), (2, 0, 2), (2, 10**9, measure.CALLS)):
@@ -244,6 +245,14 @@ def test_inputs_of_many_images_are_several(monkeypatch):
         case = cases.Case("soft_attention", B, 1, "bfloat16", "tanh")  # of 2 images 1,076 bytes
         found = gpu_measurements.time_case(case, SMALL, torch.device("cuda"))
         assert len(made) == found["sets"] == sets and found["us"] == 1000
+
+
+def test_a_kernel_has_a_short_name():
+    signature = (
+        "void attncap::soft_attention_context_kernel<attncap::bfloat16, 5>(attncap::SoftAttentionForward<float>)"
+    )
+    assert first_gpu_run.kernel_name(signature) == "soft_attention_context_kernel"
+    assert first_gpu_run.kernel_name("nvjet_sm90_tst_64x8") == "nvjet_sm90_tst_64x8"
 
 
 def test_predictions_of_this_device(tmp_path, monkeypatch):
