@@ -248,9 +248,7 @@ def test_inputs_of_many_images_are_several(monkeypatch):
 
 
 def test_a_kernel_has_a_short_name():
-    signature = (
-        "void attncap::soft_attention_context_kernel<attncap::bfloat16, 5>(Forward<float>)"
-    )
+    signature = "void attncap::soft_attention_context_kernel<attncap::bfloat16, 5>(Forward<float>)"
     assert first_gpu_run.kernel_name(signature) == "soft_attention_context_kernel"
     assert first_gpu_run.kernel_name("nvjet_sm90_tst_64x8") == "nvjet_sm90_tst_64x8"
 
