@@ -1,7 +1,7 @@
 """Calls of the kernels, and of the matrix products between them: what cuda_model.py predicts and first_gpu_run.py
 measures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,12 +48,12 @@ class Work(NamedTuple):
     flops: int  # of matrix products
 
 
-def kernels(images: tuple[int, ...]) -> list[Case]:
+def kernels(images: Sequence[int]) -> list[Case]:
     """All kernels that a user's call reaches alone, the most important cases first."""
     dtypes = ("bfloat16", "float32")
     attention = [
         Case("soft_attention", B, K, dtype, activation)
-        for B in reversed(images)
+        for B in images[::-1]
         for K in (5, 1)
         for dtype in dtypes
         for activation in ("tanh", "relu")

@@ -7,6 +7,7 @@ Each part is a process of its own, so that none can harm the next one; what it f
 """
 
 import contextlib
+import csv
 import json
 import os
 import re
@@ -95,6 +96,38 @@ def sanitizer_summary(output: str, status: int | None) -> dict[str, Any]:
     return {"case": "sanitizer", "summary": found[-1] if found else "none"}
 
 
+COUNTERS = {  # of Nsight Compute
+    "gpu__time_duration.sum": "ns",
+    "smsp__inst_executed.sum": "instructions",
+    "l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum": "sectors loaded",
+    "l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum": "sectors stored",
+    "dram__bytes_read.sum": "bytes from DRAM",
+    "l1tex__data_bank_conflicts_pipe_lsu.sum": "bank conflicts",
+    "sm__warps_active.avg.per_cycle_active": "warps a multiprocessor",
+    "smsp__average_warp_latency_per_inst_issued.ratio": "cycles an instruction",
+}
+
+
+def counters(config: Config) -> Program:
+    places = [Path("/usr/local/cuda/bin/ncu"), *Path("/opt/nvidia/nsight-compute").glob("*/ncu")]
+    found = shutil.which("ncu") or next((str(path) for path in places if path.is_file()), "ncu")
+    options = ["--csv", "--print-units", "base", "--metrics", ",".join(COUNTERS)]
+    options += ["--kernel-name", "regex:soft_attention|beam_search_step|lstm_step"]
+    command = gpu_measurements.command("single calls", config.measured, Path(os.devnull))
+    return Program([found, *options, *command], counted)
+
+
+def counted(output: str, status: int | None) -> dict[str, Any]:
+    """Each launch with its counters. The lines of CSV are between those of the program."""
+    rows = csv.DictReader(line for line in output.splitlines() if line.startswith('"'))
+    launches: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["Metric Name"] in COUNTERS:
+            launch = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"]})
+            launch[COUNTERS[row["Metric Name"]]] = row["Metric Value"]
+    return {"case": "counters", "launches": list(launches.values())}
+
+
 CORES = min(16, os.cpu_count() or 1)
 PROGRAMS: dict[str, Callable[[Config], Program]] = {
     "driver": driver,
@@ -104,6 +137,7 @@ PROGRAMS: dict[str, Callable[[Config], Program]] = {
     "tests of training": partial(tests, "tests/training/test_devices.py", 1),
     "memcheck": partial(sanitizer, "memcheck"),
     "racecheck": partial(sanitizer, "racecheck"),
+    "counters": counters,
 }
 
 LEAST_SECONDS = 10  # with less left, no part begins
@@ -119,6 +153,7 @@ SECONDS = {
     "tests of search": 100,
     "memcheck": 60,
     "racecheck": 60,
+    "counters": 60,
     "plain": 70,
     "tests of training": 100,
 }
@@ -217,6 +252,11 @@ def page(record: dict[str, Any]) -> str:
             lines += ["", f"## {result['case'].capitalize()}", "", f"{result['all us']:.0f} us on the device.", ""]
             lines += ["| kernel | calls | us |", "|---|---|---|"]
             lines += [f"| `{row['kernel'][:90]}` | {row['calls']} | {row['us']:.1f} |" for row in result["kernels"]]
+    for launches in (result["launches"] for result in results_of(parts, "counters")):
+        lines += ["", "## Counters", "", f"| kernel | {' | '.join(COUNTERS.values())} |"]
+        lines.append("|---" * (1 + len(COUNTERS)) + "|")
+        for launch in launches:
+            lines.append(f"| {' | '.join(launch.get(name, '') for name in ('kernel', *COUNTERS.values()))} |")
     for name, part in parts.items():
         if "output" in part:
             lines += ["", f"## Output of {name}", "", "```", part["output"][-3000:], "```"]

@@ -257,10 +257,15 @@ def training_work(settings: Settings) -> list[tuple[int, int]]:
     keys_grad = 2 * B * s.cells * s.size  # bytes; once for all steps
     product = 2 * B * T * sum(a * b for a, b in (shape(s) for shape in cases.PRODUCTS.values()))
     keys = 2 * B * s.cells * s.channels * s.size
-    parameters = sum(p.numel() for p in cases.make_decoder(s, torch.device("cpu")).parameters())
-    update = 4 * parameters * (2 + 7 + 3)  # clipping, Adam, average
+    update = update_bytes(s)
     attention = T * (forward + backward - keys_grad) + 2 * keys_grad
     return [(attention, 0), (0, 3 * product), (0, 2 * keys), (update, 0)]
+
+
+def update_bytes(sizes: Sizes) -> int:
+    """Of clipping, Adam and the moving average of the decoder's weights."""
+    parameters = sum(p.numel() for p in cases.make_decoder(sizes, torch.device("cpu")).parameters())
+    return 4 * parameters * (2 + 7 + 3)
 
 
 @torch.inference_mode()
@@ -301,6 +306,15 @@ def plain(settings: Settings, device: torch.device, results: Results) -> None:
             results.attempt(f"{kind}: {name}", run)
 
 
+def single_calls(settings: Settings, device: torch.device, results: Results) -> None:
+    """A call of each kernel, for a profiler that counts what the hardware does."""
+    with torch.no_grad():
+        for case in cases.kernels(sorted({settings.images[0], settings.images[-1]})):
+            cases.make(case, settings.sizes, device)()
+            measure.synchronize(device)
+            results.add(case=case.name, done=True)
+
+
 def small_calls(settings: Settings, device: torch.device, results: Results) -> None:
     """Every kernel on a few small inputs, for the sanitizer; sizes that divide by nothing, and some that do."""
     torch.manual_seed(0)
@@ -335,7 +349,9 @@ def _small_calls(P: int, D: int, A: int, K: int, dtype: torch.dtype, device: tor
         ops.beam_search_step(normal(N, V), torch.randn(B, K, device=device), finished, end=Vocabulary.END)
 
 
-MEASUREMENTS = {f.__name__.replace("_", " "): f for f in (ceilings, kernels, search, training, plain, small_calls)}
+MEASUREMENTS = {
+    f.__name__.replace("_", " "): f for f in (ceilings, kernels, search, training, plain, single_calls, small_calls)
+}
 
 
 def command(part: str, settings: Settings, results: Path) -> list[str]:

@@ -172,6 +172,22 @@ def test_the_sanitizers_last_words():
     assert first_gpu_run.sanitizer_summary("", 1)["summary"] == "none"
 
 
+def test_counters_among_other_output():
+    output = (
+        "==PROF== Connected to process 1\n  case soft_attention  done True\n"
+        '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+        '"0","1","void a<float, 5>(b)","gpu__time_duration.sum","ns","1,234"\n'
+        '"0","1","void a<float, 5>(b)","smsp__inst_executed.sum","inst","99"\n'
+        '"1","1","c(d)","gpu__time_duration.sum","ns","5"\n'
+    )
+    first, second = first_gpu_run.counted(output, 0)["launches"]
+    assert first == {"kernel": "void a<float, 5>(b)", "ns": "1,234", "instructions": "99"}
+    assert second == {"kernel": "c(d)", "ns": "5"}
+    part = {"part": "counters", "status": "ok", "seconds": 1.0, "results": [first_gpu_run.counted(output, 0)]}
+    page = first_gpu_run.page({"device": "", "date": "", "torch": "", "python": "", "parts": [part]})
+    assert "| void a<float, 5>(b) | 1,234 | 99 | " in page
+
+
 class Device:
     """A stand-in for torch.cuda whose clock only moves when work is done: 2 ms a call, 5 of sleep."""
 
