@@ -3,7 +3,8 @@
 Environment variables:
   CXX                         the C++ compiler
   ATTNCAP_CUDA                1: build the CUDA library, or fail; 0: do not; unset: build it if a working nvcc is found
-  ATTNCAP_CUDA_ARCHITECTURES  in CMake's syntax, such as "80;90"; by default 75 to 90, and PTX for newer GPUs
+  ATTNCAP_CUDA_ARCHITECTURES  in CMake's syntax, such as "80;90"; by default those of the GPUs that are present, or if
+                              there are none, all that the kernels run on; with PTX for newer GPUs
 """
 
 import importlib.util
@@ -22,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # T4, A100, RTX 30, RTX 40, H100, B200, RTX 50
 
 
 def find_torch() -> tuple[Path, str] | None:
@@ -47,6 +49,26 @@ def find_nvcc() -> Path | None:
         *sorted(SITE_PACKAGES.glob("nvidia/cu*/bin/nvcc"), reverse=True),
     ]
     return next((path for path in candidates if path.is_file()), None)
+
+
+def find_architectures(nvcc: Path) -> str:
+    """What to compile for, in CMake's syntax: for each GPU that is present, the closest architecture that nvcc knows.
+    If none is present, all that the kernels run on and nvcc knows."""
+    known = [int(code) for code in re.findall(r"sm_(\d+)$", output_of(nvcc, "--list-gpu-code"), re.MULTILINE)]
+    known = [code for code in known if code >= ARCHITECTURES[0]] or list(ARCHITECTURES)
+    capabilities = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    present = [int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", capabilities, re.MULTILINE)]
+    chosen = {max(code for code in known if code <= gpu) for gpu in present if gpu >= known[0]}
+    chosen = sorted(chosen or set(ARCHITECTURES).intersection(known))
+    return ";".join([f"{code}-real" for code in chosen[:-1]] + [str(chosen[-1])])  # the last one with PTX
+
+
+def output_of(*command: str | Path) -> str:
+    """What a program writes; nothing if it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def find_tool(name: str) -> str:
@@ -101,8 +123,8 @@ class BuildLibraries(build_ext):
         }
         if nvcc:
             options["CMAKE_CUDA_COMPILER"] = nvcc
-        if architectures := os.environ.get("ATTNCAP_CUDA_ARCHITECTURES"):
-            options["CMAKE_CUDA_ARCHITECTURES"] = architectures
+            architectures = os.environ.get("ATTNCAP_CUDA_ARCHITECTURES")
+            options["CMAKE_CUDA_ARCHITECTURES"] = architectures or find_architectures(nvcc)
         # In the source tree, since Python started there imports this attncap instead of the installed one.
         libraries = ROOT.resolve() / "attncap" / "lib"
         shutil.rmtree(libraries, ignore_errors=True)

@@ -289,7 +289,8 @@ def measure_selection(config: Config, B: int, K: int, dtype: str) -> list[dict]:
     assert all(len(set(of_image)) == K for of_image in places.tolist())
     torch.testing.assert_close(chosen.scores, expected)
     torch.testing.assert_close(candidates().gather(1, places), expected)
-    times = measure.interleaved(functions, torch.device(config.device), 3 * config.rounds)
+    calls = 1 if config.device == "cpu" else measure.CALLS
+    times = measure.interleaved(functions, torch.device(config.device), 3 * config.rounds, calls)
     case = {"B": B, "K": K, "dtype": dtype}
     return [
         {**case, "provider": name, "ms": milliseconds, "native is faster by": milliseconds / times["native"]}
@@ -299,7 +300,7 @@ def measure_selection(config: Config, B: int, K: int, dtype: str) -> list[dict]:
 
 @torch.no_grad()
 def main(config: Config) -> None:
-    device = torch.device(config.device)
+    device = measure.select(config.device)
     bandwidth = measure.bandwidth(device, config.rounds)
     environment = measure.environment(device)
     print(", ".join(f"{key} {value}" for key, value in environment.items()))

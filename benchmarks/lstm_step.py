@@ -70,16 +70,8 @@ def check(functions: dict[str, Callable[[], tuple[Tensor, ...]]], dtype: torch.d
             assert torch.allclose(actual.double(), true, rtol=allowed, atol=allowed), f"{name}, result {index}"
 
 
-def repeated(function: Callable, calls: int) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(calls):
-            function()
-
-    return run
-
-
 def main(config: Config) -> None:
-    device = torch.device(config.device)
+    device = measure.select(config.device)
     environment = measure.environment(device)
     print(", ".join(f"{key} {value}" for key, value in environment.items()))
     cases = list(itertools.product((config.embedding, 0), config.rows, config.dtypes))
@@ -88,13 +80,12 @@ def main(config: Config) -> None:
         torch.compiler.reset()
         functions = providers(config, N, E, getattr(torch, dtype))
         check(functions, getattr(torch, dtype))
-        groups = {name: repeated(function, config.calls) for name, function in functions.items()}
-        times = measure.interleaved(groups, device, config.rounds)
+        times = measure.interleaved(functions, device, config.rounds, config.calls)
         tqdm.write(f"N {N}, E {E}, {dtype}")
         for name, milliseconds in times.items():
             result = {
                 **{"N": N, "E": E, "dtype": dtype, "provider": name},
-                "ms": milliseconds / config.calls,
+                "ms": milliseconds,
                 "native is faster by": milliseconds / times["native"],
             }
             results.append(result)

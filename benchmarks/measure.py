@@ -1,5 +1,5 @@
-"""Tools that the benchmarks share: interleaved timing, memory bandwidth, peak memory, a record of the environment, and
-a picture of the results."""
+"""Tools that the benchmarks share: interleaved timing, CUDA graphs of calls, memory bandwidth, peak memory, a record of
+the environment, and a picture of the results."""
 
 import ctypes
 import datetime
@@ -20,31 +20,74 @@ import torch
 from attncap.files import write_atomically
 from attncap.versions import versions
 
+CALLS = 20  # of a kernel in a graph
 
-def interleaved(functions: dict[str, Callable], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each function. In every round each function runs once, so that other load on the machine
-    affects all of them alike. Two more rounds come first, as a warm-up."""
+
+def select(name: str) -> torch.device:
+    """The device to measure on. On CUDA, all work from here on runs on a stream of its own, since the default one
+    cannot be captured."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())
+    return device
+
+
+def interleaved(functions: dict[str, Callable], device: torch.device, rounds: int, calls: int = 1) -> dict[str, float]:
+    """Median milliseconds of a call of each function. In every round each function runs once, so that other load on the
+    machine affects all of them alike. Two more rounds come first, as a warm-up.
+
+    With `calls` above 1, a function runs that often each time. On CUDA these calls are a graph, which is waiting for
+    the device before its time begins: kernels take microseconds, less than Python takes to launch them."""
+    if calls > 1:
+        functions = {name: repeated(function, device, calls) for name, function in functions.items()}
     times = {name: [] for name in functions}
     for index in range(rounds + 2):
         for name, function in functions.items():
-            elapsed = _milliseconds(function, device)
+            elapsed = _milliseconds(function, device, queued=calls > 1)
             if index >= 2:
-                times[name].append(elapsed)
+                times[name].append(elapsed / calls)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _milliseconds(function: Callable, device: torch.device) -> float:
+def repeated(function: Callable, device: torch.device, calls: int) -> Callable[[], None]:
+    """Some calls as one, on CUDA as a graph. See `select`."""
+    if device.type == "cpu":
+
+        def run() -> None:
+            for _ in range(calls):
+                function()
+
+        return run
+    for _ in range(2):  # what a first call sets up cannot be captured
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for _ in range(calls):
+            function()
+    return graph.replay
+
+
+def _milliseconds(function: Callable, device: torch.device, queued: bool) -> float:
     if device.type == "cpu":
         start = time.perf_counter()
         function()
         return 1000 * (time.perf_counter() - start)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
+    if queued:
+        torch.cuda._sleep(500_000)  # cycles, about 0.3 ms in which the host launches what follows
     start.record()
     function()
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def large_array(device: torch.device) -> torch.Tensor:

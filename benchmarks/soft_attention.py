@@ -130,7 +130,7 @@ def necessary_bytes(inputs: dict[str, Tensor], passes: str) -> int:
 
 
 def main(config: Config) -> None:
-    device = torch.device(config.device)
+    device = measure.select(config.device)
     torch.manual_seed(0)
     bandwidth = measure.bandwidth(device, config.rounds)
     environment = measure.environment(device)
@@ -152,7 +152,7 @@ def main(config: Config) -> None:
         wide = {name: tensor.double() for name, tensor in inputs.items()}
         check(functions, providers(wide, activation, passes)["eager"](), getattr(torch, dtype))
         del wide
-        times = measure.interleaved(functions, device, config.rounds)
+        times = measure.interleaved(functions, device, config.rounds, 1 if device.type == "cpu" else measure.CALLS)
         gigabytes = necessary_bytes(inputs, passes) / 1e9
         case = {"passes": passes, "B": B, "K": K, "dtype": dtype, "activation": activation}
         tqdm.write(f"{passes}, B {B}, K {K}, {dtype}, {activation}")

@@ -1,0 +1,121 @@
+"""The model of the CUDA kernels' times: its arithmetic by hand, and what it says of the kernels as they are."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import cases
+import cuda_model
+from cases import Case, Sizes
+from cuda_model import GPUS, Gpu, Launch, Model
+
+SMALL = Gpu(
+    capability=90, processors=10, gigahertz=1.0, bandwidth=1000, l2_bandwidth=4000, l2_megabytes=1, tensor=100,
+    float32=10, fma=128, warps=64, blocks=32, shared=100_000,
+)  # fmt: skip
+
+
+def make_launch(blocks=40, threads=256, shared=0, registers=32, **counts) -> Launch:
+    empty = {"instructions": {}, "barriers": 0}
+    return Launch("kernel", blocks, threads, shared, empty | counts, 2.0, registers, 0)
+
+
+@pytest.mark.parametrize(
+    "launch, resident",
+    [
+        (make_launch(), 8),  # 64 warps
+        (make_launch(threads=32), 32),  # blocks
+        (make_launch(registers=128), 2),  # 65,536 / (256 x 128)
+        (make_launch(registers=121), 2),  # in steps of 8 registers
+        (make_launch(registers=65), 3),
+        (make_launch(shared=30_000), 3),  # and 1 KiB of each block for the system
+        (make_launch(shared=49_500), 1),
+    ],
+)
+def test_resident_blocks(launch, resident):
+    assert launch.resident(SMALL) == resident
+
+
+def test_a_kernel_by_hand():
+    """Of half the images: 40 blocks for all, so 4 on each multiprocessor, 8 warps each: 8 warps a scheduler."""
+    load = {"requests": 1000, "sectors": 9000, "bytes": 200_000, "distinct": 500_000}
+    shared = {"requests": 100, "wavefronts": 4000, "conflicts": 1000, "bytes": 12_800}
+    instructions = {"fma": 640_000, "mufu": 32_000, "move": 10**9, "alu": 0}
+    launch = make_launch(instructions=instructions, global_load=load, shared_load=shared, barriers=10)
+    assert launch.instructions() == {"fma": 1_280_000, "mufu": 64_000}
+    assert launch.accesses("sectors") == 18_000 and launch.wavefronts("conflicts") == 2000
+    issued = (1_280_000 + 64_000) / 32
+    cycles = cuda_model.INSTRUCTION * issued + cuda_model.LOAD * 2000 + cuda_model.BARRIER * 20 * 8
+    parts = launch.parts(SMALL, cached=False)
+    assert parts == pytest.approx(
+        {
+            "memory": 32 * 1_000_000 / 1e6,
+            "warps": cycles / 10 / 4 / 8 / 1e3,
+            "issue": issued / 10 / 4 / 1e3,
+            "FMA": 1_280_000 / 128 / 10 / 1e3,
+            "MUFU": 64_000 / 16 / 10 / 1e3,
+            "shared": 8000 / 10 / 1e3,
+        }
+    )
+    assert launch.parts(SMALL, cached=True)["memory"] == pytest.approx(8.0)
+    assert launch.microseconds(SMALL, cached=False) == pytest.approx(cuda_model.LAUNCH + 32.0)
+
+
+def test_the_busiest_multiprocessor_decides():
+    """Of 12 blocks on 10 multiprocessors, one has two: twice the time of 10 blocks, with the same work in each."""
+    few = make_launch(blocks=10, instructions={"fma": 10_000}).parts(SMALL, cached=False)
+    more = make_launch(blocks=12, instructions={"fma": 12_000}).parts(SMALL, cached=False)
+    assert more["FMA"] == pytest.approx(2 * few["FMA"])
+    assert more["warps"] == pytest.approx(few["warps"])  # two blocks at a time hide each other's waiting
+
+
+class FakeCounter:
+    """Every kernel touches as many sectors as its call needs, and no more."""
+
+    def launches(self, case: Case, sizes: Sizes) -> list[Launch]:
+        load = {"requests": 1, "sectors": 1000, "bytes": 32_000, "distinct": 500}
+        return [make_launch(instructions={"fma": 10}, global_load=load)]
+
+
+@pytest.fixture
+def models():
+    return {name: Model(gpu, FakeCounter(), Sizes()) for name, gpu in GPUS.items()}
+
+
+def test_products():
+    model = Model(SMALL, FakeCounter(), Sizes())
+    assert model.product(100e6, 8e3) == pytest.approx(cuda_model.PRODUCT + 1)  # 100 TFLOP/s
+    assert model.product(100e6, 8e3, "float32") == pytest.approx(cuda_model.PRODUCT + 10)
+    assert model.product(1, 8e6) == pytest.approx(cuda_model.PRODUCT + 8)  # 1,000 GB/s
+
+
+def test_a_record_and_its_table(models):
+    case = Case("soft_attention", 256, 5, "bfloat16", "tanh")
+    described = cuda_model.describe(case, models, Sizes())
+    assert described["sectors / necessary"] == round(32 * 2000 / cases.work(case, Sizes()).bytes, 3)
+    assert described["launches"][0]["different sectors"] == 1000
+    assert described["predicted us"].keys() == GPUS.keys()
+    steps = {"case": "decode step", "predicted us": {name: 1.0 for name in GPUS}}
+    page = cuda_model.table(json.loads(json.dumps({"cases": [described, steps]})))
+    assert "| soft_attention B=256 K=5 bfloat16 tanh | " in page and "| decode step |  | 1.0 |" in page
+
+
+def test_a_step_is_the_sum_of_its_parts(models):
+    model = models["H100"]
+    parts = cases.decode_parts(256, 5)
+    assert model.decode_step(256, 5) == pytest.approx(sum(map(model.call, parts)))
+    assert model.decode_step(256, 5) > 4 * cuda_model.PRODUCT + 3 * cuda_model.LAUNCH
+    assert model.training_step(64, 20) > 20 * (4 * cuda_model.PRODUCT + 4 * cuda_model.LAUNCH)
+    assert models["T4"].training_step(64, 20) > model.training_step(64, 20)
+
+
+def test_the_cases_have_arguments_for_the_counter():
+    for case in cases.kernels((1, 256)):
+        op, dtype, *sizes = cuda_model.arguments(case, Sizes())
+        assert op == case.op and dtype == case.dtype and sizes
+    case = Case("soft_attention", 2, 5, "float32", "relu")
+    assert cuda_model.arguments(case, Sizes()) == "soft_attention float32 2 5 196 2048 512 relu gate".split()
