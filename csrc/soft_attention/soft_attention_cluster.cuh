@@ -24,10 +24,6 @@ constexpr int kWarpCells = sizeof(T) == 2 ? 2 : 1;  // that a warp scores at a t
 template <typename T>
 constexpr int kChunkCells = kWarps * kWarpCells<T>;
 
-// The numbers of a cell in shared memory, padded so that a thread loads those of several rows at once.
-template <int rows>
-constexpr int kRowStride = rows == 1 ? 1 : (rows + 3) / 4 * 4;
-
 // How the work is divided, and where everything is in a block's dynamic shared memory, in bytes.
 struct ClusterPlan {
   int blocks;       // of a cluster
@@ -106,21 +102,7 @@ __device__ float sum_over_lanes(const float (&values)[count]) {
 // 16 bytes of numbers.
 template <typename T>
 __device__ Pack<float, kWidth<T>> load_aligned(const T* from) {
-  Pack<float, kWidth<T>> wide;
-  if constexpr (std::is_same_v<T, bfloat16>) {  // the compiler's own conversion needs two instructions more
-    const uint4 bits = *reinterpret_cast<const uint4*>(from);
-    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      wide.values[2 * i] = bit_cast<float>(words[i] << 16);
-      wide.values[2 * i + 1] = bit_cast<float>(words[i] & 0xffff0000u);
-    }
-  } else {
-    const auto pack = *reinterpret_cast<const Pack<T, kWidth<T>>*>(from);
-#pragma unroll
-    for (int i = 0; i < kWidth<T>; ++i) wide.values[i] = pack.values[i];
-  }
-  return wide;
+  return load<kWidth<T>, true>(from, kWidth<T>);
 }
 
 // Each block has `blocks` parts of an image's cells, and for its context of the channels.
@@ -197,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, rows > 5 ? 1 : 2)
   const int columns = D / kThreadChannels;
   const int group = threadIdx.x < plan.groups * columns ? threadIdx.x / columns : kChunkCells<T>;  // then no cell
   const int first_channel = threadIdx.x % columns * width;  // of the thread's packs, which are `columns` packs apart
-  const Activate<T> activate{activation};
+  const Activate<T, activation> activate;
   Pack<float, width> sums[rows][packs] = {};
   int stage = 0, phase = 0, copy = 0;  // of the features that are used next
   for (int chunk = 0; chunk < chunks; ++chunk) {

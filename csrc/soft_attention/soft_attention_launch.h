@@ -75,7 +75,7 @@ struct ChannelsGrid {
 template <typename T>
 int64_t context_rows(const SoftAttentionSizes& sizes) {
   const int64_t max_rows = kMaxCellsCuda<T> / sizes.P;
-  return sizes.K <= 1 || max_rows < 5 ? 1 : sizes.K <= 5 || max_rows < 10 ? 5 : 10;
+  return sizes.K <= 1 || max_rows < kRowStride<5> ? 1 : sizes.K <= 5 || max_rows < kRowStride<10> ? 5 : 10;
 }
 
 template <typename T>
@@ -98,6 +98,36 @@ void with_rows(int64_t K, const Body& body) {
   }
 }
 
+// Calls body(is_tanh, aligned) with compile-time constants. float64 is only the reference in tests: it is compiled for
+// arrays that are not aligned, which are read correctly in any case.
+template <typename T, typename Body>
+void with_kind(Activation activation, bool aligned, const Body& body) {
+  const auto with_activation = [&](auto is_aligned) {
+    if (activation == Activation::tanh) {
+      body(std::integral_constant<Activation, Activation::tanh>(), is_aligned);
+    } else {
+      body(std::integral_constant<Activation, Activation::relu>(), is_aligned);
+    }
+  };
+  if constexpr (!std::is_same_v<T, double>) {
+    if (aligned) return with_activation(std::true_type());
+  }
+  with_activation(std::false_type());
+}
+
+// The same for kernels without an activation.
+template <typename T, typename Body>
+void with_alignment(bool aligned, const Body& body) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (aligned) return body(std::true_type());
+  }
+  body(std::false_type());
+}
+
+// Numbers of shared memory for sum_over_groups.
+template <typename T>
+constexpr int64_t kScratch = kRowsSummed * kThreads * kWidth<T>;
+
 template <typename T, typename Launch>
 void launch_forward(const SoftAttentionForward<T>& params, int processors, Launch&& launch) {
   const int64_t B = params.sizes.B, K = params.sizes.K, P = params.sizes.P, D = params.sizes.D;
@@ -107,13 +137,18 @@ void launch_forward(const SoftAttentionForward<T>& params, int processors, Launc
   const bool few = B * ceil_div(P, kCells) < enough_blocks(processors);
   with_rows<10>(few ? 1 : K, [&](auto rows) {
     const CellsGrid grid(B * ceil_div(K, rows), P, processors);
-    launch(soft_attention_score_kernel<T, rows>, grid.blocks, grid.threads, 0, params, aligned.keys);
+    with_kind<T>(params.activation, aligned.keys, [&](auto activation, auto is_aligned) {
+      launch(soft_attention_score_kernel<T, activation, rows, is_aligned>, grid.blocks, grid.threads, 0, params);
+    });
   });
   const ChannelsGrid grid = context_grid<T>(params.sizes, processors);
   with_rows<10>(context_rows<T>(params.sizes), [&](auto rows) {
-    const int64_t numbers = rows * ceil_div(P, grid.parts) + kThreads * kWidth<T>;
-    launch(soft_attention_context_kernel<T, rows>, grid.blocks, kThreads, numbers * sizeof(accumulate_t<T>), params,
-           aligned.features, grid.columns, grid.parts);
+    const int64_t weights = ceil_div(P, grid.parts) * kRowStride<rows>;
+    const size_t bytes = (weights > kScratch<T> ? weights : kScratch<T>) * sizeof(accumulate_t<T>);
+    with_alignment<T>(aligned.features, [&](auto is_aligned) {
+      launch(soft_attention_context_kernel<T, rows, is_aligned>, grid.blocks, kThreads, bytes, params, grid.columns,
+             grid.parts);
+    });
   });
   if (grid.parts == 1) return;
   launch(soft_attention_sum_parts_kernel<T>, ceil_div(B * K * D, kThreads), kThreads, 0, params, grid.parts);
@@ -128,21 +163,27 @@ void launch_backward(const SoftAttentionBackward<T>& params, int processors, Lau
     launch(soft_attention_gate_grad_kernel<T>, ceil_div(B * K * D, kThreads), kThreads, 0, params);
     with_rows<5>(K, [&](auto rows) {
       const CellsGrid grid(B * ceil_div(K, rows), P, processors);
-      launch(soft_attention_weights_grad_kernel<T, rows>, grid.blocks, grid.threads, 0, params, aligned.features);
+      with_alignment<T>(aligned.features, [&](auto is_aligned) {
+        launch(soft_attention_weights_grad_kernel<T, rows, is_aligned>, grid.blocks, grid.threads, 0, params);
+      });
     });
     launch(soft_attention_softmax_grad_kernel<T>, ceil_div(B * K, kThreads / kWarpSize), kThreads, 0, params);
   }
   with_rows<5>(K, [&](auto rows) {
     const ChannelsGrid grid(B, A, kWidth<T>, processors);
-    launch(soft_attention_keys_grad_kernel<T, rows>, grid.blocks, kThreads,
-           kThreads * kWidth<T> * sizeof(accumulate_t<T>), params, aligned.keys, grid.columns);
+    with_kind<T>(params.activation, aligned.keys, [&](auto activation, auto is_aligned) {
+      launch(soft_attention_keys_grad_kernel<T, activation, rows, is_aligned>, grid.blocks, kThreads,
+             kScratch<T> * sizeof(accumulate_t<T>), params, grid.columns);
+    });
   });
   if (!params.features_grad) return;
   with_rows<5>(K, [&](auto rows) {
     ChannelsGrid grid(B, D, kWidth<T>, processors);
     grid.split(P, processors);
-    launch(soft_attention_features_grad_kernel<T, rows>, grid.blocks, kThreads, 0, params, aligned.features,
-           grid.columns, grid.parts);
+    with_alignment<T>(aligned.features, [&](auto is_aligned) {
+      launch(soft_attention_features_grad_kernel<T, rows, is_aligned>, grid.blocks, kThreads, 0, params, grid.columns,
+             grid.parts);
+    });
   });
 }
 
@@ -150,8 +191,10 @@ template <typename T, typename Launch>
 void launch_keys_backward(const SoftAttentionKeysBackward<T>& params, int processors, Launch&& launch) {
   if (params.sizes.B == 0) return;
   const ChannelsGrid grid(params.sizes.B, params.sizes.A, kWidth<T>, processors);
-  launch(soft_attention_keys_backward_kernel<T>, grid.blocks, kThreads, kThreads * kWidth<T> * sizeof(accumulate_t<T>),
-         params, Aligned::keys_aligned(params), grid.columns);
+  with_kind<T>(params.activation, Aligned::keys_aligned(params), [&](auto activation, auto is_aligned) {
+    launch(soft_attention_keys_backward_kernel<T, activation, is_aligned>, grid.blocks, kThreads,
+           kScratch<T> * sizeof(accumulate_t<T>), params, grid.columns);
+  });
 }
 
 }  // namespace attncap

@@ -14,7 +14,12 @@
 
 namespace attncap {
 
-constexpr int kCells = 4;  // per warp
+constexpr int kCells = 4;       // per warp
+constexpr int kRowsSummed = 2;  // at a time, by sum_over_groups
+
+// The weights of a cell in shared memory, padded so that a thread loads those of several rows at once.
+template <int rows>
+constexpr int kRowStride = rows == 1 ? 1 : (rows + 3) / 4 * 4;
 
 // How many numbers of type T are 16 bytes.
 template <typename T>
@@ -25,11 +30,29 @@ struct alignas(sizeof(Element) * width) Pack {
   Element values[width];
 };
 
-// Loads `width` numbers, of which only the first `count` exist; the others are 0.
-template <int width, typename T>
-__device__ Pack<accumulate_t<T>, width> load(const T* from, int64_t count, bool aligned) {
+template <typename T, int width>
+__device__ Pack<accumulate_t<T>, width> widen(const Pack<T, width>& pack) {
+  Pack<accumulate_t<T>, width> wide;
+  if constexpr (std::is_same_v<T, bfloat16>) {  // by pairs, which takes half the instructions of one by one
+    uint32_t words[width / 2];
+    memcpy(words, &pack, sizeof(words));
+#pragma unroll
+    for (int i = 0; i < width / 2; ++i) {
+      wide.values[2 * i] = bit_cast<float>(words[i] << 16);
+      wide.values[2 * i + 1] = bit_cast<float>(words[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < width; ++j) wide.values[j] = static_cast<accumulate_t<T>>(pack.values[j]);
+  }
+  return wide;
+}
+
+// Loads `width` numbers. If not aligned, only the first `count` exist, and the others are 0.
+template <int width, bool aligned, typename T>
+__device__ Pack<T, width> load_narrow(const T* from, int count) {
   Pack<T, width> pack{};
-  if (aligned) {
+  if constexpr (aligned) {
     pack = *reinterpret_cast<const Pack<T, width>*>(from);
   } else {
 #pragma unroll
@@ -37,18 +60,20 @@ __device__ Pack<accumulate_t<T>, width> load(const T* from, int64_t count, bool 
       if (j < count) pack.values[j] = from[j];
     }
   }
-  Pack<accumulate_t<T>, width> wide;
-#pragma unroll
-  for (int j = 0; j < width; ++j) wide.values[j] = static_cast<accumulate_t<T>>(pack.values[j]);
-  return wide;
+  return pack;
 }
 
-template <typename T, typename acc_t, int width>
-__device__ void store(T* to, const Pack<acc_t, width>& wide, int64_t count, bool aligned) {
+template <int width, bool aligned, typename T>
+__device__ Pack<accumulate_t<T>, width> load(const T* from, int count) {
+  return widen(load_narrow<width, aligned>(from, count));
+}
+
+template <bool aligned, typename T, typename acc_t, int width>
+__device__ void store(T* to, const Pack<acc_t, width>& wide, int count) {
   Pack<T, width> pack;
 #pragma unroll
   for (int j = 0; j < width; ++j) pack.values[j] = static_cast<T>(wide.values[j]);
-  if (aligned) {
+  if constexpr (aligned) {
     *reinterpret_cast<Pack<T, width>*>(to) = pack;
   } else {
 #pragma unroll
@@ -87,26 +112,26 @@ struct CellsBlock {
 // term(j, value of the cell, value of the row). Before that, term.move_to(channel, count) is called, so that j = 0 is
 // this channel and the first `count` values of j exist. cells is [P, channels] of the image, row_values [N, channels]
 // with `stride` elements between rows.
-template <int rows, typename T, typename R, typename Term, typename Out>
+template <int rows, bool aligned, typename T, typename R, typename Term, typename Out>
 __device__ void sum_over_channels(const CellsBlock& block, int64_t channels, const T* cells, const R* row_values,
-                                  int64_t stride, bool aligned, Term term, const Out& out) {
+                                  int64_t stride, Term term, const Out& out) {
   using acc_t = accumulate_t<T>;
   constexpr int width = kWidth<T>;
   const int lane = threadIdx.x % kWarpSize;
   acc_t sums[rows][kCells] = {};
   for (int64_t channel = lane * width; channel < channels; channel += kWarpSize * width) {
-    const int64_t count = channels - channel;
+    const int count = channels - channel < width ? channels - channel : width;
     term.move_to(channel, count);
     Pack<acc_t, width> cell[kCells];
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
       const int64_t p = block.first_cell + i < block.end_cell ? block.first_cell + i : block.end_cell - 1;
-      cell[i] = load<width>(cells + p * channels + channel, count, aligned);
+      cell[i] = load<width, aligned>(cells + p * channels + channel, count);
     }
 #pragma unroll
     for (int row = 0; row < rows; ++row) {
       if (row >= block.tile.row_count) break;
-      const auto values = load<width>(row_values + (block.tile.first_row + row) * stride + channel, count, aligned);
+      const auto values = load<width, aligned>(row_values + (block.tile.first_row + row) * stride + channel, count);
 #pragma unroll
       for (int i = 0; i < kCells; ++i) {
 #pragma unroll
@@ -131,7 +156,8 @@ __device__ void sum_over_channels(const CellsBlock& block, int64_t channels, con
 // first_cell on. Block indices, slowest dimension first: images or tiles of rows (`outer`), parts of the cells,
 // columns. Thread indices: cells, columns.
 struct ChannelsBlock {
-  int64_t outer, part, first_channel, channel, channel_count, part_begin, part_end, first_cell, cell_step;
+  int64_t outer, part, first_channel, channel, part_begin, part_end, first_cell;
+  int channel_count, cell_step;
 
   __device__ ChannelsBlock(int64_t cells, int64_t channels, int width, int columns, int parts) {
     const int64_t column_blocks = ceil_div(channels, columns * width), outer_and_part = blockIdx.x / column_blocks;
@@ -139,7 +165,7 @@ struct ChannelsBlock {
     part = outer_and_part % parts;
     first_channel = blockIdx.x % column_blocks * columns * width;
     channel = first_channel + threadIdx.x % columns * width;
-    channel_count = channels - channel;  // that exist from `channel` on; none if negative
+    channel_count = channels - channel < width ? channels - channel : width;  // that exist; none if negative
     part_begin = cells * part / parts;
     part_end = cells * (part + 1) / parts;
     first_cell = part_begin + threadIdx.x / columns;
@@ -147,19 +173,28 @@ struct ChannelsBlock {
   }
 };
 
-// Adds up the values that the block's groups of threads have for the same column, and calls out(channel, sum) for every
-// channel. scratch: blockDim.x * width numbers.
-template <typename acc_t, int width, typename Out>
-__device__ void sum_over_groups(const Pack<acc_t, width>& part, int columns, acc_t* scratch, const ChannelsBlock& block,
-                                int64_t channels, const Out& out) {
-  __syncthreads();  // scratch may still be in use by the previous call
+// Adds up the values that the block's groups of threads have for the same column, and calls out(row, channel, sum) for
+// every row and channel. scratch: kRowsSummed * blockDim.x * width numbers, which may have been in use before.
+template <int rows, typename acc_t, int width, typename Out>
+__device__ void sum_over_groups(const Pack<acc_t, width> (&parts)[rows], int columns, acc_t* scratch,
+                                const ChannelsBlock& block, int64_t channels, const Out& out) {
+  const int numbers = blockDim.x * width, groups = block.cell_step;
 #pragma unroll
-  for (int i = 0; i < width; ++i) scratch[threadIdx.x * width + i] = part.values[i];
-  __syncthreads();
-  for (int i = threadIdx.x; i < columns * width && block.first_channel + i < channels; i += blockDim.x) {
-    acc_t sum = 0;
-    for (int group = 0; group < block.cell_step; ++group) sum += scratch[group * columns * width + i];
-    out(block.first_channel + i, sum);
+  for (int first = 0; first < rows; first += kRowsSummed) {
+    __syncthreads();
+#pragma unroll
+    for (int row = first; row < rows && row < first + kRowsSummed; ++row) {
+      reinterpret_cast<Pack<acc_t, width>*>(scratch + (row - first) * numbers)[threadIdx.x] = parts[row];
+    }
+    __syncthreads();
+    for (int row = first; row < rows && row < first + kRowsSummed; ++row) {
+      const acc_t* of_row = scratch + (row - first) * numbers;
+      for (int i = threadIdx.x; i < columns * width && block.first_channel + i < channels; i += blockDim.x) {
+        acc_t sum = 0;
+        for (int group = 0; group < groups; ++group) sum += of_row[group * columns * width + i];
+        out(row, block.first_channel + i, sum);
+      }
+    }
   }
 }
 

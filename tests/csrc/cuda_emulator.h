@@ -37,7 +37,7 @@
 #define __device__
 #define __host__
 #define __noinline__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 // One host thread runs all fibers of a block, so thread_local variables are shared by the block. This covers static
 // arrays in a kernel and, outside of kernels, `extern __shared__ double dynamic_shared[]`.
 #define __shared__ thread_local

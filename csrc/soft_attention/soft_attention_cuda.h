@@ -1,4 +1,6 @@
-// The CUDA kernel launchers.
+// The CUDA kernel launchers. Each dtype is instantiated in a .cu of its own, so that they compile in parallel.
+#pragma once
+
 #include "soft_attention_launch.h"
 
 namespace attncap {
@@ -59,15 +61,10 @@ cudaError_t soft_attention_keys_backward_cuda(const SoftAttentionKeysBackward<T>
   return launch.error;
 }
 
-#define INSTANTIATE(T)                                                                              \
+}  // namespace attncap
+
+#define ATTNCAP_INSTANTIATE_SOFT_ATTENTION(T)                                                       \
   template int soft_attention_parts_cuda<T>(const SoftAttentionSizes&);                             \
   template cudaError_t soft_attention_forward_cuda(const SoftAttentionForward<T>&, cudaStream_t);   \
   template cudaError_t soft_attention_backward_cuda(const SoftAttentionBackward<T>&, cudaStream_t); \
   template cudaError_t soft_attention_keys_backward_cuda(const SoftAttentionKeysBackward<T>&, cudaStream_t);
-INSTANTIATE(float)
-INSTANTIATE(double)
-INSTANTIATE(bfloat16)
-INSTANTIATE(float16)
-#undef INSTANTIATE
-
-}  // namespace attncap

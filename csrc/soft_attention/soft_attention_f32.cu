@@ -1,0 +1,5 @@
+#include "soft_attention_cuda.h"
+
+namespace attncap {
+ATTNCAP_INSTANTIATE_SOFT_ATTENTION(float)
+}  // namespace attncap
