@@ -14,13 +14,13 @@ from cases import Case, Sizes
 from cuda_model import GPUS, Gpu, Launch, Model
 
 SMALL = Gpu(
-    capability=90, processors=10, gigahertz=1.0, bandwidth=1000, l2_bandwidth=4000, l2_megabytes=1, tensor=100,
+    capability=90, processors=10, gigahertz=1.0, bandwidth=1000, l2_bandwidth=4000, tensor=100,
     float32=10, fma=128, warps=64, blocks=32, shared=100_000,
 )  # fmt: skip
 
 
 def make_launch(blocks=40, threads=256, shared=0, registers=32, **counts) -> Launch:
-    empty = {"instructions": {}, "barriers": 0}
+    empty = {"instructions": {}, "global_load": {"requests": 0}}
     return Launch("kernel", blocks, threads, shared, empty | counts, 2.0, registers, 0)
 
 
@@ -41,36 +41,41 @@ def test_resident_blocks(launch, resident):
 
 
 def test_a_kernel_by_hand():
-    """Of half the images: 40 blocks for all, so 4 on each multiprocessor, 8 warps each: 8 warps a scheduler."""
+    """Counted for half the images. 40 blocks for all of them, so 4 of 8 warps each on each multiprocessor, at once."""
     load = {"requests": 1000, "sectors": 9000, "bytes": 200_000, "distinct": 500_000}
     shared = {"requests": 100, "wavefronts": 4000, "conflicts": 1000, "bytes": 12_800}
-    instructions = {"fma": 640_000, "mufu": 32_000, "move": 10**9, "alu": 0}
-    launch = make_launch(instructions=instructions, global_load=load, shared_load=shared, barriers=10)
-    assert launch.instructions() == {"fma": 1_280_000, "mufu": 64_000}
+    instructions = {"fma": 640_000, "mufu": 32_000, "shuffle": 3200, "expanded": 320, "move": 10**9, "alu": 0}
+    launch = make_launch(instructions=instructions, global_load=load, shared_load=shared)
+    assert launch.instructions() == {"fma": 1_280_000, "mufu": 64_000, "shuffle": 6400, "expanded": 640}
     assert launch.accesses("sectors") == 18_000 and launch.wavefronts("conflicts") == 2000
-    issued = (1_280_000 + 64_000) / 32
-    cycles = cuda_model.INSTRUCTION * issued + cuda_model.LOAD * 2000 + cuda_model.BARRIER * 20 * 8
-    parts = launch.parts(SMALL, cached=False)
-    assert parts == pytest.approx(
-        {
-            "memory": 32 * 1_000_000 / 1e6,
-            "warps": cycles / 10 / 4 / 8 / 1e3,
-            "issue": issued / 10 / 4 / 1e3,
-            "FMA": 1_280_000 / 128 / 10 / 1e3,
-            "MUFU": 64_000 / 16 / 10 / 1e3,
-            "shared": 8000 / 10 / 1e3,
-        }
-    )
-    assert launch.parts(SMALL, cached=True)["memory"] == pytest.approx(8.0)
-    assert launch.microseconds(SMALL, cached=False) == pytest.approx(cuda_model.LAUNCH + 32.0)
+    issued = (1_280_000 + 64_000 + 6400 + 640) / 32
+    cycles = cuda_model.INSTRUCTION * issued + cuda_model.LOAD * 2000
+    cycles += cuda_model.SHUFFLE * 200 + cuda_model.EXPANDED * 20
+    expected = {
+        "memory": 32 * 1_000_000 / 1e6,
+        "warps": cycles / 10 / 32 / 1e3,
+        "issue": issued / 10 / 4 / 1e3,
+        "FMA": 1_280_000 / 128 / 10 / 1e3,
+        "MUFU": 64_000 / 16 / 10 / 1e3,
+        "shared": 8000 / 10 / 1e3,
+    }
+    assert launch.limits(SMALL, cached=False) == pytest.approx(expected)
+    assert launch.limits(SMALL, cached=True)["memory"] == pytest.approx(8.0)
+    assert launch.limits(SMALL, cached=True)["warps"] < expected["warps"]
+    slowest = max(us for limit, us in expected.items() if limit != "memory")
+    whole = cuda_model.LAUNCH + (32.0**2 + slowest**2) ** 0.5
+    assert launch.microseconds(SMALL, cached=False) == pytest.approx(whole)
 
 
 def test_the_busiest_multiprocessor_decides():
-    """Of 12 blocks on 10 multiprocessors, one has two: twice the time of 10 blocks, with the same work in each."""
-    few = make_launch(blocks=10, instructions={"fma": 10_000}).parts(SMALL, cached=False)
-    more = make_launch(blocks=12, instructions={"fma": 12_000}).parts(SMALL, cached=False)
+    """Of 12 blocks on 10 multiprocessors, one has two: twice the time of 10 blocks, with the same work in each; unless
+    the two are resident at once and hide each other's waiting."""
+    few = make_launch(blocks=10, instructions={"fma": 10_000}).limits(SMALL, cached=False)
+    more = make_launch(blocks=12, instructions={"fma": 12_000}).limits(SMALL, cached=False)
     assert more["FMA"] == pytest.approx(2 * few["FMA"])
-    assert more["warps"] == pytest.approx(few["warps"])  # two blocks at a time hide each other's waiting
+    assert more["warps"] == pytest.approx(few["warps"])
+    large = make_launch(blocks=12, shared=90_000, instructions={"fma": 12_000}).limits(SMALL, cached=False)
+    assert large["warps"] == pytest.approx(2 * few["warps"])
 
 
 class FakeCounter:
