@@ -132,6 +132,7 @@ void end_count(const Kernel& kernel, const Launch& launch) {
   for (u32 i = 0; i < kernel.mix_count; ++i) {
     const Mix& mix = kernel.mixes[i];
     const u64 count = mix.instructions * kernel.executed[mix.stretch];
+    if (count == 0) continue;
     std::string unit = mix.unit;
     if (const size_t colon = unit.find(':'); colon != std::string::npos) {
       expanded[unit.substr(colon + 1)] += count;

@@ -11,6 +11,7 @@ version 9.1.
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 TYPES = {
     **{"b8": "u8", "b16": "u16", "b32": "u32", "b64": "u64", "pred": "bool"},
@@ -108,12 +109,25 @@ def reinterpret(value: str, own: str, wanted: str) -> str:
     return f"({wanted}){value}"
 
 
+class Static(NamedTuple):
+    """A shared variable of a size that is known."""
+
+    align: int
+    size: int
+
+
+def static_shared(text: str) -> tuple[str, Static] | None:
+    """The name and size of a shared variable that is declared here."""
+    m = re.match(r"\.shared \.align (\d+) \.(\w+) ([\w$]+)(?:\[(\d+)\])?$", text)
+    return (m[3], Static(int(m[1]), BYTES[TYPES[m[2]]] * int(m[4] or 1))) if m else None
+
+
 class Function:
     """One kernel, or one device function that a kernel calls."""
 
     def __init__(self, name: str, parameters: list[str], is_kernel: bool, shared: dict, called: "Called"):
         self.name, self.is_kernel, self.called = name, is_kernel, called
-        self.shared = dict(shared)  # of a shared variable: its offset; None for dynamic shared memory
+        self.shared = dict(shared)  # of a shared variable: its offset, if it has one yet; None for dynamic shared memory
         self.static_shared = 0
         self.lines: list[str] = []
         self.scopes: list[dict[str, str]] = [{}]  # types of registers
@@ -157,6 +171,8 @@ class Function:
         if self.is_kernel and operand in self.layout:
             return f"({wanted})(u64)(parameters + {self.layout[operand][0]})"
         if operand in self.shared:
+            if isinstance(self.shared[operand], Static):
+                self.place(operand, self.shared[operand])
             offset = self.shared[operand]
             return f"({wanted})" + ("dynamic_shared()" if offset is None else str(offset))
         raise Unknown(f"operand {operand}")
@@ -186,6 +202,13 @@ class Function:
         return f"({value} + ({kind})({int(offset, 0)}))" if offset else value
 
     # Statements.
+
+    def place(self, name: str, variable: "Static"):
+        """Gives a variable its place in the kernel's static shared memory."""
+        if not self.is_kernel:
+            raise Unknown("shared memory in a function that is called")
+        self.shared[name] = -(-self.static_shared // variable.align) * variable.align
+        self.static_shared = self.shared[name] + variable.size
 
     def site(self) -> int:
         return len(self.sites) - 1
@@ -217,10 +240,8 @@ class Function:
             return
         if m := re.match(r"\.reg \.(\w+) (.*)", text):
             return self.declare(m[1], m[2])
-        if m := re.match(r"\.shared \.align (\d+) \.b8 ([\w$]+)\[(\d+)\]", text):
-            self.shared[m[2]] = -(-self.static_shared // int(m[1])) * int(m[1])
-            self.static_shared = self.shared[m[2]] + int(m[3])
-            return
+        if variable := static_shared(text):
+            return self.place(*variable)
         if m := re.match(r"\.(?:param|local) (?:\.align (\d+) )?\.(\w+) ([\w$]+)(?:\[(\d+)\])?$", text):
             size = BYTES[TYPES[m[2]]] * int(m[4] or 1)
             self.buffers.add(m[3])
@@ -698,6 +719,8 @@ def translate_file(path: Path, folder: Path) -> list[str]:
                 part = " ".join(re.sub(r"\.(version|target|address_size)\s+.*", " ", part).split())
                 if m := re.match(r"\.extern \.shared \.align (\d+) \.b8 ([\w$]+)\[\]", part):
                     shared[m[2]], alignment = None, max(alignment, int(m[1]))
+                elif variable := static_shared(part):
+                    shared |= [variable]
                 elif part:
                     raise Unknown(f"{path}: {part[:200]}")
             continue
