@@ -118,15 +118,19 @@ class Launch:
         """By unit, of all threads. What ptxas makes no instruction of is left out."""
         return {unit: n * self.scale for unit, n in self.counts["instructions"].items() if n and unit != "move"}
 
-    def accesses(self, what: str) -> float:
-        """Global memory: "requests" of warps, "sectors" of 32 bytes that they ask for, "bytes" that they use, or
-        "distinct" sectors."""
-        kinds = ("global_load", "global_store", "async_copy")
-        return self.scale * sum(self.counts.get(kind, {}).get(what, 0) for kind in kinds)
+    def touched(self) -> float:
+        """Bytes of the different sectors of global memory that are read or written."""
+        return 32 * self._sum("distinct", "global_load", "global_store", "async_copy")
+
+    def loaded(self, what: str) -> float:
+        """From global memory: "requests" of warps, "sectors" of 32 bytes that they ask for, "bytes" that they use."""
+        return self._sum(what, "global_load", "async_copy")
 
     def wavefronts(self, what: str = "wavefronts") -> float:
         """Of shared memory; "conflicts": those that bank conflicts add."""
-        kinds = ("shared_load", "shared_store", "remote_load", "remote_store")
+        return self._sum(what, "shared_load", "shared_store", "remote_load", "remote_store")
+
+    def _sum(self, what: str, *kinds: str) -> float:
         return self.scale * sum(self.counts.get(kind, {}).get(what, 0) for kind in kinds)
 
     def microseconds(self, gpu: Gpu, cached: bool) -> float:
@@ -154,19 +158,24 @@ class Launch:
         }
         bandwidth = gpu.l2_bandwidth if cached else gpu.bandwidth
         return {
-            "memory": 32 * self.accesses("distinct") / bandwidth / 1e3,
+            "memory": self.touched() / bandwidth / 1e3,
             **{name: busiest * n / gpu.gigahertz / 1e3 for name, n in of_cycles.items()},
         }
+
+
+def load_ptx() -> Any:
+    """The module tests/ptx/ptx.py."""
+    spec = importlib.util.spec_from_file_location("ptx", ROOT / "tests" / "ptx" / "ptx.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Counter:
     """Counts launches by the PTX runner of tests/ptx, built for `arch` into `folder`."""
 
     def __init__(self, folder: Path, arch: str):
-        spec = importlib.util.spec_from_file_location("ptx", ROOT / "tests" / "ptx" / "ptx.py")
-        self.ptx = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self.ptx)
-        self.folder = folder
+        self.ptx, self.folder = load_ptx(), folder
         self.ptx.build(folder, arch=arch)
         self.resources = self.ptx.resources(folder, arch=arch)
 
@@ -299,8 +308,8 @@ def describe(case: Case, models: dict[str, Model], sizes: Sizes) -> dict[str, An
                 "spilled bytes": launch.spills,
                 "shared bytes": launch.shared,
                 "blocks a multiprocessor": launch.resident(model.gpu),
-                "sectors": round(launch.accesses("sectors")),
-                "different sectors": round(launch.accesses("distinct")),
+                "sectors loaded / used": round(32 * launch.loaded("sectors") / max(launch.loaded("bytes"), 1), 3),
+                "bytes touched": round(launch.touched()),
                 "bank conflicts a wavefront": round(launch.wavefronts("conflicts") / max(launch.wavefronts(), 1), 3),
                 "instructions an element": instructions,
                 "limits us": {name: round(us, 2) for name, us in limits.items()},
@@ -309,7 +318,7 @@ def describe(case: Case, models: dict[str, Model], sizes: Sizes) -> dict[str, An
     return {
         "case": case.name,
         "bytes": work.bytes,
-        "sectors / necessary": round(32 * sum(launch["sectors"] for launch in launches) / work.bytes, 3),
+        "bytes touched / necessary": round(sum(launch["bytes touched"] for launch in launches) / work.bytes, 3),
         "predicted us": {name: round(model.call(case), 2) for name, model in models.items()},
         "launches": launches,
     }
@@ -319,14 +328,15 @@ def table(record: dict[str, Any]) -> str:
     """The record as Markdown."""
     gpus = list(record["cases"][0]["predicted us"])
     measured = any("measured us" in case for case in record["cases"])
-    lines = [f"| case | sectors / necessary | {' | '.join(gpus)} |{' measured |' if measured else ''}"]
+    lines = [f"| case | bytes touched / necessary | {' | '.join(gpus)} |{' measured |' if measured else ''}"]
     lines.append("|---" * (2 + len(gpus) + measured) + "|")
     for case in record["cases"]:
-        cells = [case["case"], f"{case['sectors / necessary']:.2f}" if "launches" in case else ""]
+        cells = [case["case"], f"{case['bytes touched / necessary']:.2f}" if "launches" in case else ""]
         cells += [f"{us:.1f}" for us in case["predicted us"].values()]
         cells += [f"{case['measured us']:.1f}" if "measured us" in case else ""] if measured else []
         lines.append(f"| {' | '.join(cells)} |")
     columns = ("registers", "spilled bytes", "shared bytes", "blocks a multiprocessor", "bank conflicts a wavefront")
+    columns += ("sectors loaded / used",)
     lines += ["", f"| kernel | blocks x threads | {' | '.join(columns)} | instructions an element | limits us |"]
     lines.append("|---" * (4 + len(columns)) + "|")
     for case in record["cases"]:

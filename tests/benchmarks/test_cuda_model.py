@@ -1,17 +1,19 @@
 """The model of the CUDA kernels' times: its arithmetic by hand, and what it says of the kernels as they are."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import cases
 import cuda_model
 from cases import Case, Sizes
-from cuda_model import GPUS, Gpu, Launch, Model
+from cuda_model import GPUS, Counter, Gpu, Launch, Model
 
 SMALL = Gpu(
     capability=90, processors=10, gigahertz=1.0, bandwidth=1000, l2_bandwidth=4000, tensor=100,
@@ -47,7 +49,9 @@ def test_a_kernel_by_hand():
     instructions = {"fma": 640_000, "mufu": 32_000, "shuffle": 3200, "expanded": 320, "move": 10**9, "alu": 0}
     launch = make_launch(instructions=instructions, global_load=load, shared_load=shared)
     assert launch.instructions() == {"fma": 1_280_000, "mufu": 64_000, "shuffle": 6400, "expanded": 640}
-    assert launch.accesses("sectors") == 18_000 and launch.wavefronts("conflicts") == 2000
+    assert (
+        launch.loaded("sectors") == 18_000 and launch.touched() == 32_000_000 and launch.wavefronts("conflicts") == 2000
+    )
     issued = (1_280_000 + 64_000 + 6400 + 640) / 32
     cycles = cuda_model.INSTRUCTION * issued + cuda_model.LOAD * 2000
     cycles += cuda_model.SHUFFLE * 200 + cuda_model.EXPANDED * 20
@@ -101,8 +105,8 @@ def test_products():
 def test_a_record_and_its_table(models):
     case = Case("soft_attention", 256, 5, "bfloat16", "tanh")
     described = cuda_model.describe(case, models, Sizes())
-    assert described["sectors / necessary"] == round(32 * 2000 / cases.work(case, Sizes()).bytes, 3)
-    assert described["launches"][0]["different sectors"] == 1000
+    assert described["bytes touched / necessary"] == round(32_000 / cases.work(case, Sizes()).bytes, 3)
+    assert described["launches"][0]["sectors loaded / used"] == 1.0
     assert described["predicted us"].keys() == GPUS.keys()
     steps = {"case": "decode step", "predicted us": {name: 1.0 for name in GPUS}}
     page = cuda_model.table(json.loads(json.dumps({"cases": [described, steps]})))
@@ -124,3 +128,37 @@ def test_the_cases_have_arguments_for_the_counter():
         assert op == case.op and dtype == case.dtype and sizes
     case = Case("soft_attention", 2, 5, "float32", "relu")
     assert cuda_model.arguments(case, Sizes()) == "soft_attention float32 2 5 196 2048 512 relu gate".split()
+
+
+@pytest.fixture(scope="module")
+def counter(tmp_path_factory) -> Counter:
+    """Of the kernels as they are, for compute capability 9.0; built by one of the test processes."""
+    if not cuda_model.load_ptx().find_nvcc():
+        pytest.skip("no nvcc")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all test processes
+    with FileLock(folder / "ptx-sm_90.lock"):
+        return Counter(folder / "ptx-sm_90", "sm_90")
+
+
+ALIGNED = Sizes(vocabulary=9536)  # as the search pads the logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases.kernels((256,)), ids=lambda case: case.name)
+def test_no_sector_is_loaded_for_a_part_of_it(counter, case):
+    """Of what the threads of a warp load together they use every byte, but for the ends of rows; and no kernel that
+    goes through the features or the logits touches more memory than its call needs."""
+    launches = counter.launches(case, ALIGNED)
+    for launch in launches:
+        assert 32 * launch.loaded("sectors") <= 1.05 * launch.loaded("bytes"), launch.kernel
+    if case.op in ("soft_attention", "beam_search_step", "lstm_step"):
+        touched = sum(launch.touched() for launch in launches)
+        assert touched <= 1.05 * cases.work(case, ALIGNED).bytes
+
+
+@pytest.mark.slow
+def test_no_kernel_spills(counter):
+    spills = {name: code for name, code in counter.resources.items() if code["spill_stores"] + code["spill_loads"]}
+    assert not spills
