@@ -119,7 +119,7 @@ template <typename T>
 cudaError_t soft_attention_forward_cuda(const SoftAttentionForward<T>& params, cudaStream_t stream);
 // The forward in one kernel. Returns whether it was launched, which takes compute capability 9.0 or newer, arrays that
 // can be read 16 bytes at a time, and sizes that fit into shared memory; `error` is then that of the launch. Not for
-// float64. Defined only with ATTNCAP_CLUSTERS.
+// float64.
 template <typename T>
 bool soft_attention_cluster_cuda(const SoftAttentionForward<T>& params, cudaStream_t stream, cudaError_t& error);
 template <typename T>

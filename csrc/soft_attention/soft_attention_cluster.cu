@@ -1,4 +1,4 @@
-// The launcher of the forward in one kernel. Compiled for compute capability 9.0 and newer only.
+// The launcher of the forward in one kernel.
 #include "soft_attention_cluster.cuh"
 #include "soft_attention_launch.h"
 
@@ -28,6 +28,12 @@ int64_t cluster_blocks(int64_t clusters, int64_t cells, int64_t resident_blocks)
 
 template <typename T, Activation activation, int rows>
 bool launch(const SoftAttentionForward<T>& params, cudaStream_t stream, cudaError_t& error) {
+  const auto kernel = soft_attention_cluster_kernel<T, activation, rows>;
+  static const bool is_compiled = [&] {  // for these GPUs; if the library was built for older ones only, it is not
+    cudaFuncAttributes attributes{};
+    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+  }();
+  if (!is_compiled) return false;
   constexpr int blocks_per_processor = rows > 5 ? 1 : 2, reserved = 1024;
   const int shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / blocks_per_processor - reserved;
   const int64_t clusters = params.sizes.B * ceil_div(params.sizes.K, rows);
@@ -36,7 +42,6 @@ bool launch(const SoftAttentionForward<T>& params, cudaStream_t stream, cudaErro
   const ClusterPlan plan = cluster_plan<T, rows>(params.sizes, blocks, shared_bytes);
   if (plan.shared_bytes == 0) return false;
 
-  const auto kernel = soft_attention_cluster_kernel<T, activation, rows>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return true;

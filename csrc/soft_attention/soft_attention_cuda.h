@@ -36,12 +36,10 @@ int soft_attention_parts_cuda(const SoftAttentionSizes& sizes) {
 
 template <typename T>
 cudaError_t soft_attention_forward_cuda(const SoftAttentionForward<T>& params, cudaStream_t stream) {
-#ifdef ATTNCAP_CLUSTERS  // machine code for them is among what is compiled
   if constexpr (!std::is_same_v<T, double>) {
     cudaError_t error;
     if (soft_attention_cluster_cuda(params, stream, error)) return error;
   }
-#endif
   Launcher launch{stream};
   launch_forward(params, processors(), launch);
   return launch.error;
