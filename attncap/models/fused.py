@@ -121,15 +121,21 @@ class InferenceDecoder:
             torch.cat([decoder.initial_h.bias, decoder.initial_c.bias]),
         )
         self.hidden = fixed_linear(*hidden_projection(decoder))
-        self.deep = decoder.deep
+        self.deep, self.for_cuda = decoder.deep, decoder.word_output.weight.is_cuda
         if self.deep:
             context_weight = torch.cat([context_weight, decoder.context_output.weight])
             self.hidden_output = fixed_linear(decoder.hidden_output.weight, decoder.hidden_output.bias)
+            self.hidden_output_weight = decoder.hidden_output.weight.detach()
+            self.hidden_output_bias = decoder.hidden_output.bias.detach()
         self.context = fixed_linear(context_weight.contiguous(), None)
         self.embedding = decoder.embedding.weight.detach()
         self.word = fixed_linear(word_weight, bias)
         self.table = self._word_part(self.embedding) if table else None
-        self.word_output = fixed_linear(decoder.word_output.weight, decoder.word_output.bias)
+        weight, bias = decoder.word_output.weight, decoder.word_output.bias
+        if self.for_cuda:  # cuBLAS's fast kernels need rows of a multiple of 16 bytes; `step` leaves the padding out
+            padding = -self.vocabulary_size % 64
+            weight, bias = F.pad(weight, (0, 0, 0, padding)), F.pad(bias, (0, padding))
+        self.word_output = fixed_linear(weight, bias)
 
     def start(self, features: Tensor) -> LSTMState:
         check_features(features, self.feature_size)
@@ -147,11 +153,13 @@ class InferenceDecoder:
             table = self._word_part(self.embedding[tokens])
             entries = torch.arange(len(tokens), device=tokens.device)
         h, c, output = ops.lstm_step(recurrent, self.context(context), table, state.c, parents, entries)
-        if self.deep:
-            output += self.hidden_output(h)
-        else:
+        if not self.deep:
             output = h
-        return state._replace(h=h, c=c), self.word_output(output), weights[parents]
+        elif self.for_cuda:
+            output.addmm_(h, self.hidden_output_weight.t())  # in one launch; the bias is in the table
+        else:
+            output += self.hidden_output(h)
+        return state._replace(h=h, c=c), self.word_output(output)[:, : self.vocabulary_size], weights[parents]
 
     def select(self, state: LSTMState, images: Tensor) -> LSTMState:
         return select_images(state, images)
@@ -159,4 +167,6 @@ class InferenceDecoder:
     def _word_part(self, embedded: Tensor) -> Tensor:
         """embedded [M,E] -> [M,4H+E]: a word's part of the LSTM's gates and of the deep output layer (else [M,4H])."""
         part = self.word(embedded)
-        return torch.cat([part, embedded], dim=1) if self.deep else part
+        if not self.deep:
+            return part
+        return torch.cat([part, embedded + self.hidden_output_bias if self.for_cuda else embedded], dim=1)

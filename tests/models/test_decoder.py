@@ -95,12 +95,16 @@ def test_packed_words_are_those_of_the_loop(output_layer):
 @pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("output_layer", ["plain", "deep"])
 @pytest.mark.parametrize("table", [True, False])
-def test_step_by_step_is_teacher_forcing(backend, output_layer, table):
-    """Also where rows are continued in another order, several times, and images are taken out."""
+@pytest.mark.parametrize("for_cuda", [True, False])
+def test_step_by_step_is_teacher_forcing(monkeypatch, backend, output_layer, table, for_cuda):
+    """Also where rows are continued in another order, several times, and images are taken out, and with the weights
+    laid out as for CUDA."""
     decoder = make_decoder(backend, output_layer=output_layer).eval()
     features, tokens = torch.randn(B, P, D, dtype=torch.double), make_tokens([4] * (B * K))[:, :-1]
     expected = decoder(features, tokens)
-    prepared = decoder.for_inference(table)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "is_cuda", for_cuda)
+        prepared = decoder.for_inference(table)
     with torch.no_grad():
         state = prepared.start(features)
         parents = torch.arange(B).repeat_interleave(K)
