@@ -86,7 +86,7 @@ def beam_search(
         if graphs is not None and device.type == "cuda" and len(decoders) == 1 and _can_be_captured(config, processors):
             held.enter_context(torch.cuda.device(device))
             held.enter_context(graphs.lock)
-            steps, beams = graphs.of(decoders[0], config, processors, features[0], backend).run(features[0])
+            steps, beams = graphs.run(decoders[0], config, processors, features[0], backend)
         else:
             search = Search(decoders, config, processors, device, backend, attention)
             steps, beams = _run(search, search.start(features, range(B) if seeds is None else seeds))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -48,6 +48,8 @@ class SearchGraphs:
         self.beams: dict[tuple[int, int], Beams] = {}  # by number of images, and the segment that starts from them
         self.graphs: dict[tuple[int, int], CudaGraph] = {}
         self.pools = [None] * segments
+        # For all captures of this search, since a pool's memory is only used again by the stream that had it before.
+        self.stream = torch.cuda.Stream(features.device) if features.is_cuda else None
 
     def run(self, features: Tensor) -> tuple[list[Step], Beams]:
         """All steps, and the beams after the last one, in memory that the next run writes to."""
@@ -92,7 +94,13 @@ class SearchGraphs:
                 self.live[segment].copy_(search.is_live(beams).sum(), non_blocking=True)
                 return steps
 
-            graph = CudaGraph(work, lambda: advance(min(2, count)), self.pools[segment])
+            def warm_up() -> None:  # every kernel of `work` once
+                beams, _ = advance(min(2, count))
+                search.is_live(beams).sum()
+                for x in tensors(beams):
+                    x.clone()
+
+            graph = CudaGraph(work, warm_up, self.pools[segment], self.stream)
             self.graphs[size, segment], self.pools[segment] = graph, graph.pool
         return self.graphs[size, segment]
 
@@ -109,12 +117,38 @@ class SearchGraphs:
 
 
 class GraphCache:
-    """The graphs of a decoder's searches, by shape of the features and settings. One search at a time, whichever
-    thread it comes from."""
+    """The graphs of a decoder's searches, by shape of the features and settings; those that were used last are kept.
+    One search at a time, whichever thread it comes from."""
 
     def __init__(self) -> None:
-        self.searches: dict[Any, SearchGraphs] = {}
+        self.searches: dict[Any, SearchGraphs] = {}  # that of the last search last
         self.lock = threading.Lock()
+
+    def run(
+        self,
+        decoder: Decoder,
+        config: SearchConfig,
+        processors: Sequence[LogitsProcessor],
+        features: Tensor,
+        backend: str = "native",
+    ) -> tuple[list[Step], Beams]:
+        """The search for these features, in graphs captured at the first call for their shape. Hold `lock` until its
+        results are read."""
+        search = (decoder, config, processors, features, backend)
+        try:
+            return self._run(*search)
+        except torch.OutOfMemoryError:
+            pass  # all graphs have been dropped, and their memory may be enough
+        gc.collect()
+        torch.cuda.empty_cache()
+        return self._run(*search)
+
+    def _run(self, decoder, config, processors, features, backend) -> tuple[list[Step], Beams]:
+        try:
+            return self.of(decoder, config, processors, features, backend).run(features)
+        except BaseException:
+            self.searches.clear()  # what is half captured is of no use
+            raise
 
     def of(
         self,
@@ -124,46 +158,61 @@ class GraphCache:
         features: Tensor,
         backend: str = "native",
     ) -> SearchGraphs:
-        """Those for features of this shape, made at the first call. Hold `lock` until their results are read."""
-        key = (config, tuple(processors), features.shape, features.dtype, features.device, backend)
-        if key not in self.searches:
-            if len(self.searches) == MAX_SEARCHES:
-                self.searches.clear()
-            self.searches[key] = SearchGraphs(decoder, config, processors, features, backend)
-        return self.searches[key]
+        """Those for features of this shape, made at the first call."""
+        matmul = torch.backends.cuda.matmul
+        flags = (  # that decide which kernels are captured
+            matmul.fp32_precision,
+            matmul.allow_fp16_reduced_precision_reduction,
+            matmul.allow_bf16_reduced_precision_reduction,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+        key = (config, tuple(processors), features.shape, features.dtype, features.device, backend, flags)
+        search = self.searches.pop(key, None)
+        if search is None:
+            while len(self.searches) >= MAX_SEARCHES:
+                self.searches.pop(next(iter(self.searches)))
+            search = SearchGraphs(decoder, config, processors, features, backend)
+        self.searches[key] = search
+        return search
 
 
-_one_capture = threading.Lock()  # all captures of a device share a stream
+_one_capture = threading.Lock()  # dropping workspaces drops those of all streams
+
+# cuBLAS keeps a workspace for each stream that it has worked on. One that is allocated in a capture belongs to the
+# graph's pool; any other could be freed while the graph still writes to it.
+_drop_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)  # torch without CUDA has none
 
 
 class CudaGraph:
-    """Work on CUDA, captured as a graph; `result` is what it returned, whose tensors every `replay` writes again.
-    Graphs of one pool overwrite each other's."""
+    """Work on CUDA, captured on this stream as a graph; `result` is what it returned, whose tensors every `replay`
+    writes again. Graphs of one pool overwrite each other's."""
 
-    def __init__(self, work: Callable[[], Any], warm_up: Callable[[], Any], pool: tuple[int, int] | None):
-        stream = capture_stream(torch.cuda.current_device())
+    def __init__(
+        self,
+        work: Callable[[], Any],
+        warm_up: Callable[[], None],
+        pool: tuple[int, int] | None,
+        stream: torch.cuda.Stream,
+    ):
         with _one_capture:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # a first call may set things up that cannot be captured
                 warm_up()
             torch.cuda.current_stream().wait_stream(stream)
             self.captured = torch.cuda.CUDAGraph()
-            # "thread_local": meanwhile other threads may load models, allocate and synchronize.
-            with torch.cuda.graph(self.captured, pool, stream, capture_error_mode="thread_local"):
-                self.result = work()
+            _drop_workspaces()
+            try:
+                # "thread_local": meanwhile other threads may load models, allocate and synchronize.
+                with torch.cuda.graph(self.captured, pool, stream, capture_error_mode="thread_local"):
+                    self.result = work()
+            finally:
+                _drop_workspaces()
         self.pool = self.captured.pool()
 
     def replay(self) -> torch.cuda.Event:
         """Returns an event that happens when the device is done."""
         self.captured.replay()
         return torch.cuda.current_stream().record_event()
-
-
-@functools.cache
-def capture_stream(device: int) -> torch.cuda.Stream:
-    """One for all captures: a pool's memory is only used again by the same stream, and cuBLAS keeps a workspace for
-    each stream that it has worked on."""
-    return torch.cuda.Stream(device)
 
 
 def tensors(nested: Any) -> list[Tensor]:
