@@ -5,19 +5,27 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attncap.models.decoder import Decoder
-from attncap.search.beams import Beams, Search, Step
+from attncap.search.beams import Beams, Search, Step, pack, unpack
 from attncap.search.config import SearchConfig
 from attncap.search.processors import LogitsProcessor
 
 SEGMENT = 8  # steps that CUDA takes before it is asked how many images are live
 MIN_IMAGES = 8  # with fewer images a step takes just as long, for launches and for reading the weights
 MAX_SEARCHES = 8  # that are kept: numbers of images, and settings
+
+
+class Segment(NamedTuple):
+    """What a graph writes; all on the host, apart from the attention and the beams' states."""
+
+    steps: list[Step]
+    beams: Beams  # after the last step
+    live: Tensor  # int64, the number of images that have beams left
 
 
 class SearchGraphs:
@@ -42,7 +50,6 @@ class SearchGraphs:
         self.search = Search([decoder], config, processors, features.device, backend)  # the graphs read its tensors
         self.features = features.clone()
         segments = -(-config.max_length // SEGMENT)
-        self.live = torch.zeros(segments, dtype=torch.int64, pin_memory=features.is_cuda)  # images, after each segment
         self.unchanged: list[bool] = []  # for each tensor of a state, whether steps pass it on as it is
         self.kept: dict[int, list[Tensor]] = {}  # by number of images: the tensors of a state, of which those are used
         self.beams: dict[tuple[int, int], Beams] = {}  # by number of images, and the segment that starts from them
@@ -52,29 +59,33 @@ class SearchGraphs:
         self.stream = torch.cuda.Stream(features.device) if features.is_cuda else None
 
     def run(self, features: Tensor) -> tuple[list[Step], Beams]:
-        """All steps, and the beams after the last one, in memory that the next run writes to."""
+        """All steps, and the beams after the last one, in memory that the next run writes to. What is needed to trace
+        captions back is on the host, apart from the attention."""
         self.features.copy_(features)
         size, steps, done = len(features), [], []
-        for segment in range(len(self.live)):
+        for segment in range(len(self.pools)):
             graph = self.graph(size, segment)
-            done.append(graph.replay())
-            steps += graph.result
+            done.append((graph.replay(), graph.result))
+            steps += graph.result.steps
             if segment == 0:
                 continue
-            done[-2].synchronize()
-            live = int(self.live[segment - 1])
+            event, before = done[-2]
+            event.synchronize()
+            live = int(before.live)
             if live == 0:
                 break
             fewer = max(1 << (live - 1).bit_length(), MIN_IMAGES)
-            if 2 * fewer <= size and segment + 1 < len(self.live):
+            if 2 * fewer <= size and segment + 1 < len(self.pools):
                 beams = self.beams[size, segment + 1]
                 live_first = self.search.is_live(beams).int().argsort(descending=True, stable=True)
                 self.put(fewer, segment + 1, self.search.select(beams, live_first[:fewer]))
                 size = fewer
-        return steps, self.beams[size, segment + 1]
+        event, last = done[-1]
+        event.synchronize()
+        return steps, last.beams
 
     def graph(self, size: int, segment: int) -> CudaGraph:
-        """The graph of a segment for `size` images; its result is the list of steps."""
+        """The graph of a segment for `size` images; its result is a `Segment`."""
         if (size, segment) not in self.graphs:
             search, first = self.search, segment * SEGMENT
             count = min(SEGMENT, search.config.max_length - first)
@@ -88,11 +99,21 @@ class SearchGraphs:
                 self.unchanged = [a is b for a, b in zip(tensors(start.states), tensors(beams.states), strict=True)]
                 return beams, steps
 
-            def work() -> list[Step]:
+            # Pinned memory for the graph to write to, which cannot be allocated in a capture.
+            N, on_host = size * search.config.beam_size, dict(device="cpu", pin_memory=self.features.is_cuda)
+            integers = torch.empty(count * (size + 2 * N) + size, dtype=torch.int64, **on_host)
+            scores = torch.empty((count + 1) * N, dtype=torch.float32, **on_host)
+            live = torch.empty((), dtype=torch.int64, **on_host)
+
+            def work() -> Segment:
                 beams, steps = advance(count)
                 self.put(size, segment + 1, beams)
-                self.live[segment].copy_(search.is_live(beams).sum(), non_blocking=True)
-                return steps
+                found_integers, found_scores = pack(steps, beams)
+                host_scores = scores[: len(found_scores)]  # the first step may have fewer beams
+                integers.copy_(found_integers, non_blocking=True)
+                host_scores.copy_(found_scores, non_blocking=True)
+                live.copy_(search.is_live(beams).sum(), non_blocking=True)
+                return Segment(*unpack(integers, host_scores, steps, beams), live)
 
             def warm_up() -> None:  # every kernel of `work` once
                 beams, _ = advance(min(2, count))
