@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attncap import ops
 from attncap.models.decoder import LSTMDecoder, LSTMState, check_features, select_images
+from attncap.ops import library
 from attncap.ops.linear import fixed_linear, linear
 
 
@@ -55,17 +56,20 @@ def teacher_forcing(decoder: LSTMDecoder, features: Tensor, tokens: Tensor, leng
     # batch_sizes is [2, 2, 1], and the M = 10 words are those of rows 2, 3, 0, 1, then of 2, 3, 0, 1, then of 2, 3. The
     # `predicted` ones are those within their row's length: 7 of the 10.
     longest, order = lengths.view(B, K).amax(dim=1).sort(descending=True, stable=True)
-    batch_sizes = [int((longest > t).sum()) for t in range(longest[0])]  # images in each step
-    if not order.equal(torch.arange(B, device="cpu")):
-        features = features[order.to(device)]
+    batch_sizes = (longest > torch.arange(longest[0], device="cpu").unsqueeze(1)).sum(dim=1)  # images in each step
+    is_sorted = order.equal(torch.arange(B, device="cpu"))
     rows = (order.unsqueeze(1) * K + torch.arange(K, device="cpu")).flatten()  # of tokens, in the sorted order
+    steps = torch.arange(len(batch_sizes), device="cpu").repeat_interleave(K * batch_sizes)
+    batch_sizes = batch_sizes.tolist()
     rows_of_steps = torch.cat([rows[: K * b] for b in batch_sizes])
-    rows_per_step = K * torch.tensor(batch_sizes, device="cpu")
-    steps = torch.arange(len(batch_sizes), device="cpu").repeat_interleave(rows_per_step)
     [predicted] = (lengths[rows_of_steps] > steps).nonzero(as_tuple=True)
-    rows_of_steps, steps = torch.stack([rows_of_steps, steps]).to(device)
-    predicted = predicted.to(device)
-    embedded = decoder.embedding(tokens.to(device)[rows_of_steps, steps])  # [M,E]
+    moved = [order, predicted, rows_of_steps, steps]
+    if tokens.device.type == "cpu":
+        moved.append(tokens[rows_of_steps, steps])
+    order, predicted, rows_of_steps, steps, *words = library.to_device(device, *moved)
+    if not is_sorted:
+        features = features[order]
+    embedded = decoder.embedding(words[0] if words else tokens[rows_of_steps, steps])  # [M,E]
 
     word_weight, context_weight, bias = input_weights(decoder)
     mean = features.mean(dim=1)
