@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attncap import ops
 from attncap.models.decoder import LSTMDecoder, LSTMState, check_features, select_images
+from attncap.ops import library
 from attncap.ops.linear import fixed_linear, linear
 
 
@@ -55,17 +56,20 @@ def teacher_forcing(decoder: LSTMDecoder, features: Tensor, tokens: Tensor, leng
     # batch_sizes is [2, 2, 1], and the M = 10 words are those of rows 2, 3, 0, 1, then of 2, 3, 0, 1, then of 2, 3. The
     # `predicted` ones are those within their row's length: 7 of the 10.
     longest, order = lengths.view(B, K).amax(dim=1).sort(descending=True, stable=True)
-    batch_sizes = [int((longest > t).sum()) for t in range(longest[0])]  # images in each step
-    if not order.equal(torch.arange(B, device="cpu")):
-        features = features[order.to(device)]
+    batch_sizes = (longest > torch.arange(longest[0], device="cpu").unsqueeze(1)).sum(dim=1)  # images in each step
+    is_sorted = order.equal(torch.arange(B, device="cpu"))
     rows = (order.unsqueeze(1) * K + torch.arange(K, device="cpu")).flatten()  # of tokens, in the sorted order
+    steps = torch.arange(len(batch_sizes), device="cpu").repeat_interleave(K * batch_sizes)
+    batch_sizes = batch_sizes.tolist()
     rows_of_steps = torch.cat([rows[: K * b] for b in batch_sizes])
-    rows_per_step = K * torch.tensor(batch_sizes, device="cpu")
-    steps = torch.arange(len(batch_sizes), device="cpu").repeat_interleave(rows_per_step)
     [predicted] = (lengths[rows_of_steps] > steps).nonzero(as_tuple=True)
-    rows_of_steps, steps = torch.stack([rows_of_steps, steps]).to(device)
-    predicted = predicted.to(device)
-    embedded = decoder.embedding(tokens.to(device)[rows_of_steps, steps])  # [M,E]
+    moved = [order, predicted, rows_of_steps, steps]
+    if tokens.device.type == "cpu":
+        moved.append(tokens[rows_of_steps, steps])
+    order, predicted, rows_of_steps, steps, *words = library.to_device(device, *moved)
+    if not is_sorted:
+        features = features[order]
+    embedded = decoder.embedding(words[0] if words else tokens[rows_of_steps, steps])  # [M,E]
 
     word_weight, context_weight, bias = input_weights(decoder)
     mean = features.mean(dim=1)
@@ -121,15 +125,21 @@ class InferenceDecoder:
             torch.cat([decoder.initial_h.bias, decoder.initial_c.bias]),
         )
         self.hidden = fixed_linear(*hidden_projection(decoder))
-        self.deep = decoder.deep
+        self.deep, self.for_cuda = decoder.deep, decoder.word_output.weight.is_cuda
         if self.deep:
             context_weight = torch.cat([context_weight, decoder.context_output.weight])
             self.hidden_output = fixed_linear(decoder.hidden_output.weight, decoder.hidden_output.bias)
+            self.hidden_output_weight = decoder.hidden_output.weight.detach()
+            self.hidden_output_bias = decoder.hidden_output.bias.detach()
         self.context = fixed_linear(context_weight.contiguous(), None)
         self.embedding = decoder.embedding.weight.detach()
         self.word = fixed_linear(word_weight, bias)
         self.table = self._word_part(self.embedding) if table else None
-        self.word_output = fixed_linear(decoder.word_output.weight, decoder.word_output.bias)
+        weight, bias = decoder.word_output.weight, decoder.word_output.bias
+        if self.for_cuda:  # cuBLAS's fast kernels need rows of a multiple of 16 bytes; `step` leaves the padding out
+            padding = -self.vocabulary_size % 64
+            weight, bias = F.pad(weight, (0, 0, 0, padding)), F.pad(bias, (0, padding))
+        self.word_output = fixed_linear(weight, bias)
 
     def start(self, features: Tensor) -> LSTMState:
         check_features(features, self.feature_size)
@@ -147,11 +157,13 @@ class InferenceDecoder:
             table = self._word_part(self.embedding[tokens])
             entries = torch.arange(len(tokens), device=tokens.device)
         h, c, output = ops.lstm_step(recurrent, self.context(context), table, state.c, parents, entries)
-        if self.deep:
-            output += self.hidden_output(h)
-        else:
+        if not self.deep:
             output = h
-        return state._replace(h=h, c=c), self.word_output(output), weights[parents]
+        elif self.for_cuda:
+            output.addmm_(h, self.hidden_output_weight.t())  # in one launch; the bias is in the table
+        else:
+            output += self.hidden_output(h)
+        return state._replace(h=h, c=c), self.word_output(output)[:, : self.vocabulary_size], weights[parents]
 
     def select(self, state: LSTMState, images: Tensor) -> LSTMState:
         return select_images(state, images)
@@ -159,4 +171,6 @@ class InferenceDecoder:
     def _word_part(self, embedded: Tensor) -> Tensor:
         """embedded [M,E] -> [M,4H+E]: a word's part of the LSTM's gates and of the deep output layer (else [M,4H])."""
         part = self.word(embedded)
-        return torch.cat([part, embedded], dim=1) if self.deep else part
+        if not self.deep:
+            return part
+        return torch.cat([part, embedded + self.hidden_output_bias if self.for_cuda else embedded], dim=1)

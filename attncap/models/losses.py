@@ -9,7 +9,7 @@ from attncap.data.vocabulary import Vocabulary
 from attncap.models import fused
 from attncap.models.decoder import LSTMDecoder, check_rows
 from attncap.ops import linear_cross_entropy
-from attncap.ops.library import accumulate_dtype
+from attncap.ops.library import accumulate_dtype, to_device
 
 
 class CaptionLosses(NamedTuple):
@@ -52,12 +52,14 @@ def caption_losses(
             logits, attention, targets[:, : lengths.max()], label_smoothing=label_smoothing, row_weights=row_weights
         )
     output = fused.teacher_forcing(decoder, features, tokens, lengths)
+    if targets.device.type == "cpu":
+        [targets] = to_device(features.device, targets)
     words = linear_cross_entropy(
         output.outputs,
         decoder.word_output.weight,
         decoder.word_output.bias,
-        targets.to(features.device)[output.rows, output.steps],
-        None if row_weights is None else row_weights.to(features.device)[output.rows],
+        targets[output.rows, output.steps],
+        None if row_weights is None else row_weights.to(features.device, non_blocking=True)[output.rows],
         label_smoothing=label_smoothing,
     )
     attended = output.attention.new_zeros(len(tokens), output.attention.shape[1], dtype=words.dtype)

@@ -121,28 +121,18 @@ class _AttentionLstm(torch.autograd.Function):
             batch_sizes, activation,
         )  # fmt: skip
         inputs = (features, keys, word_inputs, h, c, hidden_weight, context_weight, score_weight)
-        ctx.save_for_backward(*inputs, next_h, context, weights, *intermediates)
+        indices = _backward_indices(h, features, batch_sizes) if any(ctx.needs_input_grad) else ()
+        ctx.save_for_backward(*inputs, next_h, context, weights, *intermediates, *indices)
         ctx.batch_sizes, ctx.activation = batch_sizes, activation
         return next_h, context, weights
 
     @staticmethod
     @once_differentiable  # a second derivative raises an error; otherwise it would silently be 0
     def backward(ctx, h_grad, context_grad, weights_grad):
-        features, keys, word_inputs, h, c, hidden_weight, context_weight, score_weight, *saved = ctx.saved_tensors
-        next_h, context, weights, next_c, projections, context_gates = saved
-        # For each of the M rows, the indices that the gradients below need. They are moved to the device before the
-        # loop: after it, the copy would have to wait for the GPU.
+        features, keys, word_inputs, h, c, hidden_weight, context_weight, score_weight, *rest = ctx.saved_tensors
+        next_h, context, weights, *rest = rest
+        next_c, projections, context_gates, previous, padded, by_image, row_starts = rest
         (B, P, D), K, T = features.shape, _rows_per_image(h, features), len(ctx.batch_sizes)
-        rows_per_step = K * torch.tensor(ctx.batch_sizes, device="cpu")
-        starts = rows_per_step.cumsum(0) - rows_per_step
-        step = torch.arange(T, device="cpu").repeat_interleave(rows_per_step)
-        row = torch.arange(len(step), device="cpu") - starts[step]
-        previous = torch.where(step == 0, row, len(h) + starts[step - 1] + row)  # of the incoming h in [h, next_h]
-        image = row // max(K, 1)
-        padded = image * T * K + step * K + row % max(K, 1)  # in [B, T, K], where shorter images have padding
-        row_starts = image.bincount(minlength=B).cumsum(0)
-        previous, padded, by_image = torch.stack([previous, padded, padded.argsort()]).to(h.device)
-        row_starts = F.pad(row_starts, (1, 0)).to(h.device)
 
         run_backward = torch.ops.attncap.attention_lstm_backward.default
         projection_grad, gated_grad, score_grad, first_h_grad, c_grad = run_backward(
@@ -180,6 +170,26 @@ class _AttentionLstm(torch.autograd.Function):
             None,  # batch_sizes
             None,  # activation
         )
+
+
+def _backward_indices(h: Tensor, features: Tensor, batch_sizes: Sequence[int]) -> Sequence[Tensor]:
+    """The indices that backward needs, on the device:
+
+    previous: int64 [M], for each row that of its incoming h in [h, next_h].
+    padded: int64 [M], its place in [B, T, K], where shorter images have padding.
+    by_image: int64 [M], the rows sorted by image, then by step.
+    row_starts: int64 [B+1], where those of each image start.
+    """
+    B, K, T = len(features), _rows_per_image(h, features), len(batch_sizes)
+    rows_per_step = K * torch.tensor(batch_sizes, device="cpu")
+    starts = rows_per_step.cumsum(0) - rows_per_step
+    step = torch.arange(T, device="cpu").repeat_interleave(rows_per_step)
+    row = torch.arange(len(step), device="cpu") - starts[step]
+    previous = torch.where(step == 0, row, len(h) + starts[step - 1] + row)
+    image = row // max(K, 1)
+    padded = image * T * K + step * K + row % max(K, 1)
+    row_starts = F.pad(image.bincount(minlength=B).cumsum(0), (1, 0))
+    return library.to_device(h.device, previous, padded, padded.argsort(), row_starts)
 
 
 def _rows_per_image(h: Tensor, features: Tensor) -> int:

@@ -17,6 +17,7 @@ from attncap.ops import library
 from attncap.ops.linear import fixed_linear
 
 CHUNK = 2**22  # the most logits to hold at a time, but at least those of one token
+CUDA_CHUNK = 2**25  # the same on CUDA, where no cache holds them anyway
 
 
 def linear_cross_entropy(
@@ -83,14 +84,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (M, _), V, dtype = x.shape, len(weight), library.accumulate_dtype(x)
         needs_grad = any(ctx.needs_input_grad[:3])
         loss = x.new_zeros((), dtype=dtype)
-        output_layer = fixed_linear(weight, bias)
+        chunk = max(1, (CUDA_CHUNK if x.is_cuda else CHUNK) // V)
+        output_layer, logits_buffer = fixed_linear(weight, bias), None
+        if x.is_cuda and x.element_size() == 2:  # cuBLAS's fast kernels need rows of a multiple of 16 bytes
+            logits_buffer = x.new_empty(min(chunk, M), V + -V % 64)[:, :V]
+            wide_bias = bias.to(dtype)
         x_grad, weight_grad, bias_grad = torch.empty_like(x), None, x.new_zeros(V, dtype=dtype)
-        chunk = max(1, CHUNK // V)
         for begin in range(0, M, chunk):
             rows = slice(begin, begin + chunk)
             target = targets[rows].unsqueeze(1)
             factor = 1 if token_weights is None else token_weights[rows].to(dtype).unsqueeze(1)
-            log_p = output_layer(x[rows]).to(dtype).log_softmax(dim=1)
+            if logits_buffer is None:
+                logits = output_layer(x[rows]).to(dtype)
+            else:
+                logits = torch.mm(x[rows], weight.t(), out=logits_buffer[: len(target)]) + wide_bias
+            log_p = logits.log_softmax(dim=1)
             expected = (1 - label_smoothing) * log_p.gather(1, target)
             if label_smoothing:
                 expected += label_smoothing * log_p.mean(dim=1, keepdim=True)
@@ -104,10 +112,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if token_weights is not None:
                 grad *= factor
             bias_grad += grad.sum(dim=0)
-            grad = grad.to(x.dtype)
+            grad = grad.to(x.dtype) if logits_buffer is None else logits_buffer[: len(target)].copy_(grad)
             torch.mm(grad, weight, out=x_grad[rows])
-            chunk_grad = (grad.t() @ x[rows]).to(dtype)
-            weight_grad = chunk_grad if weight_grad is None else weight_grad.add_(chunk_grad)
+            chunk_grad = grad.t() @ x[rows]
+            weight_grad = chunk_grad if weight_grad is None else weight_grad.to(dtype).add_(chunk_grad)
         if needs_grad:
             weight_grad = torch.zeros_like(weight) if weight_grad is None else weight_grad.to(weight.dtype)
             ctx.save_for_backward(x_grad, weight_grad, bias_grad.to(bias.dtype))

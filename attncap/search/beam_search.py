@@ -13,7 +13,7 @@ from torch import Tensor
 from attncap.data.vocabulary import Vocabulary
 from attncap.errors import UserError
 from attncap.models.decoder import Decoder
-from attncap.search.beams import Beams, Search, Step
+from attncap.search.beams import Beams, Search, Step, to_host
 from attncap.search.config import SearchConfig
 from attncap.search.graphs import SEGMENT, GraphCache
 from attncap.search.processors import ForcedPrefix, LogitsProcessor, SuppressTokens
@@ -86,7 +86,7 @@ def beam_search(
         if graphs is not None and device.type == "cuda" and len(decoders) == 1 and _can_be_captured(config, processors):
             held.enter_context(torch.cuda.device(device))
             held.enter_context(graphs.lock)
-            steps, beams = graphs.of(decoders[0], config, processors, features[0], backend).run(features[0])
+            steps, beams = graphs.run(decoders[0], config, processors, features[0], backend)
         else:
             search = Search(decoders, config, processors, device, backend, attention)
             steps, beams = _run(search, search.start(features, range(B) if seeds is None else seeds))
@@ -127,21 +127,21 @@ def _trace_back(
     steps: list[Step], beams: Beams, config: SearchConfig, B: int, with_attention: bool = True
 ) -> list[list[Hypothesis]]:
     """Choose each image's best hypotheses and follow them through their parents to the first word."""
+    if beams.scores.is_cuda:
+        steps, beams = to_host(steps, beams)
     T, K = len(steps), config.beam_size
     tokens, parents = np.zeros((T, B, K), dtype=np.int64), np.zeros((T, B, K), dtype=np.int64)  # parents by beam
     scores = np.full((B, (T + 1) * K), -np.inf, dtype=np.float32)  # of what ended in each step, then of live beams
-    first_rows = np.zeros((T, B), dtype=np.int64)  # of an image, among the rows of a step
-    images = _to_host([step.images for step in steps])
-    of_tokens = _to_host([step.tokens for step in steps])
-    of_parents = _to_host([step.parents for step in steps])
-    of_ended = _to_host([step.ended for step in steps])
+    first_rows = np.zeros((T, B), dtype=np.int64)  # of an image, among the rows of all steps
+    begin = 0
     for t, step in enumerate(steps):
-        J = step.ended.shape[1]
-        tokens[t, images[t]] = of_tokens[t]
-        parents[t, images[t]] = of_parents[t] % J
-        scores[images[t], t * K : t * K + J] = of_ended[t]
-        first_rows[t, images[t]] = J * np.arange(len(images[t]))
-    scores[beams.images.cpu().numpy(), T * K :] = beams.scores.cpu().numpy()
+        images, J = step.images.numpy(), step.ended.shape[1]
+        tokens[t, images] = step.tokens.numpy()
+        parents[t, images] = step.parents.numpy() % J
+        scores[images, t * K : t * K + J] = step.ended.numpy()
+        first_rows[t, images] = begin + J * np.arange(len(images))
+        begin += J * len(images)
+    scores[beams.images.numpy(), T * K :] = beams.scores.numpy()
     if np.isnan(scores).any():
         wrong = np.unique(np.isnan(scores).nonzero()[0])
         raise UserError(
@@ -151,15 +151,21 @@ def _trace_back(
 
     divisors = np.array([config.divisor(t + 1) for t in range(T)])
     ranks = scores / np.append(divisors, divisors[-1]).repeat(K)
-    last = (ranks == -np.inf) * 2 + (np.arange((T + 1) * K) >= T * K)  # live beams after what ended, nothing after them
-    order = np.lexsort((-ranks, last), axis=-1)[:, : config.n_best]  # of equal ones the earlier, then the lower beam
-    exists = np.take_along_axis(scores, order, axis=1) > -np.inf
+    ended, live = ranks[:, : T * K], ranks[:, T * K :]  # live beams come after what ended
+    order, exists = np.empty((B, config.n_best), dtype=np.int64), np.empty((B, config.n_best), dtype=bool)
+    of_all = np.arange(B)
+    for n in range(config.n_best):  # sorting everything would take longer
+        best, best_live = ended.argmax(axis=1), live.argmax(axis=1)  # of equal ones the earlier, then the lower beam
+        is_live = (ended[of_all, best] == -np.inf) & (live[of_all, best_live] > -np.inf)
+        order[:, n] = np.where(is_live, T * K + best_live, best)
+        exists[:, n] = ranks[of_all, order[:, n]] > -np.inf
+        ranks[of_all, order[:, n]] = -np.inf
     exists[:, 0] = True  # where no word was allowed, an empty caption
     image, _ = exists.nonzero()
     chosen = order[exists]
     length, beam = chosen // K, chosen % K
 
-    words, attended = np.zeros((2, len(image), T), dtype=np.int64)  # tokens; rows of the steps' attention
+    words, attended = np.zeros((2, len(image), T), dtype=np.int64)  # tokens; rows of all steps' attention
     for t in range(T - 1, -1, -1):
         [written] = (t < length).nonzero()
         of = image[written]
@@ -176,18 +182,14 @@ def _trace_back(
 
 
 def _gather_attention(steps: list[Tensor], rows: np.ndarray, lengths: np.ndarray) -> Sequence[Tensor]:
-    """The attention of C captions of these lengths, float32 [length,P] on the CPU, from rows [C,T] of the steps."""
-    is_word = np.arange(len(steps))[:, None] < lengths  # [T,C]
-    of_steps = torch.from_numpy(rows.T[is_word]).to(steps[0].device).split(is_word.sum(axis=1).tolist())
-    by_step = torch.cat([step[chosen] for step, chosen in zip(steps, of_steps, strict=True)])
-    by_caption = torch.from_numpy(is_word.nonzero()[1].argsort(kind="stable"))
-    weights = by_step.float().cpu()[by_caption]
+    """The attention of C captions of these lengths, float32 [length,P] on the CPU, from rows [C,T] of all steps."""
+    is_word = np.arange(len(steps)) < lengths[:, None]  # [C,T]
+    chosen = torch.from_numpy(rows[is_word])
+    if steps[0].is_cuda:
+        chosen = chosen.pin_memory().to(steps[0].device, non_blocking=True)
+    chosen = torch.cat(steps).index_select(0, chosen)
     with torch.inference_mode(False):  # plain tensors for the caller
-        return weights.clone().split(lengths.tolist())
-
-
-def _to_host(tensors: Sequence[Tensor]) -> list[np.ndarray]:
-    """All in one copy, so that a device is waited for once."""
-    values = torch.cat([x.flatten() for x in tensors]).cpu().numpy()
-    sizes = [x.numel() for x in tensors]
-    return [part.reshape(x.shape) for part, x in zip(np.split(values, np.cumsum(sizes)[:-1]), tensors, strict=True)]
+        weights = torch.empty(chosen.shape, dtype=torch.float32, device="cpu")
+    weights.copy_(chosen.float())
+    with torch.inference_mode(False):
+        return weights.split(lengths.tolist())

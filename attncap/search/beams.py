@@ -42,6 +42,32 @@ class Step(NamedTuple):
     attention: Tensor | None  # [B*J,P]
 
 
+def pack(steps: Sequence[Step], beams: Beams) -> tuple[Tensor, Tensor]:
+    """All that is needed on the host to trace captions back, apart from the attention: integers int64, then scores
+    float32."""
+    integers = [x.flatten() for step in steps for x in step[:3]]
+    scores = [step.ended.flatten() for step in steps]
+    return torch.cat([*integers, beams.images]), torch.cat([*scores, beams.scores.flatten()])
+
+
+def unpack(integers: Tensor, scores: Tensor, steps: Sequence[Step], beams: Beams) -> tuple[list[Step], Beams]:
+    """The same steps and beams, with views of what `pack` returned, or of a copy."""
+
+    def views(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        parts = packed.split([x.numel() for x in like])
+        return [part.view(x.shape) for part, x in zip(parts, like, strict=True)]
+
+    *integers, images = views(integers, [x for step in steps for x in step[:3]] + [beams.images])
+    *ended, scores = views(scores, [*(step.ended for step in steps), beams.scores])
+    steps = [Step(*integers[3 * t : 3 * t + 3], ended[t], step.attention) for t, step in enumerate(steps)]
+    return steps, beams._replace(images=images, scores=scores)
+
+
+def to_host(steps: Sequence[Step], beams: Beams) -> tuple[list[Step], Beams]:
+    """The same with all but the attention on the host, in two copies."""
+    return unpack(*(x.cpu() for x in pack(steps, beams)), steps, beams)
+
+
 class Search:
     """How beams start, and how they continue: all on the device, without looking at any value.
 

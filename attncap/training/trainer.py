@@ -28,6 +28,7 @@ from attncap.devices import find_workers
 from attncap.errors import UserError
 from attncap.evaluation import evaluate
 from attncap.files import FolderLock
+from attncap.ops.library import to_device
 from attncap.training import checkpoint, distributed
 from attncap.training.config import TrainConfig
 from attncap.training.optimization import Schedule, clip_gradients, make_optimizer, update_average
@@ -241,7 +242,8 @@ class Trainer:
         # The decoder sorts images by their longest caption, longest first; sorting is cheaper here, before the features
         # exist.
         order = sorted(range(len(indices)), key=lambda i: -max(map(len, captions[i])))
-        indices, images = [indices[i] for i in order], images[order]
+        [image_order] = to_device(self.device, torch.tensor(order, device="cpu"))
+        indices, images = [indices[i] for i in order], images[image_order]
         tokens = pad([row for i in order for row in captions[i]])
         tokens, targets = tokens[:, :-1], tokens[:, 1:]
         if is_frozen or objective.scheduled_sampling:

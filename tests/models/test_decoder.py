@@ -3,6 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import NO_CUDA
 
 from attncap.config import ModelConfig
 from attncap.data.vocabulary import Vocabulary
@@ -95,12 +96,16 @@ def test_packed_words_are_those_of_the_loop(output_layer):
 @pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("output_layer", ["plain", "deep"])
 @pytest.mark.parametrize("table", [True, False])
-def test_step_by_step_is_teacher_forcing(backend, output_layer, table):
-    """Also where rows are continued in another order, several times, and images are taken out."""
+@pytest.mark.parametrize("for_cuda", [True, False])
+def test_step_by_step_is_teacher_forcing(monkeypatch, backend, output_layer, table, for_cuda):
+    """Also where rows are continued in another order, several times, and images are taken out, and with the weights
+    laid out as for CUDA."""
     decoder = make_decoder(backend, output_layer=output_layer).eval()
     features, tokens = torch.randn(B, P, D, dtype=torch.double), make_tokens([4] * (B * K))[:, :-1]
     expected = decoder(features, tokens)
-    prepared = decoder.for_inference(table)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "is_cuda", for_cuda)
+        prepared = decoder.for_inference(table)
     with torch.no_grad():
         state = prepared.start(features)
         parents = torch.arange(B).repeat_interleave(K)
@@ -214,3 +219,18 @@ def test_changes_that_are_announced_are_counted():
     before = decoder.version
     copied.load_state_dict(decoder.state_dict())
     assert decoder.version == before < copied.version
+
+
+@pytest.mark.gpu
+@NO_CUDA
+def test_training_does_not_wait_for_the_device():
+    """What it needs to know is known on the host, and what it sends goes through pinned memory."""
+    decoder, lengths = make_decoder("native").float().cuda(), [3, 1, 2, 5, 4, 5]
+    features, tokens = torch.randn(B, P, D, device="cuda", requires_grad=True), make_tokens(lengths)
+    for mode in ("default", "error"):  # the first time sets things up
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            losses = caption_losses(decoder, features, tokens[:, :-1], tokens[:, 1:], label_smoothing=0.1)
+            (losses.words + losses.attention).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -64,3 +64,12 @@ def test_torch_without_cuda(folder, monkeypatch):
 def test_other_devices():
     with pytest.raises(UserError, match="kernels for cpu and cuda only"):
         library.require(torch.device("mps"))
+
+
+def test_tensors_move_in_one_copy():
+    tensors = [torch.arange(6).view(2, 3), torch.empty(0, dtype=torch.int64), torch.tensor(7)]
+    for moved, x in zip(library.to_device(torch.device("cpu"), *tensors), tensors, strict=True):
+        assert moved.equal(x)
+    moved = library.to_device(torch.device("meta"), *tensors)
+    assert [(x.shape, x.dtype) for x in moved] == [(x.shape, x.dtype) for x in tensors]
+    assert len({x.untyped_storage()._cdata for x in moved}) == 1

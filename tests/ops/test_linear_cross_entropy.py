@@ -13,7 +13,21 @@ from attncap.ops import linear_cross_entropy, linear_cross_entropy_reference
 
 M, O, V = 7, 5, 11  # noqa: E741
 MODULE = importlib.import_module("attncap.ops.linear_cross_entropy")  # in the package, the name is the function's
+
+
+@pytest.fixture(params=["plain", "padded"])
+def layout(request, monkeypatch):
+    """The logits as on the CPU, and with their rows padded as on CUDA."""
+    if request.param == "padded":
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+
+
 both = pytest.mark.parametrize("op", [linear_cross_entropy, linear_cross_entropy_reference])
+
+
+def set_chunk(monkeypatch, chunk: int) -> None:
+    for name in ("CHUNK", "CUDA_CHUNK"):
+        monkeypatch.setattr(MODULE, name, chunk)
 
 
 def make_inputs(sizes=(M, O, V), *, device="cpu", dtype=torch.float64, seed=0) -> tuple[torch.Tensor, ...]:
@@ -48,7 +62,7 @@ def test_hand_worked_case(op):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_matches_torch_in_float64(device, monkeypatch, op, tokens_at_a_time, label_smoothing, weighted):
-    monkeypatch.setattr(MODULE, "CHUNK", tokens_at_a_time * V)
+    set_chunk(monkeypatch, tokens_at_a_time * V)
     x, weight, bias, targets, token_weights = make_inputs(device=device)
     actual = loss_and_gradients(
         op, x, weight, bias, targets, token_weights if weighted else None, label_smoothing=label_smoothing
@@ -67,10 +81,10 @@ def test_gradcheck(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_error_rule(device, monkeypatch, dtype):
+def test_error_rule(device, layout, monkeypatch, dtype):
     """The op's error against float64 is at most twice that of the reference in the same dtype. Each error is the
     largest of several problems."""
-    monkeypatch.setattr(MODULE, "CHUNK", 40 * 300)
+    set_chunk(monkeypatch, 40 * 300)
     errors = [[0.0, 0.0, 0.0] for _ in range(4)]
     for seed in range(3):
         inputs = make_inputs((150, 64, 300), device=device, dtype=dtype, seed=seed)

@@ -1,12 +1,13 @@
 """The search in graphs, on CUDA and, with a stand-in for CUDA graphs, on the CPU."""
 
 import contextlib
+import gc
 import itertools
-from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from conftest import NO_CUDA
 from test_beam_search import UNK, make_decoder, make_features, the_same
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,7 +50,7 @@ class StandIn:
     """For CudaGraph on the CPU: a replay is the work once more, and what it returns is copied to where the capture's
     results are. As the graphs of one pool use the same memory, a replay spoils what the others of its pool wrote."""
 
-    def __init__(self, work, warm_up, pool):
+    def __init__(self, work, warm_up, pool, stream):
         self.work, self.pool = work, [] if pool is None else pool
         warm_up()
         with Recording() as recording:
@@ -79,20 +80,23 @@ def capture(device, monkeypatch) -> str:
     return device
 
 
-def test_one_stream_for_the_captures_of_a_device(monkeypatch):
-    """torch gives a pool's memory to the stream again that had it before, and to no other."""
-    cuda, captures = MagicMock(), []
-    cuda.Stream = lambda device=None: SimpleNamespace(device=device, wait_stream=lambda other: None)
-    cuda.graph = lambda captured, pool, stream, **_: captures.append((pool, stream)) or contextlib.nullcontext()
+def test_the_graphs_of_a_search_share_a_stream_and_own_their_workspaces(monkeypatch):
+    """torch gives a pool's memory to the stream again that had it before, and to no other. cuBLAS's workspace is
+    dropped between the warm-up and the capture, so that the capture allocates its own, and after it, so that no other
+    work uses that."""
+    events, cuda = [], MagicMock()
+    cuda.graph = lambda captured, pool, stream, **_: events.append((pool, stream)) or contextlib.nullcontext()
     monkeypatch.setattr(torch, "cuda", cuda)
-    graphs.capture_stream.cache_clear()
-    for device in (0, 0, 1):
-        cuda.current_device.return_value = device
-        graph = graphs.CudaGraph(lambda: None, lambda: None, "pool")
-    graphs.capture_stream.cache_clear()
-    (_, first), (pool, second), (_, other) = captures
-    assert pool == "pool" and first is second and [first.device, other.device] == [0, 1]
+    monkeypatch.setattr(graphs, "_drop_workspaces", lambda: events.append("drop"))
+    stream = MagicMock()
+    graph = graphs.CudaGraph(lambda: events.append("work"), lambda: events.append("warm up"), "pool", stream)
+    assert events == ["warm up", "drop", ("pool", stream), "work", "drop"]
     assert graph.pool is cuda.CUDAGraph().pool()
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch without CUDA")
+def test_torch_can_drop_workspaces():
+    assert graphs._drop_workspaces is torch._C._cuda_clearCublasWorkspaces
 
 
 def prepared(device: str, end_bias: float) -> Decoder:
@@ -206,7 +210,65 @@ def test_graphs_are_kept_for_shapes_and_settings(capture, monkeypatch):
             features = make_features(B).float().to(capture)
             return cache.of(decoder, SearchConfig(4, max_length=9, **settings), RULES, features)
 
-    first = of(3)
-    assert of(3) is first and of(4) is not first and of(3) is first
-    assert of(3, n_best=2) is not first  # all others are dropped
-    assert len(cache.searches) == 1 and of(3) is not first
+    first, second = of(3), of(4)
+    assert first is not second and of(3) is first
+    assert of(3, n_best=2) is not first  # that for 4 images, which was used before, is dropped
+    assert len(cache.searches) == 2 and of(3) is first and of(4) is not second
+
+
+def test_graphs_are_kept_for_the_flags_of_their_capture(capture):
+    decoder, cache, config = prepared(capture, end_bias=5.0), GraphCache(), SearchConfig(4, max_length=9)
+    with torch.inference_mode():
+        features, found = make_features(3).float().to(capture), []
+        for precision in ("highest", "high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            found.append(cache.of(decoder, config, RULES, features))
+    assert found[0] is found[2] is not found[1]
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_graphs_are_given_back_where_memory_is_short(capture, monkeypatch, failures):
+    """Once; what is half captured is never kept."""
+    decoder, cache, config = prepared(capture, end_bias=5.0), GraphCache(), SearchConfig(4, max_length=9)
+    run, kept = SearchGraphs.run, []
+
+    def fails(self, features):
+        kept.append(len(cache.searches))
+        if len(kept) <= 1 + failures and len(kept) > 1:
+            raise torch.OutOfMemoryError
+        return run(self, features)
+
+    monkeypatch.setattr(SearchGraphs, "run", fails)
+    with torch.inference_mode():
+        cache.run(decoder, config, RULES, make_features(3).float().to(capture))
+        with pytest.raises(torch.OutOfMemoryError) if failures == 2 else contextlib.nullcontext():
+            cache.run(decoder, config, RULES, make_features(4).float().to(capture))
+    assert kept == [1, 2, 1] and len(cache.searches) == 2 - failures
+
+
+@pytest.mark.gpu
+@NO_CUDA
+def test_graphs_outlive_those_of_others():
+    """Whatever else drops cuBLAS's workspaces and gives memory back: other searches' graphs, and inductor."""
+    decoder, config = prepared("cuda", end_bias=0.0), SearchConfig(4, max_length=2 * SEGMENT)
+    features = make_features(5).float().cuda()
+
+    def found(searches: SearchGraphs) -> list[list[list[int]]]:
+        with torch.inference_mode():
+            hypotheses = _trace_back(*searches.run(features), config, 5)
+        return [[h.tokens for h in of_image] for of_image in hypotheses]
+
+    with torch.inference_mode():
+        searches, other = (SearchGraphs(decoder, config, RULES, features) for _ in range(2))
+    expected = found(other)
+    assert found(searches) == expected
+    del other
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.full((2**28,), 255, dtype=torch.uint8, device="cuda")  # what memory was given back holds no floats any more
+    assert found(searches) == expected
+    compiled = torch.compile(lambda x: (x @ x).relu(), mode="reduce-overhead")
+    for _ in range(3):
+        compiled(torch.randn(64, 64, device="cuda"))
+    torch.cuda.empty_cache()
+    assert found(searches) == expected
