@@ -19,9 +19,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-OPS = sorted(path.stem.removesuffix("_torch") for path in ROOT.glob("csrc/*/*_torch.cpp") if path.with_name(
-    path.name.replace("_torch.cpp", "_cpu.cpp")
-).exists())
+OPS = sorted(
+    path.stem.removesuffix("_torch")
+    for path in ROOT.glob("csrc/*/*_torch.cpp")
+    if path.with_name(path.name.replace("_torch.cpp", "_cpu.cpp")).exists()
+)
 CXX = ["g++", "-std=c++20", "-fPIC", "-Wno-psabi"]
 # Without contraction, a * b + c is rounded twice, as PTX says. Optimising takes longer than the tests gain by it.
 KERNEL_OPTIONS = ["-O0", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-exceptions", "-w"]

@@ -127,7 +127,9 @@ class Function:
 
     def __init__(self, name: str, parameters: list[str], is_kernel: bool, shared: dict, called: "Called"):
         self.name, self.is_kernel, self.called = name, is_kernel, called
-        self.shared = dict(shared)  # of a shared variable: its offset, if it has one yet; None for dynamic shared memory
+        self.shared = dict(
+            shared
+        )  # of a shared variable: its offset, if it has one yet; None for dynamic shared memory
         self.static_shared = 0
         self.lines: list[str] = []
         self.scopes: list[dict[str, str]] = [{}]  # types of registers
@@ -225,7 +227,7 @@ class Function:
                 registers = [name]
             own = TYPES[kind]
             self.scopes[-1] |= {register: own for register in registers}
-            rubbish = "__builtin_nanf(\"\")" if own in FLOATS else "true" if own == "bool" else f"({own})~0ull"
+            rubbish = '__builtin_nanf("")' if own in FLOATS else "true" if own == "bool" else f"({own})~0ull"
             start = f" = {rubbish}" if len(self.scopes) == 1 else ""
             self.emit(f"{own} " + ", ".join(identifier(register) + start for register in registers) + ";")
 
@@ -318,12 +320,16 @@ class Function:
         values = split(value[1:-1]) if value.startswith("{") else [value]
         if len(spaces) != 1 or len(values) != count:
             return None
-        space = {"shared::cta": "shared", "shared::cluster": "shared_cluster", "local": "param"}.get(spaces[0], spaces[0])
+        space = {"shared::cta": "shared", "shared::cluster": "shared_cluster", "local": "param"}.get(
+            spaces[0], spaces[0]
+        )
         if space == "param":
             place = f"(u8*){self.address(memory)}"
         elif space in ("global", "generic", "shared", "shared_cluster"):
             address = self.address(memory, "u32" if space.startswith("shared") else "u64")
-            place = f"{space}_at({address}, {{Access::{'load' if is_load else 'store'}, {size * count}, {self.site()}}})"
+            place = (
+                f"{space}_at({address}, {{Access::{'load' if is_load else 'store'}, {size * count}, {self.site()}}})"
+            )
         else:
             return None
         if is_load:
@@ -635,7 +641,9 @@ def unit_of(op: list[str]) -> str:
     """The unit of a multiprocessor that executes an instruction; README.md describes them."""
     base, kind = op[0], op[-1]
     if base in ("ld", "st"):
-        space = next((word.split("::")[0] for word in op if word.startswith(("global", "shared", "param", "local"))), "global")
+        space = next(
+            (word.split("::")[0] for word in op if word.startswith(("global", "shared", "param", "local"))), "global"
+        )
         if "shared::cluster" in op:
             space = "remote"
         return f"{'load' if base == 'ld' else 'store'}_{space}"
@@ -651,8 +659,11 @@ def unit_of(op: list[str]) -> str:
         return "async"
     if base in ("mov", "cvta"):
         return "move"
-    if base == "call" or (base in ("div", "rem", "rcp", "sqrt") and not {"approx", "full"} & set(op)) or kind == "f64" and (
-        base in ("rcp", "rsqrt")
+    if (
+        base == "call"
+        or (base in ("div", "rem", "rcp", "sqrt") and not {"approx", "full"} & set(op))
+        or kind == "f64"
+        and (base in ("rcp", "rsqrt"))
     ):
         return "expanded:" + ".".join(op)
     if {"approx", "full"} & set(op):
