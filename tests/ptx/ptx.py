@@ -112,8 +112,8 @@ def build(folder, arch: str = "sm_90", jobs: int | None = None) -> None:
 
 
 def build_tests(folder, with_launchers: bool = True, jobs: int | None = None) -> None:
-    """After build(): for each test of an op in tests/csrc, FOLDER/test_OP_kernels, which launches the kernels itself and
-    has its arrays between guard pages, and FOLDER/test_OP_launchers, which calls the launchers of csrc.
+    """After build(): for each test of an op in tests/csrc, FOLDER/test_OP_kernels, which launches the kernels itself
+    and has its arrays between guard pages, and FOLDER/test_OP_launchers, which calls the launchers of csrc.
     """
     folder = Path(folder).resolve()
     options = [*CXX, "-O0", "-w", "-isystem", cuda_include()]
@@ -157,8 +157,8 @@ def build_faults(folder, target, jobs: int | None = None) -> Path:
 
 
 def build_package(folder, jobs: int | None = None) -> Path:
-    """After build(): a copy of the package whose CPU ops are the code of the CUDA library, on PTX. Returns the folder to
-    put on PYTHONPATH.
+    """After build(): a copy of the package whose CPU ops are the code of the CUDA library, on PTX. Returns the folder
+    to put on PYTHONPATH.
     """
     import torch
 
@@ -183,7 +183,7 @@ def build_package(folder, jobs: int | None = None) -> Path:
 def count(folder, case: list[str], processors: int = 132) -> list[dict]:
     """Runs a launcher on what build() made, as on a GPU with this many multiprocessors; a dict for each kernel launch.
 
-    Cases; ACTIVATION is tanh or relu, and DTYPE one of float32, bfloat16, float16 and (but for beam_search_step) float64:
+    Cases; ACTIVATION is tanh or relu, and DTYPE float32, bfloat16, float16 or (but for beam_search_step) float64:
 
         soft_attention               DTYPE B K P D A ACTIVATION [gate] [mask]
         soft_attention_backward      DTYPE B K P D A ACTIVATION [gate] [keys] [features]    with the gradients of those
@@ -220,8 +220,8 @@ def run_counted(*command, processors: int = 132) -> list[dict]:
 
 def resources(folder, arch: str = "sm_90") -> dict[str, dict]:
     """What ptxas says of the PTX that build() kept, for `arch`: by mangled name, `registers` of a thread, bytes of
-    `spill_stores`, `spill_loads` and `stack` of a thread and of static `shared` memory of a block, and the launch bounds,
-    `threads` of a block (1024 if none is given) and least `blocks` of a multiprocessor.
+    `spill_stores`, `spill_loads` and `stack` of a thread and of static `shared` memory of a block, and the launch
+    bounds, `threads` of a block (1024 if none is given) and least `blocks` of a multiprocessor.
     """
     found = {}
     number = number_of(arch)

@@ -141,7 +141,7 @@ def test_a_fault_planted_in_a_kernel_is_found(folder, tmp_path, op, pattern, rep
 
 
 def test_counts_by_hand(folder):
-    """lstm_step at N = 4, H = 64, E = 32 in float32, each array read or written once, but the word table's four rows."""
+    """lstm_step at N = 4, H = 64, E = 32 in float32: each array is read or written once."""
     (counts,) = ptx.count(folder, "lstm_step float32 4 64 32".split())
     gates, outputs = 4 * 4 * 64, 4 * 32
     read = 4 * (2 * (gates + outputs) + gates + 4 * 64)  # word table and context part; recurrent; c
