@@ -5,6 +5,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -28,11 +29,14 @@ std::string error;
 namespace {
 
 constexpr bool kHasClusters = FAKE_ARCHITECTURE >= 90;
-constexpr int kSharedLimit = FAKE_ARCHITECTURE >= 90 ? 227 * 1024 : FAKE_ARCHITECTURE >= 80 ? 99 * 1024 : 64 * 1024;
+// Shared memory of a multiprocessor; CUDA keeps 1 KiB of each block to itself, on compute capability 7.5 nothing.
+constexpr int kSharedOfProcessor = (FAKE_ARCHITECTURE >= 90 ? 228 : FAKE_ARCHITECTURE >= 80 ? 100 : 64) * 1024;
+constexpr int kSharedLimit = kSharedOfProcessor - (FAKE_ARCHITECTURE >= 80 ? 1024 : 0);
 
 struct Function {
   const char* name;
   int dynamic_shared_limit = 48 * 1024;
+  bool allows_16_blocks = false;  // in a cluster; 8 is what every GPU with clusters can
 };
 std::map<const void*, Function>& functions() {
   static std::map<const void*, Function> table;
@@ -60,14 +64,14 @@ cudaError_t launch(const void* function, const cudaLaunchConfig_t& config, void*
   ptx::Launch launch{.blocks = grid.x,
                      .threads = block.x,
                      .dynamic_shared = config.dynamicSmemBytes,
-                     .shared_limit = kernel.static_shared + ptx::u64(called.dynamic_shared_limit),
                      .order = order};
-  if (called.dynamic_shared_limit == 48 * 1024) launch.shared_limit = 48 * 1024;
+  if (called.dynamic_shared_limit > 48 * 1024) launch.shared_limit = kernel.static_shared + called.dynamic_shared_limit;
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config.attrs[i];
     if (attribute.id == cudaLaunchAttributeClusterDimension) launch.cluster = attribute.val.clusterDim.x;
   }
-  if (launch.cluster > (kHasClusters ? 8u : 1u)) return fail(cudaErrorInvalidClusterSize, "too large a cluster");
+  const unsigned most_blocks = !kHasClusters ? 1 : called.allows_16_blocks ? 16 : 8;
+  if (std::max(launch.cluster, kernel.cluster_size) > most_blocks) return fail(cudaErrorInvalidClusterSize, "too large a cluster");
   alignas(16) ptx::u8 parameters[4096];
   for (ptx::u32 i = 0; i < kernel.parameter_count; ++i) {
     std::memcpy(parameters + kernel.parameters[i].offset, arguments[i], kernel.parameters[i].bytes);
@@ -124,6 +128,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
   return launch(function, *config, arguments);
 }
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) functions().at(function).allows_16_blocks = value;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value > kSharedLimit) return fail(cudaErrorInvalidValue, "more shared memory than a block can have");
   functions().at(function).dynamic_shared_limit = value;
@@ -165,6 +170,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       {cudaDevAttrComputeCapabilityMinor, FAKE_ARCHITECTURE % 10},
       {cudaDevAttrMaxSharedMemoryPerBlock, 48 * 1024},
       {cudaDevAttrMaxSharedMemoryPerBlockOptin, kSharedLimit},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, kSharedOfProcessor},
       {cudaDevAttrClusterLaunch, kHasClusters},
   };
   const auto found = attributes.find(attribute);

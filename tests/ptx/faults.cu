@@ -98,6 +98,16 @@ __global__ void rounded_twice(const float* values, float* results) {
   results[threadIdx.x] = kThreads - 1 - threadIdx.x + (excess - 0x1p-11f) * 0x1p24f - 1;
 }
 
+// Not a fault, but slow: a warp's numbers all in one bank.
+template <bool planted>
+__global__ void bank_conflicts(const float* values, float* results) {
+  __shared__ float shared[kThreads * 32];
+  float* const own = shared + threadIdx.x * (planted ? 32 : 1);
+  *own = values[kThreads - 1 - threadIdx.x];
+  __syncthreads();
+  results[threadIdx.x] = *own;
+}
+
 // sm_80: asynchronous copies of 16 bytes.
 template <bool planted>
 __global__ void missing_wait(const float* values, float* results) {
@@ -219,6 +229,7 @@ const std::map<std::string, Case> cases = {
     {CASE(launch_bounds)},
     {CASE(unwritten)},
     {CASE(rounded_twice)},
+    {CASE(bank_conflicts)},
     {CASE(missing_wait)},
     {CASE(missing_bulk_wait)},
     {CASE(overwritten_by_copy)},

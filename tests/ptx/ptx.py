@@ -19,9 +19,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-OPS = sorted(path.stem.removesuffix("_torch") for path in ROOT.glob("csrc/*/*_torch.cpp") if path.with_name(
-    path.name.replace("_torch.cpp", "_cpu.cpp")
-).exists())
+OPS = sorted(
+    path.stem.removesuffix("_torch")
+    for path in ROOT.glob("csrc/*/*_torch.cpp")
+    if path.with_name(path.name.replace("_torch.cpp", "_cpu.cpp")).exists()
+)
 CXX = ["g++", "-std=c++20", "-fPIC", "-Wno-psabi"]
 # Without contraction, a * b + c is rounded twice, as PTX says. Optimising takes longer than the tests gain by it.
 KERNEL_OPTIONS = ["-O0", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-exceptions", "-w"]
@@ -54,8 +56,31 @@ def cuda_include() -> Path:
     return Path(found[1]) if found else Path(find_nvcc()).resolve().parents[1] / "include"
 
 
+def build_kernels(files: list[Path], folder: Path, jobs: int | None = None) -> list[Path]:
+    """The objects of these PTX files' kernels, in FOLDER."""
+    run(sys.executable, HERE / "translate.py", folder, *files)
+    sources = sorted(Path(folder).glob("*.cpp"), key=lambda path: -path.stat().st_size)
+    commands = [[*CXX, *KERNEL_OPTIONS, "-I", HERE, "-c", path, "-o", path.with_suffix(".o")] for path in sources]
+    run_all(commands, jobs)
+    return [path.with_suffix(".o") for path in sources]
+
+
+def compile_cuda(files: list[Path], folder: Path, arch: str, jobs: int | None = None) -> list[Path]:
+    """nvcc's object, and beside it the PTX, of each file. Returns the PTX files."""
+    number = number_of(arch)
+    nvcc = [find_nvcc(), "-std=c++17", "-O3", "-DUSE_CUDA", "-cudart", "none", "-Xcompiler", "-fPIC"]
+    nvcc += ["-gencode", f"arch=compute_{number},code=compute_{number}", "--keep", "--keep-dir", folder]
+    run_all([[*nvcc, "-c", path, "-o", folder / f"{path.stem}.cu.o"] for path in files], jobs)
+    return [folder / f"{path.stem}.ptx" for path in files]
+
+
 def number_of(arch: str) -> str:
     return re.sub(r"\D", "", arch)
+
+
+def objects(folder: Path) -> list[Path]:
+    """The translated kernels, the launchers as nvcc compiled them, and what both run on."""
+    return [path for name in ("kernels", "nvcc", "runtime") for path in sorted((folder / name).glob("*.o"))]
 
 
 def build(folder, arch: str = "sm_90", jobs: int | None = None) -> None:
@@ -73,56 +98,67 @@ def build(folder, arch: str = "sm_90", jobs: int | None = None) -> None:
     if stamp.exists() and stamp.read_text() == digest.hexdigest():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    for name in ("nvcc", "kernels", "objects"):
+    for name in ("nvcc", "kernels", "runtime"):
         (folder / name).mkdir(parents=True)
-    cuda_files = [path for path in ROOT.glob("csrc/*/*.cu")]
-    include = ["-isystem", cuda_include(), "-I", ROOT / "csrc", "-I", HERE]
-    number = number_of(arch)
-    nvcc = [find_nvcc(), "-std=c++17", "-O3", "-DUSE_CUDA", "-cudart", "none", "-Xcompiler", "-fPIC"]
-    nvcc += ["-gencode", f"arch=compute_{number},code=compute_{number}", "--keep", "--keep-dir", folder / "nvcc"]
-    run_all([[*nvcc, "-c", path, "-o", folder / f"objects/{path.stem}.cu.o"] for path in cuda_files], jobs)
-    run(sys.executable, HERE / "translate.py", folder / "kernels", *(folder / f"nvcc/{p.stem}.ptx" for p in cuda_files))
-    commands = [
-        [*CXX, *KERNEL_OPTIONS, "-I", HERE, "-c", path, "-o", folder / f"objects/{path.stem}.o"]
-        for path in sorted((folder / "kernels").glob("*.cpp"), key=lambda path: -path.stat().st_size)
-    ]
-    for name in ("runtime", "counting", "fake_cudart", "count"):
-        options = ["-O2", "-Wall", f"-DFAKE_ARCHITECTURE={number}", *include]
-        target = folder / (f"{name}.o" if name == "count" else f"objects/{name}.o")
-        commands.append([*CXX, *options, "-c", HERE / f"{name}.cpp", "-o", target])
-    run_all(commands, jobs)
-    run("g++", folder / "count.o", *(folder / "objects").glob("*.o"), "-o", folder / "count")
+    files = sorted(ROOT.glob("csrc/*/*.cu"))
+    build_kernels(compile_cuda(files, folder / "nvcc", arch, jobs), folder / "kernels", jobs)
+    options = ["-O2", "-Wall", f"-DFAKE_ARCHITECTURE={number_of(arch)}", "-isystem", cuda_include()]
+    options += ["-I", ROOT / "csrc", "-I", HERE]
+    names = ("runtime", "counting", "fake_cudart", "count")
+    run_all([[*CXX, *options, "-c", HERE / f"{name}.cpp", "-o", folder / f"runtime/{name}.o"] for name in names], jobs)
+    count_object = (folder / "runtime/count.o").rename(folder / "count.o")
+    run("g++", count_object, *objects(folder), "-o", folder / "count")
     stamp.write_text(digest.hexdigest())
 
 
-def build_tests(folder, jobs: int | None = None) -> None:
-    """After build(): for each test of an op in tests/csrc, FOLDER/test_OP_kernels, which launches the kernels itself and
-    has its arrays between guard pages, and FOLDER/test_OP_launchers, which calls the launchers of csrc.
+def build_tests(folder, with_launchers: bool = True, jobs: int | None = None) -> None:
+    """After build(): for each test of an op in tests/csrc, FOLDER/test_OP_kernels, which launches the kernels itself
+    and has its arrays between guard pages, and FOLDER/test_OP_launchers, which calls the launchers of csrc.
     """
     folder = Path(folder).resolve()
     options = [*CXX, "-O0", "-w", "-isystem", cuda_include()]
-    options += ['-DCUDA_EMULATOR_H="%s"' % (ROOT / "tests/csrc/cuda_emulator.h")]
-    options += ['-DSOFT_ATTENTION_LAUNCH_H="%s"' % (ROOT / "csrc/soft_attention/soft_attention_launch.h")]
+    options += [f'-DCUDA_EMULATOR_H="{ROOT / "tests/csrc/cuda_emulator.h"}"']
+    options += [f'-DSOFT_ATTENTION_LAUNCH_H="{ROOT / "csrc/soft_attention/soft_attention_launch.h"}"']
     commands = [[*options, "-c", HERE / "guarded_new.cpp", "-o", folder / "guarded_new.o"]]
     for op in OPS:
         source = ROOT / f"csrc/{op}/{op}_cpu.cpp"
         commands.append([*options, "-DATTNCAP_ISA=baseline", "-c", source, "-o", folder / f"cpu_{op}.o"])
         shutil.copy(ROOT / f"tests/csrc/test_{op}.cpp", folder)  # away from the emulator that it would include
-        for how, stand_in in ("kernels", HERE / "emulator"), ("launchers", HERE / "launchers"):
-            include = ["-I", stand_in, "-I", ROOT / "csrc", "-I", ROOT / "tests/csrc"]
+        for how in ("kernels", "launchers")[: 1 + with_launchers]:
+            include = ["-I", HERE / how, "-I", ROOT / "csrc", "-I", ROOT / "tests/csrc"]
             target = folder / f"test_{op}_{how}.o"
             commands.append([*options, *include, "-c", folder / f"test_{op}.cpp", "-o", target])
     run_all(commands, jobs)
-    common = [*(folder / "objects").glob("*.o"), *(folder / f"cpu_{op}.o" for op in OPS), "-ldl", "-rdynamic", "-o"]
     for op in OPS:
-        kernels, launchers = folder / f"test_{op}_kernels", folder / f"test_{op}_launchers"
-        run("g++", f"{kernels}.o", folder / "guarded_new.o", *common, kernels)
-        run("g++", f"{launchers}.o", *common, launchers)
+        link_test(folder, op, folder / f"test_{op}_kernels")
+        if with_launchers:
+            own = [folder / f"test_{op}_launchers.o", folder / f"cpu_{op}.o"]
+            run("g++", *own, *objects(folder), "-o", folder / f"test_{op}_launchers")
+
+
+def link_test(folder: Path, op: str, target: Path, replaced: list[Path] = ()) -> Path:
+    """Links test_OP_kernels, with these objects of kernels in place of those of the same names."""
+    others = [path for path in objects(folder) if path.name not in {path.name for path in replaced}]
+    own = [folder / f"test_{op}_kernels.o", folder / f"cpu_{op}.o", folder / "guarded_new.o"]
+    run("g++", *own, *others, *replaced, "-ldl", "-rdynamic", "-o", target)
+    return target
+
+
+def build_faults(folder, target, jobs: int | None = None) -> Path:
+    """After build() and build_tests(): the program of faults.cu, in the folder TARGET."""
+    folder, target = Path(folder), Path(target)
+    kernels = build_kernels(compile_cuda([HERE / "faults.cu"], target, "sm_90"), target / "kernels", jobs)
+    options = ["-DFAKE_ARCHITECTURE=90", "-isystem", cuda_include()]
+    run(*CXX, *options, "-c", HERE / "fake_cudart.cpp", "-o", target / "fake_cudart.o")
+    runtime = [folder / "runtime/runtime.o", folder / "runtime/counting.o", target / "fake_cudart.o"]
+    own = [target / "faults.cu.o", *kernels, *runtime, folder / "guarded_new.o"]
+    run("g++", *own, "-o", target / "faults")
+    return target / "faults"
 
 
 def build_package(folder, jobs: int | None = None) -> Path:
-    """After build(): a copy of the package whose CPU ops are the code of the CUDA library, on PTX. Returns the folder to
-    put on PYTHONPATH.
+    """After build(): a copy of the package whose CPU ops are the code of the CUDA library, on PTX. Returns the folder
+    to put on PYTHONPATH.
     """
     import torch
 
@@ -132,22 +168,22 @@ def build_package(folder, jobs: int | None = None) -> Path:
     shutil.copytree(ROOT / "attncap", package, ignore=shutil.ignore_patterns("libattncap_*", "__pycache__"))
     options = [*CXX, "-O0", "-w", "-isystem", torch_folder / "include", "-isystem", cuda_include(), "-I", ROOT / "csrc"]
     options += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    commands, objects = [], []
+    commands, own = [], []
     for path in [*ROOT.glob("csrc/*/*_torch.cpp"), ROOT / "csrc/library.cpp"]:
-        objects.append(folder / f"{path.stem}.o")
+        own.append(folder / f"{path.stem}.o")
         as_cpu = ["-include", HERE / "as_cpu.h"] if path.stem.removesuffix("_torch") in OPS else []
-        commands.append([*options, *as_cpu, "-c", path, "-o", objects[-1]])
+        commands.append([*options, *as_cpu, "-c", path, "-o", own[-1]])
     run_all(commands, jobs)
     libraries = ["-L", torch_folder / "lib", "-ltorch_cpu", "-lc10"]
     target = package / "lib/libattncap_cpu.so"
-    run("g++", "-shared", "-Wl,-Bsymbolic", *objects, *(folder / "objects").glob("*.o"), *libraries, "-o", target)
+    run("g++", "-shared", "-Wl,-Bsymbolic", *own, *objects(folder), *libraries, "-o", target)
     return package.parent
 
 
 def count(folder, case: list[str], processors: int = 132) -> list[dict]:
     """Runs a launcher on what build() made, as on a GPU with this many multiprocessors; a dict for each kernel launch.
 
-    Cases; ACTIVATION is tanh or relu, and DTYPE one of float32, bfloat16, float16 and (but for beam_search_step) float64:
+    Cases; ACTIVATION is tanh or relu, and DTYPE float32, bfloat16, float16 or (but for beam_search_step) float64:
 
         soft_attention               DTYPE B K P D A ACTIVATION [gate] [mask]
         soft_attention_backward      DTYPE B K P D A ACTIVATION [gate] [keys] [features]    with the gradients of those
@@ -171,17 +207,21 @@ def count(folder, case: list[str], processors: int = 132) -> list[dict]:
                               has allocated registers; of "expanded", ptxas makes many instructions each
         expanded              which those are
     """
+    return run_counted(Path(folder) / "count", *case, processors=processors)
+
+
+def run_counted(*command, processors: int = 132) -> list[dict]:
+    """The counts of each launch of a program."""
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "counts"
-        environment = {**os.environ, "PTX_COUNTS": str(file), "PTX_PROCESSORS": str(processors)}
-        run(Path(folder) / "count", *case, env=environment)
+        run(*command, env={**os.environ, "PTX_COUNTS": str(file), "PTX_PROCESSORS": str(processors)})
         return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def resources(folder, arch: str = "sm_90") -> dict[str, dict]:
     """What ptxas says of the PTX that build() kept, for `arch`: by mangled name, `registers` of a thread, bytes of
-    `spill_stores`, `spill_loads` and `stack` of a thread and of static `shared` memory of a block, and the launch bounds,
-    `threads` of a block (1024 if none is given) and least `blocks` of a multiprocessor.
+    `spill_stores`, `spill_loads` and `stack` of a thread and of static `shared` memory of a block, and the launch
+    bounds, `threads` of a block (1024 if none is given) and least `blocks` of a multiprocessor.
     """
     found = {}
     number = number_of(arch)

@@ -57,6 +57,9 @@ ATOMICS = {
 IGNORED = {"weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "nc", "cta", "cluster", "gpu", "sys"}
 
 
+SHARED = {"shared::cta": "shared", "shared::cluster": "shared_cluster"}  # names of functions in instructions.h
+
+
 class Unknown(Exception):
     """What the translator cannot read."""
 
@@ -127,7 +130,7 @@ class Function:
 
     def __init__(self, name: str, parameters: list[str], is_kernel: bool, shared: dict, called: "Called"):
         self.name, self.is_kernel, self.called = name, is_kernel, called
-        self.shared = dict(shared)  # of a shared variable: its offset, if it has one yet; None for dynamic shared memory
+        self.shared = dict(shared)  # of a variable: its offset, or its size; None for dynamic shared memory
         self.static_shared = 0
         self.lines: list[str] = []
         self.scopes: list[dict[str, str]] = [{}]  # types of registers
@@ -225,7 +228,7 @@ class Function:
                 registers = [name]
             own = TYPES[kind]
             self.scopes[-1] |= {register: own for register in registers}
-            rubbish = "__builtin_nanf(\"\")" if own in FLOATS else "true" if own == "bool" else f"({own})~0ull"
+            rubbish = '__builtin_nanf("")' if own in FLOATS else "true" if own == "bool" else f"({own})~0ull"
             start = f" = {rubbish}" if len(self.scopes) == 1 else ""
             self.emit(f"{own} " + ", ".join(identifier(register) + start for register in registers) + ";")
 
@@ -318,12 +321,16 @@ class Function:
         values = split(value[1:-1]) if value.startswith("{") else [value]
         if len(spaces) != 1 or len(values) != count:
             return None
-        space = {"shared::cta": "shared", "shared::cluster": "shared_cluster", "local": "param"}.get(spaces[0], spaces[0])
+        space = {"shared::cta": "shared", "shared::cluster": "shared_cluster", "local": "param"}.get(
+            spaces[0], spaces[0]
+        )
         if space == "param":
             place = f"(u8*){self.address(memory)}"
         elif space in ("global", "generic", "shared", "shared_cluster"):
             address = self.address(memory, "u32" if space.startswith("shared") else "u64")
-            place = f"{space}_at({address}, {{Access::{'load' if is_load else 'store'}, {size * count}, {self.site()}}})"
+            place = (
+                f"{space}_at({address}, {{Access::{'load' if is_load else 'store'}, {size * count}, {self.site()}}})"
+            )
         else:
             return None
         if is_load:
@@ -336,7 +343,7 @@ class Function:
         own = TYPES[op[-1]]
         words = [word for word in op[1:-1] if word not in IGNORED]
         space, operation = words if len(words) == 2 else ["generic", *words]
-        space = {"shared::cta": "shared", "shared::cluster": "shared_cluster"}.get(space, space)
+        space = SHARED.get(space, space)
         address = self.address(x[1], "u32" if space.startswith("shared") else "u64")
         other = f"const {own} other = {self.read(x[3], own)}; " if operation == "cas" else ""
         return (
@@ -634,10 +641,10 @@ class Function:
 def unit_of(op: list[str]) -> str:
     """The unit of a multiprocessor that executes an instruction; README.md describes them."""
     base, kind = op[0], op[-1]
+    is_approximate = "approx" in op or "full" in op
     if base in ("ld", "st"):
-        space = next((word.split("::")[0] for word in op if word.startswith(("global", "shared", "param", "local"))), "global")
-        if "shared::cluster" in op:
-            space = "remote"
+        spaces = [word for word in op if word.startswith(("global", "shared", "param", "local"))] or ["global"]
+        space = "remote" if spaces == ["shared::cluster"] else spaces[0].split("::")[0]
         return f"{'load' if base == 'ld' else 'store'}_{space}"
     if base in ("atom", "red"):
         return "atomic"
@@ -651,11 +658,9 @@ def unit_of(op: list[str]) -> str:
         return "async"
     if base in ("mov", "cvta"):
         return "move"
-    if base == "call" or (base in ("div", "rem", "rcp", "sqrt") and not {"approx", "full"} & set(op)) or kind == "f64" and (
-        base in ("rcp", "rsqrt")
-    ):
+    if base in ("call", "div", "rem", "rcp", "sqrt", "rsqrt") and (not is_approximate or kind == "f64"):
         return "expanded:" + ".".join(op)
-    if {"approx", "full"} & set(op):
+    if is_approximate:
         return "mufu"
     if base == "cvt":
         return "convert"
@@ -704,8 +709,8 @@ def write_kernel(function: Function, code: str, path: Path, most_threads: int, c
         f"static const char* const sites[] = {{{sites}}};\n"
         f"static const Mix mixes[] = {{{', '.join(rows)}}};\n"
         f'static const Register add({{"{function.name}", run, parameters, {len(function.layout)}, '
-        f"{function.static_shared}, {alignment}, {most_threads}, {cluster_size}, sites, executed, {len(function.mixes)}, "
-        f"mixes, {len(rows)}}});\n"
+        f"{function.static_shared}, {alignment}, {most_threads}, {cluster_size}, sites, executed, "
+        f"{len(function.mixes)}, mixes, {len(rows)}}});\n"
     )
 
 

@@ -1,4 +1,4 @@
-// As emulator/cuda_emulator.h, but the tests of tests/csrc go through the launchers of csrc/*/*.cu, compiled by nvcc.
+// As kernels/cuda_emulator.h, but the tests of tests/csrc go through the launchers of csrc/*/*.cu, compiled by nvcc.
 #pragma once
 
 // CUDA's headers for the host define some of what the emulator does.
