@@ -24,6 +24,10 @@
 #define ATTNCAP_DISPATCH_KEY CPU
 #endif
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name before torch 2.12
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace attncap {
 
 using torch::headeronly::ScalarType;
