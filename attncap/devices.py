@@ -18,7 +18,7 @@ def cuda_missing() -> str | None:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         return str(error).splitlines()[0]
-    return "no CUDA device is available"
+    return None
 
 
 def find_device(name: str | torch.device = "auto") -> torch.device:
@@ -26,7 +26,8 @@ def find_device(name: str | torch.device = "auto") -> torch.device:
     that does not exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        if (reason := cuda_missing()) and "no NVIDIA driver" not in reason:  # a GPU that cannot be used
+        reason = cuda_missing() or ""
+        if reason and "no NVIDIA driver" not in reason and "No CUDA GPUs" not in reason:  # a GPU that cannot be used
             log.warning("using the CPU: %s", reason)
     try:
         return torch.empty(0, device=name).device
