@@ -120,7 +120,7 @@ def test_approximate_instructions_have_the_largest_error_of_the_manual(faults, a
 @pytest.mark.parametrize(
     "op, pattern, replacement, found",
     [
-        ("beam_search_step", r"bar\.sync\s+0;", "", "CUDA|PTX|FAILED|shared memory"),
+        ("beam_search_step", r"bar\.sync\s+0;", "", "race in shared memory|nobody has written"),
         ("beam_search_step", r"(shfl\.sync\.bfly\.b32[^;]*), 16,", r"\1, 8,", "FAILED"),
         ("lstm_step", r"@%p\d+ bra\s+\$\w+;", "", "memory fault"),
     ],
@@ -144,8 +144,8 @@ def test_counts_by_hand(folder):
     """lstm_step at N = 4, H = 64, E = 32 in float32: each array is read or written once."""
     (counts,) = ptx.count(folder, "lstm_step float32 4 64 32".split())
     gates, outputs = 4 * 4 * 64, 4 * 32
-    read = 4 * (2 * (gates + outputs) + gates + 4 * 64)  # word table and context part; recurrent; c
-    assert counts["global_load"]["distinct"] * 32 == pytest.approx(read, abs=4 * 4 * 32 + 2 * 32)  # and 4 rows' indices
+    read = 4 * (2 * (gates + outputs) + gates + 4 * 64) + 2 * 4 * 8  # word table, context part; recurrent; c; indices
+    assert counts["global_load"]["distinct"] * 32 == read
     written = 4 * (2 * 4 * 64 + outputs)
     assert counts["global_store"]["sectors"] * 32 == counts["global_store"]["bytes"] == written
     assert counts["kernel"].startswith("lstm_step_kernel<float")
