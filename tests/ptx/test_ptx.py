@@ -121,19 +121,18 @@ def test_approximate_instructions_have_the_largest_error_of_the_manual(faults, a
     "op, pattern, replacement, found",
     [
         ("beam_search_step", r"bar\.sync\s+0;", "", "race in shared memory|nobody has written"),
-        ("beam_search_step", r"(shfl\.sync\.bfly\.b32[^;]*), 16,", r"\1, 8,", "FAILED"),
-        ("lstm_step", r"@%p\d+ bra\s+\$\w+;", "", "memory fault"),
+        ("beam_search_step", r"shfl\.sync\.bfly", "shfl.sync.down", "FAILED"),
+        ("lstm_step", r"(setp\.ge\.s64\s+(%p\d+),[^;]*;\s*)@\2 bra\s+\$\w+;", r"\1", "memory fault"),
     ],
     ids=["barrier", "shuffle", "bound"],
 )
 def test_a_fault_planted_in_a_kernel_is_found(folder, tmp_path, op, pattern, replacement, found):
-    """The first barrier, shuffle or bound of the op's PTX is missing or wrong."""
+    """In the op's PTX, barriers or bounds are missing, or shuffles take another lane's value."""
     planted = tmp_path / f"{op}.ptx"
     text = (folder / f"nvcc/{op}.ptx").read_text()
-    start = text.index(".entry")
-    changed, count = re.subn(pattern, replacement, text[start:], count=1)
-    assert count == 1
-    planted.write_text(text[:start] + changed)
+    changed, count = re.subn(pattern, replacement, text)
+    assert count > 0
+    planted.write_text(changed)
     objects = ptx.build_kernels([planted], tmp_path)
     program = ptx.link_test(folder, op, tmp_path / "test", replaced=objects)
     done = execute(program, PTX_CHECK="1")
@@ -156,12 +155,6 @@ def test_bank_conflicts_by_hand(faults):
     adjacent, column = (ptx.run_counted(faults, "bank_conflicts", *planted)[0] for planted in ([], ["planted"]))
     assert adjacent["shared_store"] == {"requests": 2, "wavefronts": 2, "conflicts": 0, "bytes": 256}
     assert column["shared_store"] == {"requests": 2, "wavefronts": 64, "conflicts": 62, "bytes": 256}
-
-
-def test_no_kernel_spills(folder):
-    resources = ptx.resources(folder, "sm_90")
-    assert len(resources) > 10
-    assert {name: kernel for name, kernel in resources.items() if kernel["spill_stores"]} == {}
 
 
 def test_an_unknown_instruction_is_refused(folder, tmp_path):
