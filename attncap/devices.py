@@ -1,10 +1,24 @@
 """Where a model runs, and how many processes read images for it."""
 
+import logging
 import os
 
 import torch
 
 from attncap.errors import CallError
+
+log = logging.getLogger("attncap")
+
+
+def cuda_missing() -> str | None:
+    """Why torch, which has CUDA, finds no device for it; None if it finds one, or has no CUDA."""
+    if torch.version.cuda is None or torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def find_device(name: str | torch.device = "auto") -> torch.device:
@@ -12,6 +26,9 @@ def find_device(name: str | torch.device = "auto") -> torch.device:
     that does not exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        reason = cuda_missing() or ""
+        if reason and "no NVIDIA driver" not in reason and "No CUDA GPUs" not in reason:  # a GPU that cannot be used
+            log.warning("using the CPU: %s", reason)
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -1,13 +1,39 @@
 // The schemas of all ops. Each directory's *_torch.cpp registers the kernels; attncap/ops registers fake kernels and
-// autograd.
+// autograd. The CPU library has the schemas; compiled with USE_CUDA, for the CUDA library, this is one op's kernel.
 #include <torch/csrc/stable/library.h>
 
+#ifdef USE_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+#include <tuple>
+
+#include "common/cuda_probe.h"
+
+namespace {
+
+// Whether the kernels can run on a device: a cudaError_t, and the versions of CUDA that the driver supports and that the
+// library was built with, such as 12080 for 12.8.
+std::tuple<int64_t, int64_t, int64_t> cuda_probe(int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  return {attncap::cuda_probe(), driver, CUDART_VERSION};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(attncap, CompositeExplicitAutograd, library) {
+  library.impl("cuda_probe", TORCH_BOX(&cuda_probe));
+}
+
+#else
 #include <string>
 
 #include "common/isa.h"
 
 STABLE_TORCH_LIBRARY(attncap, library) {
   library.def("cpu_isa() -> str");
+  library.def("cuda_probe(int device) -> (int error, int driver, int runtime)");
   library.def(
       "soft_attention(Tensor features, Tensor keys, Tensor query, Tensor score_weight, Tensor? mask, Tensor? gate, "
       "str activation) -> (Tensor context, Tensor weights)");
@@ -54,3 +80,4 @@ std::string cpu_isa() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(attncap, CompositeExplicitAutograd, library) { library.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+#endif

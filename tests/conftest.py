@@ -44,7 +44,8 @@ def device(request) -> str:
 @pytest.fixture
 def attncap(monkeypatch, capsys):
     """Runs `python -m attncap.NAME ARGUMENTS` in this process: (exit status, standard output, standard error). Java and
-    TensorBoard, which take seconds, are not found."""
+    TensorBoard, which take seconds, are not found; the device is the CPU unless another one is named."""
+    monkeypatch.setattr("attncap.devices.torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("attncap.metrics.java.find_java", lambda: None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
 

@@ -20,6 +20,7 @@ def run(prog: str, arguments: Sequence[str]) -> None:
 def main(config: InfoConfig) -> None:
     import torch
 
+    from attncap.devices import cuda_missing
     from attncap.metrics.cider import missing as cider_missing
     from attncap.ops import library
     from attncap.versions import versions
@@ -27,10 +28,14 @@ def main(config: InfoConfig) -> None:
     devices = {"cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
     for index in range(torch.cuda.device_count()):
         devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
+    if reason := cuda_missing():
+        devices["cuda"] = reason
     status = library.status()
-    kernels = {name: "in use" if status[name]["loaded"] else status[name]["reason"] for name in ("cpu", "cuda")}
-    if status["cpu"]["loaded"]:
-        kernels["cpu"] += f", {torch.ops.attncap.cpu_isa()}"
+    kernels = {"cpu": library.missing(torch.device("cpu")) or f"in use, {torch.ops.attncap.cpu_isa()}"}
+    kernels["cuda"] = status["cuda"]["reason"] or "built, but there is no CUDA device"
+    for index in range(torch.cuda.device_count() if status["cuda"]["loaded"] else 0):
+        kernels.pop("cuda", None)
+        kernels[f"cuda:{index}"] = library.missing(torch.device("cuda", index)) or "in use"
     kernels["cider"] = cider_missing or "in use"
     for title, lines in (
         ("versions", versions()),

@@ -4,6 +4,7 @@ The native ops never fall back to PyTorch silently: `require` raises an error th
 it.
 """
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,13 +56,44 @@ def is_loaded(device_type: str) -> bool:
     return _missing.get(device_type, "") is None
 
 
+@functools.cache
+def _cuda_unusable(index: int) -> str | None:
+    """Why the CUDA library, which is loaded, cannot be used on this device; None if it can."""
+    error, driver, runtime = torch.ops.attncap.cuda_probe(index)
+    if error == 0:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    supported, built = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime))
+    if error == 35:  # cudaErrorInsufficientDriver
+        return (
+            f"it was built with CUDA {built}, but the NVIDIA driver only supports CUDA {supported}; update the driver, "
+            f"or run `pip install .` again with the nvcc of CUDA {supported} on PATH"
+        )
+    if (major, minor) < (7, 5):
+        return f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, and it needs 7.5"
+    if error in (209, 218, 222):  # cudaErrorNoKernelImageForDevice, InvalidPtx, UnsupportedPtxVersion
+        return (
+            f"it was not built for compute capability {major}.{minor}; run `pip install .` again with "
+            f"ATTNCAP_CUDA_ARCHITECTURES={major}{minor} in the environment"
+        )
+    return f"{torch.cuda.get_device_name(index)} reports CUDA error {error} (driver {supported}, library {built})"
+
+
+def missing(device: torch.device) -> str | None:
+    """Why the kernels for the device cannot be used; None if they can."""
+    reason = _missing.get(device.type, "attncap has kernels for cpu and cuda only")
+    if reason is None and device.type == "cuda":
+        reason = _cuda_unusable(torch.cuda.current_device() if device.index is None else device.index)
+    return reason
+
+
 def require(device: torch.device) -> None:
     """Raises UserError unless the kernels for the device can be used."""
-    if is_loaded(device.type):
+    reason = missing(device)
+    if reason is None:
         return
-    reason = _missing.get(device.type, "attncap has kernels for cpu and cuda only")
     raise UserError(
-        f"attncap's native library for {device.type} is missing: {reason}. The torch backend works without it."
+        f"attncap's native library for {device.type} cannot be used: {reason}. The torch backend works without it."
     )
 
 

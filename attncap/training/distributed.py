@@ -71,13 +71,12 @@ def _is_first_to_fail(store: dist.Store) -> bool:
 
 
 def _own_device(name: str) -> torch.device:
-    device = find_device(name)
-    if device.type != "cuda" or device.index not in (None, torch.cuda.current_device()):
-        return device
+    if name not in ("auto", "cuda", "cuda:0") or not torch.cuda.is_available():
+        return find_device(name)
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local >= torch.cuda.device_count():
         raise CallError(f"--nproc-per-node: there are {torch.cuda.device_count()} GPUs; start no more processes")
-    torch.cuda.set_device(local)
+    torch.cuda.set_device(local)  # before anything is made on the first GPU, which would take memory there
     return torch.device("cuda", local)
 
 

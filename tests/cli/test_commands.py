@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import TINY, make_flickr8k
 from PIL import Image
 from pycocotools.coco import COCO
@@ -200,8 +201,31 @@ def test_evaluate_a_results_file(attncap, tmp_path):
 def test_info(attncap):
     status, out, _ = attncap("info")
     assert status == 0
-    for word in ("attncap ", "torch ", "cpu                in use", "cuda ", "compiler "):
+    for word in ("attncap ", "torch ", "cpu                in use", "cuda", "compiler "):
         assert word in out
+    assert torch.cuda.is_available() or "cuda               in use" not in out
+
+
+def test_info_says_why_there_is_no_gpu(attncap, monkeypatch):
+    """Where the driver is too old for torch, and the library could be loaded nevertheless."""
+    reason = "The NVIDIA driver on your system is too old (found version 12040)."
+
+    def init():
+        raise RuntimeError(f"{reason}\nPlease update it.")
+
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("torch.cuda.init", init)
+    monkeypatch.setattr("attncap.ops.library._missing", {"cpu": None, "cuda": None})
+    out = attncap("info")[1]
+    assert f"cuda               {reason}\n" in out and "cuda               built, but there is no CUDA device" in out
+    from attncap.devices import find_device
+
+    with monkeypatch.context() as patched:
+        warnings = []
+        patched.setattr("attncap.devices.log.warning", lambda message, *values: warnings.append(message % values))
+        assert find_device().type == "cpu" and warnings == [f"using the CPU: {reason}"]
 
 
 @pytest.mark.parametrize("name", ["train", "caption", "evaluate", "data.__main__", "info"])

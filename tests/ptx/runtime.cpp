@@ -123,6 +123,7 @@ struct Copy {
   const u8* from;
   u32 bytes, zeros;  // that follow
   Block* block;
+  u32 site;
 };
 
 struct Thread {
@@ -327,7 +328,7 @@ Shuffled shuffle(u32 value, u32 c, u32 mask, u32 site, const Lane& lane) {
 }
 
 void complete_cluster_barrier() {
-  const u32 all = cluster->threads.size() ? cluster->launch.threads * cluster->blocks.size() : 0;
+  const u32 all = cluster->launch.threads * cluster->blocks.size();
   if (cluster->arrived == 0 || cluster->arrived + cluster->ended < all) return;
   ++cluster->phase;
   if (cluster->is_released) cluster->synchronized = ++cluster->clock;
@@ -343,7 +344,10 @@ void complete_cluster_barrier() {
 
 void run_thread() {
   cluster->kernel.run(cluster->parameters);
-  if (!current->copies.empty() || !current->groups.empty()) stop("an asynchronous copy that nobody waited for", 0);
+  current->groups.push_back(std::move(current->copies));
+  for (const auto& group : current->groups) {
+    if (!group.empty()) stop("an asynchronous copy that nobody waited for", group.front().site);
+  }
   current->has_ended = true;
   warp().lanes &= ~(1u << current->at.lane);
   ++current->block->ended, ++cluster->ended;
@@ -451,7 +455,7 @@ Copy begin_copy(u32 to, u64 from, u32 bytes, u32 source_bytes, u32 site) {
   }
   u8* const target = at.block->shared.data() + at.offset;
   std::memset(target, 0xff, bytes);
-  return {target, reinterpret_cast<const u8*>(from), source_bytes, bytes - source_bytes, at.block};
+  return {target, reinterpret_cast<const u8*>(from), source_bytes, bytes - source_bytes, at.block, site};
 }
 
 void end_copy(const Copy& copy, u16 writer, u32 barrier) {
@@ -694,7 +698,8 @@ void run_cluster(Cluster& state, u32 first_block) {
   }
   for (const Block& block : state.blocks) {
     for (const auto& [offset, barrier] : block.mbarriers) {
-      if (!barrier.copies.empty()) report("an asynchronous copy that nobody waited for");
+      if (barrier.copies.empty()) continue;
+      report("an asynchronous copy that nobody waited for at " + describe(barrier.copies.front().site));
     }
   }
   if (is_counting) {

@@ -9,7 +9,7 @@
 //   - more threads than __launch_bounds__ allows, more shared memory than the launch may have, a grid that is not
 //     a multiple of the cluster
 //   - asynchronous copies that nobody waited for
-// and, with PTX_CHECK=1, which takes twice the time:
+// and, with PTX_CHECK=1, which takes longer:
 //   - races in shared memory: two threads at the same byte, one of them writing, with no barrier between them
 //   - reading shared memory that nobody has written, or where an asynchronous copy is still under way
 // Registers and shared memory start with all bits set, NaN as floats, and so does the target of an asynchronous copy

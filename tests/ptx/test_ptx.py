@@ -120,20 +120,19 @@ def test_approximate_instructions_have_the_largest_error_of_the_manual(faults, a
 @pytest.mark.parametrize(
     "op, pattern, replacement, found",
     [
-        ("beam_search_step", r"bar\.sync\s+0;", "", "CUDA|PTX|FAILED|shared memory"),
-        ("beam_search_step", r"(shfl\.sync\.bfly\.b32[^;]*), 16,", r"\1, 8,", "FAILED"),
-        ("lstm_step", r"@%p\d+ bra\s+\$\w+;", "", "memory fault"),
+        ("beam_search_step", r"bar\.sync\s+0;", "", "race in shared memory|nobody has written"),
+        ("beam_search_step", r"shfl\.sync\.bfly", "shfl.sync.down", "FAILED|wait for others that never come"),
+        ("lstm_step", r"(setp\.ge\.s64\s+(%p\d+),[^;]*;\s*)@\2 bra\s+\$\w+;", r"\1", "memory fault"),
     ],
     ids=["barrier", "shuffle", "bound"],
 )
 def test_a_fault_planted_in_a_kernel_is_found(folder, tmp_path, op, pattern, replacement, found):
-    """The first barrier, shuffle or bound of the op's PTX is missing or wrong."""
+    """In the op's PTX, barriers or bounds are missing, or shuffles take another lane's value."""
     planted = tmp_path / f"{op}.ptx"
     text = (folder / f"nvcc/{op}.ptx").read_text()
-    start = text.index(".entry")
-    changed, count = re.subn(pattern, replacement, text[start:], count=1)
-    assert count == 1
-    planted.write_text(text[:start] + changed)
+    changed, count = re.subn(pattern, replacement, text)
+    assert count > 0
+    planted.write_text(changed)
     objects = ptx.build_kernels([planted], tmp_path)
     program = ptx.link_test(folder, op, tmp_path / "test", replaced=objects)
     done = execute(program, PTX_CHECK="1")
@@ -144,8 +143,8 @@ def test_counts_by_hand(folder):
     """lstm_step at N = 4, H = 64, E = 32 in float32: each array is read or written once."""
     (counts,) = ptx.count(folder, "lstm_step float32 4 64 32".split())
     gates, outputs = 4 * 4 * 64, 4 * 32
-    read = 4 * (2 * (gates + outputs) + gates + 4 * 64)  # word table and context part; recurrent; c
-    assert counts["global_load"]["distinct"] * 32 == pytest.approx(read, abs=4 * 4 * 32 + 2 * 32)  # and 4 rows' indices
+    read = 4 * (2 * (gates + outputs) + gates + 4 * 64) + 2 * 4 * 8  # word table, context part; recurrent; c; indices
+    assert counts["global_load"]["distinct"] * 32 == read
     written = 4 * (2 * 4 * 64 + outputs)
     assert counts["global_store"]["sectors"] * 32 == counts["global_store"]["bytes"] == written
     assert counts["kernel"].startswith("lstm_step_kernel<float")
@@ -156,12 +155,6 @@ def test_bank_conflicts_by_hand(faults):
     adjacent, column = (ptx.run_counted(faults, "bank_conflicts", *planted)[0] for planted in ([], ["planted"]))
     assert adjacent["shared_store"] == {"requests": 2, "wavefronts": 2, "conflicts": 0, "bytes": 256}
     assert column["shared_store"] == {"requests": 2, "wavefronts": 64, "conflicts": 62, "bytes": 256}
-
-
-def test_no_kernel_spills(folder):
-    resources = ptx.resources(folder, "sm_90")
-    assert len(resources) > 10
-    assert {name: kernel for name, kernel in resources.items() if kernel["spill_stores"]} == {}
 
 
 def test_an_unknown_instruction_is_refused(folder, tmp_path):

@@ -643,7 +643,7 @@ def unit_of(op: list[str]) -> str:
     base, kind = op[0], op[-1]
     is_approximate = "approx" in op or "full" in op
     if base in ("ld", "st"):
-        spaces = [word for word in op if word.startswith(("global", "shared", "param", "local"))] or ["global"]
+        spaces = [word for word in op if word.startswith(("global", "shared", "param", "local"))] or ["generic"]
         space = "remote" if spaces == ["shared::cluster"] else spaces[0].split("::")[0]
         return f"{'load' if base == 'ld' else 'store'}_{space}"
     if base in ("atom", "red"):

@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import NO_CUDA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -197,16 +198,40 @@ TABLE = [
 ]
 
 
+methods_with_beams = pytest.mark.parametrize("method", ["shrink", "fixed"])
+changes_in_table = pytest.mark.parametrize(
+    "changes", TABLE, ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items())
+)
+
+
 @both_backends
 @pytest.mark.parametrize("output_layer", ["plain", "deep"])
 @pytest.mark.parametrize("end_bias", BIASES.values(), ids=BIASES)
-@pytest.mark.parametrize("method", ["shrink", "fixed"])
-@pytest.mark.parametrize("changes", TABLE, ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
-def test_equals_the_obvious_search(device, backend, output_layer, end_bias, method, changes):
+@methods_with_beams
+@changes_in_table
+def test_equals_the_obvious_search(backend, output_layer, end_bias, method, changes, device="cpu"):
     fields = dict(method=method, max_length=7) | changes
     options = dict(ensemble=fields.pop("ensemble", 1), suppressed=fields.pop("suppressed", (UNK,)))
     models = dict(end_bias=end_bias, output_layer=output_layer, backend=backend, device=device)
     check_search(SearchConfig(**fields), **models, **options)
+
+
+@pytest.mark.gpu
+@NO_CUDA
+@methods_with_beams
+@changes_in_table
+def test_equals_the_obvious_search_on_a_gpu(method, changes):
+    """Each setting once, since each is captured anew."""
+    test_equals_the_obvious_search("native", "deep", 1.0, method, changes, "cuda")
+
+
+@pytest.mark.gpu
+@NO_CUDA
+@both_backends
+@pytest.mark.parametrize("output_layer", ["plain", "deep"])
+@pytest.mark.parametrize("end_bias", BIASES.values(), ids=BIASES)
+def test_equals_the_obvious_search_on_a_gpu_with_other_models(backend, output_layer, end_bias):
+    test_equals_the_obvious_search(backend, output_layer, end_bias, "shrink", dict(n_best=5), "cuda")
 
 
 @pytest.mark.slow

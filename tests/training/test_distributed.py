@@ -12,6 +12,9 @@ from conftest import TINY, make_flickr8k
 from running import assert_gone, checkpoint, children, metrics, wait_for_checkpoints
 from safetensors.torch import load_file
 
+from attncap.errors import CallError
+from attncap.training import distributed
+
 # No batch norm, which normalises by each process's share, and nothing random: only rounding can differ. Batches of 5
 # are split 3 + 2, those of the last step 2 + 1.
 pytestmark = pytest.mark.slow
@@ -137,3 +140,18 @@ def test_torchrun(data, alone, tmp_path):
     assert_gone([*processes, *readers])
     state = checkpoint(tmp_path / "run")
     assert state["epoch"] >= 1 and state["step"] >= 1
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    """And touches no other one."""
+    chosen = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name in ("auto", "cuda", "cuda:0"):
+        assert distributed._own_device(name) == torch.device("cuda", 1)
+    assert distributed._own_device("cpu") == torch.device("cpu") and chosen == [1, 1, 1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(CallError, match="there are 2 GPUs"):
+        distributed._own_device("auto")
