@@ -7,7 +7,10 @@ template <typename T>
 cudaError_t beam_search_step_cuda(const BeamSearchStep<T>& params, cudaStream_t stream) {
   const BeamSearchSizes& sizes = params.sizes;
   if (sizes.B == 0) return cudaSuccess;
-  const int threads = beam_search_step_threads(sizes);
+  int device = 0, processors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int threads = beam_search_step_threads(sizes, processors);
   const size_t shared_bytes = beam_search_step_shared_bytes(sizes, threads);
   beam_search_step_kernel<<<sizes.B, threads, shared_bytes, stream>>>(params);
   return cudaGetLastError();

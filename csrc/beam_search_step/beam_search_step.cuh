@@ -2,8 +2,9 @@
 // host.
 //
 // Each beam's row of logits is divided among `parts` warps, which read it twice: first for its log-sum-exp, then for
-// the K best candidates, which each warp keeps in its lanes. The first warp merges the lists of all warps and completes
-// the step. The second read is served by the caches, and nothing of the size of the logits is written.
+// the K best candidates, which each warp keeps in its lanes. The first read also finds a bound that the image's K best
+// candidates reach, so that the second has few to insert. The first warp merges the lists of all warps and completes the
+// step. The second read is served by the caches, and nothing of the size of the logits is written.
 #pragma once
 
 #include <cfloat>
@@ -19,7 +20,7 @@ extern __shared__ double dynamic_shared[];
 
 constexpr int kMaxWarps = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kTokensPerLane = 16;  // at a time, so that several loads are in flight
+constexpr int kTokensPerLane = 8;  // at a time
 
 // 16 bytes of adjacent logits.
 template <typename T>
@@ -29,38 +30,47 @@ struct alignas(16) Logits {
 };
 
 // Part number `part` of the `parts` parts of a row. A run is what a warp processes at a time; a part is every parts-th
-// run.
+// run. Which lane gets a token does not depend on the row's address, so that equal rows have equal sums.
 template <typename T>
 struct RowPart {
+  static constexpr int kLoads = kTokensPerLane / Logits<T>::kCount;
+
   const T* logits;
   int V, part, parts;
+  bool aligned;  // to 16 bytes
 
-  // Calls body(first, x) for every run, in all lanes together; x[n] is the logit of token_of(first, n). Runs are
-  // aligned to 16 bytes, so the first one may begin before the row. Tokens outside the row are not read; their x is
-  // -infinity.
+  // Calls body(first, x) for every run, in all lanes together; x[n] is the logit of token_of(first, n). Tokens beyond
+  // the row are not read; their x is -infinity. The next run is loaded before the body is called.
   template <typename Body>
   __device__ void for_each(const Body& body) const {
     constexpr int count = Logits<T>::kCount, run = kWarpSize * kTokensPerLane;
-    const int lane = threadIdx.x % kWarpSize, before = reinterpret_cast<uintptr_t>(logits) % 16 / sizeof(T);
-    for (int start = part * run - before; start < V; start += parts * run) {
-      const int first = start + lane * count;
+    const int of_lane = threadIdx.x % kWarpSize * count;
+    Logits<T> next[kLoads];
+    if (part * run < V) load(part * run + of_lane, next);
+    for (int start = part * run; start < V; start += parts * run) {
+      const int first = start + of_lane;
       float x[kTokensPerLane];
-      if (first >= 0 && token_of(first, kTokensPerLane - 1) < V) {
-        Logits<T> loaded[kTokensPerLane / count];
 #pragma unroll
-        for (int n = 0; n < kTokensPerLane; n += count) {
-          loaded[n / count] = *reinterpret_cast<const Logits<T>*>(logits + token_of(first, n));
-        }
-#pragma unroll
-        for (int n = 0; n < kTokensPerLane; ++n) x[n] = static_cast<float>(loaded[n / count].values[n % count]);
-      } else {
-#pragma unroll
-        for (int n = 0; n < kTokensPerLane; ++n) {
-          const int w = token_of(first, n);
-          x[n] = w >= 0 && w < V ? static_cast<float>(logits[w]) : -INFINITY;
-        }
+      for (int n = 0; n < kTokensPerLane; ++n) {
+        x[n] = token_of(first, n) < V ? static_cast<float>(next[n / count].values[n % count]) : -INFINITY;
       }
+      if (start + parts * run < V) load(first + parts * run, next);
       body(first, x);
+    }
+  }
+
+  __device__ void load(int first, Logits<T> (&to)[kLoads]) const {
+    constexpr int count = Logits<T>::kCount;
+    if (aligned && token_of(first, kTokensPerLane - 1) < V) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        to[i] = *reinterpret_cast<const Logits<T>*>(logits + token_of(first, i * count));
+      }
+      return;
+    }
+#pragma unroll
+    for (int n = 0; n < kTokensPerLane; ++n) {
+      if (token_of(first, n) < V) to[n / count].values[n % count] = logits[token_of(first, n)];
     }
   }
 
@@ -90,22 +100,35 @@ __device__ inline ExpSum warp_sum(ExpSum part, float factor) {
   return part;
 }
 
+// Also finds the lane's token with the largest logit.
 template <typename T>
-__device__ ExpSum exp_sum(const RowPart<T>& row, float factor) {
+__device__ ExpSum exp_sum(const RowPart<T>& row, float factor, float& largest_logit, int& largest_token) {
   ExpSum lane_sum = empty_sum();
-  row.for_each([&](int, const float (&x)[kTokensPerLane]) {
-    float largest = lane_sum.largest;
+  row.for_each([&](int first, const float (&x)[kTokensPerLane]) {
 #pragma unroll
-    for (int n = 0; n < kTokensPerLane; ++n) largest = Max()(largest, x[n]);
-    lane_sum.rescale(largest, factor);
+    for (int n = 0; n < kTokensPerLane; ++n) {
+      if (x[n] > largest_logit) largest_logit = x[n], largest_token = row.token_of(first, n);
+    }
+    lane_sum.rescale(Max()(lane_sum.largest, largest_logit), factor);
 #pragma unroll
-    for (int n = 0; n < kTokensPerLane; ++n) lane_sum.sum += std::exp((x[n] - largest) * factor);
+    for (int n = 0; n < kTokensPerLane; ++n) lane_sum.sum += std::exp((x[n] - lane_sum.largest) * factor);
   });
   return warp_sum(lane_sum, factor);
 }
 
 __device__ inline Candidate shuffle(const Candidate& candidate, int lane) {
   return {__shfl_sync(kAllLanes, candidate.score, lane), __shfl_sync(kAllLanes, candidate.index, lane)};
+}
+
+// The k-th largest of the values of the lanes, in every lane; k from 1 to 32.
+__device__ inline float kth_largest(float value, int k) {
+  float largest = -INFINITY;
+  for (; k > 0; --k) {
+    largest = warp_reduce(value, Max());
+    const unsigned holders = __ballot_sync(kAllLanes, value == largest);
+    if (static_cast<int>(threadIdx.x % kWarpSize) == __ffs(holders) - 1) value = -INFINITY;
+  }
+  return largest;
 }
 
 // The best candidates that a warp has seen: lane k holds the k-th.
@@ -135,6 +158,7 @@ struct WarpBest {
 template <typename T>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize) beam_search_step_kernel(BeamSearchStep<T> params) {
   __shared__ ExpSum sums[kMaxWarps];
+  __shared__ float bounds[kMaxWarps];
   __shared__ float ends[kMaxBeams];
   const int64_t b = blockIdx.x, V = params.sizes.V;
   const int J = params.sizes.J, K = params.sizes.K, warps = blockDim.x / kWarpSize, parts = warps / J;
@@ -143,11 +167,18 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) beam_search_step_kernel(
   Candidate* best = lists + K * warps;                              // [K]
 
   const int64_t row = b * J + j;
-  const RowPart<T> row_part{params.logits + row * params.logits_stride, static_cast<int>(V), warp % parts, parts};
+  const T* logits = params.logits + row * params.logits_stride;
+  const bool aligned = reinterpret_cast<uintptr_t>(logits) % sizeof(Logits<T>) == 0;
+  const RowPart<T> row_part{logits, static_cast<int>(V), warp % parts, parts, aligned};
   const float factor = params.inverse_temperature, score = params.scores[row];
+  float kth_logit = -INFINITY;  // of K candidates in this part that come from different lanes
   if (score != -INFINITY) {
-    const ExpSum sum = exp_sum(row_part, factor);
+    float largest_logit = -INFINITY;
+    int largest_token = -1;
+    const ExpSum sum = exp_sum(row_part, factor, largest_logit, largest_token);
     if (lane == 0) sums[warp] = sum;
+    const bool is_candidate = largest_token >= 0 && largest_token != params.end && !is_suppressed(params, largest_token);
+    if (params.penalty_count == 0) kth_logit = kth_largest(is_candidate ? largest_logit : -INFINITY, K);
   }
   __syncthreads();
   float base = -INFINITY, largest = 0;
@@ -160,11 +191,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) beam_search_step_kernel(
   // logit is subtracted first, so that large logits lose no precision.
   const auto score_of = [&](float x) { return std::fma(x - largest, factor, base); };
 
+  if (lane == 0) bounds[warp] = base > -INFINITY && kth_logit > -INFINITY ? score_of(kth_logit) : -INFINITY;
+  __syncthreads();
+  const float image_bound = warp_reduce(lane < warps ? bounds[lane] : -INFINITY, Max());
+
   WarpBest warp_best{K};
   if (base > -INFINITY) {  // false for NaN too
     row_part.for_each([&](int first, const float (&x)[kTokensPerLane]) {
       for (unsigned tried = 0;;) {
-        const float bound = Max()(warp_best.worst, -FLT_MAX);
+        const float bound = Max()(Max()(warp_best.worst, image_bound), -FLT_MAX);
         unsigned hits = 0;  // tokens that may be among the best, before penalties and tie-breaking
 #pragma unroll
         for (int n = 0; n < kTokensPerLane; ++n) hits |= static_cast<unsigned>(score_of(x[n]) >= bound) << n;
@@ -203,10 +238,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) beam_search_step_kernel(
   if (lane < K) continue_beam(params, b, best, ends, is_nan, lane);
 }
 
-// As many warps per beam as have work to do and fit into a block.
-inline int beam_search_step_threads(const BeamSearchSizes& sizes) {
+// As many warps per beam as have work to do and fit into a block, half a block if two of them share a multiprocessor.
+inline int beam_search_step_threads(const BeamSearchSizes& sizes, int processors) {
   const int64_t useful = (sizes.V + kWarpSize * kTokensPerLane - 1) / (kWarpSize * kTokensPerLane);
-  const int64_t available = kMaxWarps / sizes.J;
+  const int64_t warps = sizes.B > processors && sizes.J <= kMaxWarps / 2 ? kMaxWarps / 2 : kMaxWarps;
+  const int64_t available = warps / sizes.J;
   return static_cast<int>(sizes.J * (useful < available ? useful : available)) * kWarpSize;
 }
 
