@@ -135,12 +135,13 @@ def _trace_back(
     first_rows = np.zeros((T, B), dtype=np.int64)  # of an image, among the rows of all steps
     begin = 0
     for t, step in enumerate(steps):
-        images, J = step.images.numpy(), step.ended.shape[1]
+        count, J = step.ended.shape
+        images = step.images.numpy() if count < B else slice(None)  # faster
         tokens[t, images] = step.tokens.numpy()
         parents[t, images] = step.parents.numpy() % J
         scores[images, t * K : t * K + J] = step.ended.numpy()
-        first_rows[t, images] = begin + J * np.arange(len(images))
-        begin += J * len(images)
+        first_rows[t, images] = begin + J * np.arange(count)
+        begin += J * count
     scores[beams.images.numpy(), T * K :] = beams.scores.numpy()
     if np.isnan(scores).any():
         wrong = np.unique(np.isnan(scores).nonzero()[0])
