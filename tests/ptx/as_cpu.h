@@ -1,4 +1,5 @@
-// Included before each *_torch.cpp: the code of the CUDA library, registered for tensors of the CPU, on fake_cudart.cpp.
+// Included before each *_torch.cpp: the code of the CUDA library, registered for tensors of the CPU, on
+// fake_cudart.cpp.
 #define USE_CUDA
 #include "common/torch.h"
 #undef ATTNCAP_DISPATCH_KEY

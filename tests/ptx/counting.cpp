@@ -77,7 +77,9 @@ using Fields = std::vector<std::pair<std::string, u64>>;
 
 std::string json(const Fields& fields) {
   std::string text;
-  for (const auto& [name, value] : fields) text += (text.empty() ? "\"" : ", \"") + name + "\": " + std::to_string(value);
+  for (const auto& [name, value] : fields) {
+    text += (text.empty() ? "\"" : ", \"") + name + "\": " + std::to_string(value);
+  }
   return "{" + text + "}";
 }
 

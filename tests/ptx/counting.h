@@ -14,8 +14,8 @@ extern const bool is_counting;
 
 enum class Space { global, shared, remote, async_copy };
 
-// The accesses of a warp since its lanes last met. Lanes run one after the other, so that those which a GPU would
-// make one request have to be found: the n-th time that each lane comes to an instruction is taken for the same request.
+// The accesses of a warp since its lanes last met. Lanes run one after the other, so that those which a GPU would make
+// one request have to be found: the n-th time that each lane comes to an instruction is taken for the same request.
 // Where lanes go through a loop a different number of times, that is what a GPU does too, as long as those which leave
 // do so before the others go on.
 class WarpAccesses {

@@ -1,6 +1,6 @@
-// The functions of the CUDA runtime that csrc uses and that nvcc's code for kernel<<<...>>> calls, on translated PTX: the
-// launchers of csrc/*/*.cu run as nvcc compiled them. Device memory is the host's, streams do not exist. A launch that
-// would fail on a GPU, and one in which runtime.h found something, returns an error.
+// The functions of the CUDA runtime that csrc uses and that nvcc's code for kernel<<<...>>> calls, on translated PTX:
+// the launchers of csrc/*/*.cu run as nvcc compiled them. Device memory is the host's, streams do not exist. A launch
+// that would fail on a GPU, and one in which runtime.h found something, returns an error.
 #include "fake_cudart.h"
 
 #include <cuda_runtime_api.h>
@@ -55,7 +55,9 @@ cudaError_t fail(cudaError_t code, const std::string& why) {
 cudaError_t launch(const void* function, const cudaLaunchConfig_t& config, void** arguments) {
   const Function& called = functions().at(function);
   const auto found = ptx::kernels().find(called.name);
-  if (found == ptx::kernels().end()) return fail(cudaErrorInvalidDeviceFunction, std::string("no PTX of ") + called.name);
+  if (found == ptx::kernels().end()) {
+    return fail(cudaErrorInvalidDeviceFunction, std::string("no PTX of ") + called.name);
+  }
   const dim3 grid = config.gridDim, block = config.blockDim;
   if (grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1) {
     return fail(cudaErrorInvalidConfiguration, "only x is implemented");
@@ -65,13 +67,17 @@ cudaError_t launch(const void* function, const cudaLaunchConfig_t& config, void*
                      .threads = block.x,
                      .dynamic_shared = config.dynamicSmemBytes,
                      .order = order};
-  if (called.dynamic_shared_limit > 48 * 1024) launch.shared_limit = kernel.static_shared + called.dynamic_shared_limit;
+  if (called.dynamic_shared_limit > 48 * 1024) {
+    launch.shared_limit = kernel.static_shared + called.dynamic_shared_limit;
+  }
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config.attrs[i];
     if (attribute.id == cudaLaunchAttributeClusterDimension) launch.cluster = attribute.val.clusterDim.x;
   }
   const unsigned most_blocks = !kHasClusters ? 1 : called.allows_16_blocks ? 16 : 8;
-  if (std::max(launch.cluster, kernel.cluster_size) > most_blocks) return fail(cudaErrorInvalidClusterSize, "too large a cluster");
+  if (std::max(launch.cluster, kernel.cluster_size) > most_blocks) {
+    return fail(cudaErrorInvalidClusterSize, "too large a cluster");
+  }
   alignas(16) ptx::u8 parameters[4096];
   for (ptx::u32 i = 0; i < kernel.parameter_count; ++i) {
     std::memcpy(parameters + kernel.parameters[i].offset, arguments[i], kernel.parameters[i].bytes);

@@ -1,6 +1,6 @@
-// What translated kernels (translate.py) are made of: the semantics of PTX instructions, for one thread. Those that need
-// other threads or memory that others see are declared here and defined in runtime.cpp. A translated file includes only
-// this, and there are many, so it includes little and has no templates.
+// What translated kernels (translate.py) are made of: the semantics of PTX instructions, for one thread. Those that
+// need other threads or memory that others see are declared here and defined in runtime.cpp. A translated file includes
+// only this, and there are many, so it includes little and has no templates.
 //
 // Section numbers are those of NVIDIA's "Parallel Thread Execution ISA", version 9.1.
 #pragma once
@@ -95,8 +95,8 @@ inline s16 shr_s16(s16 a, u32 n) { return (s16)(a >> (n > 15 ? 15 : n)); }
 inline s32 shr_s32(s32 a, u32 n) { return a >> (n > 31 ? 31 : n); }
 inline s64 shr_s64(s64 a, u32 n) { return a >> (n > 63 ? 63 : n); }
 
-// 9.7.3, floating point. add, sub, mul and fma are C++'s own, compiled with -ffp-contract=off. min and max drop NaN, and
-// -0 is less than +0.
+// 9.7.3, floating point. add, sub, mul and fma are C++'s own, compiled with -ffp-contract=off. min and max drop NaN,
+// and -0 is less than +0.
 inline f32 min_f32(f32 a, f32 b) {
   return a != a ? b : b != b ? a : a < b || (a == b && __builtin_signbit(a)) ? a : b;
 }
@@ -159,9 +159,9 @@ struct Position {
 };
 extern const Position* position;
 
-// Memory. Global (and local) addresses are the host's. Addresses of shared memory count from 0 in the block's own; those
-// of another block of the cluster have its rank + 1 in their upper 8 bits. As generic addresses, both lie in a window
-// where the host has nothing. `site` is the number of the instruction within the kernel.
+// Memory. Global (and local) addresses are the host's. Addresses of shared memory count from 0 in the block's own;
+// those of another block of the cluster have its rank + 1 in their upper 8 bits. As generic addresses, both lie in a
+// window where the host has nothing. `site` is the number of the instruction within the kernel.
 constexpr u64 kSharedWindow = 0x7000000000000000;
 struct Access {
   enum Kind : u8 { load, store } kind;

@@ -96,7 +96,8 @@ f32 tanh_approx_f32(f32 a) {
   if (std::fabs(a) < 0x1p-126f) return a;
   return std::clamp(within_relative(std::tanh(double(a)), 0x1p-11, bits_f32(a)), -1.0f, 1.0f);
 }
-// 9.7.3.8: at most 2 ulp; by numbers between 2^126 and 2^128, 0 with the sign of the quotient, and infinity by them NaN.
+// 9.7.3.8: at most 2 ulp; by numbers between 2^126 and 2^128, 0 with the sign of the quotient, and infinity by them
+// NaN.
 f32 div_approx_f32(f32 a, f32 b) {
   if (std::fabs(b) > 0x1p126f && !std::isinf(b)) return std::isinf(a) ? NAN : a * 0.0f * std::copysign(1.0f, b);
   return div_full_f32(a, b);
@@ -436,7 +437,7 @@ u8* access_shared(u32 address, Access access) {
   if (address % access.bytes) stop("a misaligned access, shared address " + std::to_string(address), access.site);
   const Place at = place(address, access.bytes, access.site);
   if (is_checking) {
-    access.kind == Access::store ? check_write(at, access.bytes, access.site) : check_read(at, access.bytes, access.site);
+    (access.kind == Access::store ? check_write : check_read)(at, access.bytes, access.site);
   }
   if (is_counting) {
     const Space space = at.block == current->block ? Space::shared : Space::remote;
@@ -716,7 +717,9 @@ void run(const Kernel& kernel, const Launch& launch, const u8* parameters) {
   const auto refuse = [&](const std::string& why) { throw std::runtime_error(std::string(kernel.name) + ": " + why); };
   const u32 size = launch.cluster ? launch.cluster : kernel.cluster_size;
   const u64 shared = kernel.static_shared + launch.dynamic_shared;
-  if (launch.threads == 0 || launch.threads > kernel.most_threads) refuse("more threads than its launch bounds, or none");
+  if (launch.threads == 0 || launch.threads > kernel.most_threads) {
+    refuse("more threads than its launch bounds, or none");
+  }
   if (launch.blocks == 0 || launch.blocks % size) refuse("the number of blocks is no multiple of the cluster's, or 0");
   if (shared > launch.shared_limit) refuse(std::to_string(shared) + " bytes of shared memory are more than allowed");
   struct Running {

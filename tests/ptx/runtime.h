@@ -1,5 +1,5 @@
-// Runs translated kernels, a block (or a cluster of blocks) after the other. The threads of a block are fibers that take
-// turns where they wait for each other.
+// Runs translated kernels, a block (or a cluster of blocks) after the other. The threads of a block are fibers that
+// take turns where they wait for each other.
 //
 // These are found and reported, as exceptions that name the kernel, the instruction and the thread:
 //   - global and shared accesses that are not aligned to their size

@@ -1,5 +1,6 @@
-// Stands before tests/csrc/cuda_emulator.h in the include path: the tests of tests/csrc, as they are, then launch nvcc's
-// PTX of a kernel instead of the kernel as the host's compiler understands it. The two have the same mangled name.
+// Stands before tests/csrc/cuda_emulator.h in the include path: the tests of tests/csrc, as they are, then launch
+// nvcc's PTX of a kernel instead of the kernel as the host's compiler understands it. The two have the same mangled
+// name.
 #pragma once
 
 #define launch launch_host_code
