@@ -6,7 +6,11 @@ namespace attncap {
 template <typename T>
 cudaError_t lstm_step_cuda(const LstmStep<T>& params, cudaStream_t stream) {
   if (params.N == 0) return cudaSuccess;
-  lstm_step_kernel<<<lstm_step_blocks(params), kLstmThreads, 0, stream>>>(params);
+  if (lstm_step_is_aligned(params)) {
+    lstm_step_kernel<T, true><<<lstm_step_blocks<T, true>(params), kLstmThreads, 0, stream>>>(params);
+  } else {
+    lstm_step_kernel<T, false><<<lstm_step_blocks<T, false>(params), kLstmThreads, 0, stream>>>(params);
+  }
   return cudaGetLastError();
 }
 

@@ -26,10 +26,7 @@ struct Activate {
 
   __device__ acc_t operator()(acc_t x) const {
     if constexpr (activation == Activation::relu) return x < 0 ? acc_t(0) : x;  // in this order, NaN stays NaN
-#ifdef __CUDA_ARCH__  // absolute error about 2^-22, far below the precision of the 16-bit types
-    if constexpr (sizeof(T) == 2) return 1 - __fdividef(2, 1 + __expf(2 * x));
-#endif
-    return std::is_same_v<T, double> ? noinline_tanh(x) : std::tanh(x);
+    return std::is_same_v<T, double> ? noinline_tanh(x) : fast_tanh<T>(x);
   }
 
   // For scores only. The relative error of 2^-11 would be too large for the derivative, 1 - y * y.

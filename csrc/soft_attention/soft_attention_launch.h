@@ -7,13 +7,6 @@
 
 namespace attncap {
 
-// Whether rows of `length` numbers, with `stride` numbers between images (or between rows), can be read 16 bytes at a
-// time.
-template <typename T>
-bool is_aligned(const T* address, int64_t stride, int64_t length) {
-  return reinterpret_cast<uintptr_t>(address) % 16 == 0 && stride * sizeof(T) % 16 == 0 && length * sizeof(T) % 16 == 0;
-}
-
 // Which inputs of a forward or backward can be read 16 bytes at a time.
 struct Aligned {
   bool keys, features;

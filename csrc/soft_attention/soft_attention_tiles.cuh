@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "../common/device.cuh"
+#include "../common/pack.cuh"
 #include "soft_attention.h"
 
 namespace attncap {
@@ -20,68 +21,6 @@ constexpr int kRowsSummed = 2;  // at a time, by sum_over_groups
 // The weights of a cell in shared memory, padded so that a thread loads those of several rows at once.
 template <int rows>
 constexpr int kRowStride = rows == 1 ? 1 : (rows + 3) / 4 * 4;
-
-// How many numbers of type T are 16 bytes.
-template <typename T>
-constexpr int kWidth = 16 / sizeof(T);
-
-template <typename Element, int width>
-struct alignas(sizeof(Element) * width) Pack {
-  Element values[width];
-};
-
-template <typename T, int width>
-__device__ Pack<accumulate_t<T>, width> widen(const Pack<T, width>& pack) {
-  Pack<accumulate_t<T>, width> wide;
-  if constexpr (std::is_same_v<T, bfloat16>) {  // by pairs, which takes half the instructions of one by one
-    uint32_t words[width / 2];
-    memcpy(words, &pack, sizeof(words));
-#pragma unroll
-    for (int i = 0; i < width / 2; ++i) {
-      wide.values[2 * i] = bit_cast<float>(words[i] << 16);
-      wide.values[2 * i + 1] = bit_cast<float>(words[i] & 0xffff0000u);
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < width; ++j) wide.values[j] = static_cast<accumulate_t<T>>(pack.values[j]);
-  }
-  return wide;
-}
-
-// Loads `width` numbers. If not aligned, only the first `count` exist, and the others are 0.
-template <int width, bool aligned, typename T>
-__device__ Pack<T, width> load_narrow(const T* from, int count) {
-  Pack<T, width> pack{};
-  if constexpr (aligned) {
-    pack = *reinterpret_cast<const Pack<T, width>*>(from);
-  } else {
-#pragma unroll
-    for (int j = 0; j < width; ++j) {
-      if (j < count) pack.values[j] = from[j];
-    }
-  }
-  return pack;
-}
-
-template <int width, bool aligned, typename T>
-__device__ Pack<accumulate_t<T>, width> load(const T* from, int count) {
-  return widen(load_narrow<width, aligned>(from, count));
-}
-
-template <bool aligned, typename T, typename acc_t, int width>
-__device__ void store(T* to, const Pack<acc_t, width>& wide, int count) {
-  Pack<T, width> pack;
-#pragma unroll
-  for (int j = 0; j < width; ++j) pack.values[j] = static_cast<T>(wide.values[j]);
-  if constexpr (aligned) {
-    *reinterpret_cast<Pack<T, width>*>(to) = pack;
-  } else {
-#pragma unroll
-    for (int j = 0; j < width; ++j) {
-      if (j < count) to[j] = pack.values[j];
-    }
-  }
-}
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -96,7 +96,11 @@ struct Problem {
   void run_on_cpu(Isa isa, Threads threads) const { ATTNCAP_CALL_ISA(isa, lstm_step_cpu, step, threads); }
 
   void run_emulated(Schedule schedule) const {
-    launch(schedule, lstm_step_blocks(step), kLstmThreads, 0, lstm_step_kernel<T>, step);
+    if (lstm_step_is_aligned(step)) {
+      launch(schedule, lstm_step_blocks<T, true>(step), kLstmThreads, 0, lstm_step_kernel<T, true>, step);
+    } else {
+      launch(schedule, lstm_step_blocks<T, false>(step), kLstmThreads, 0, lstm_step_kernel<T, false>, step);
+    }
   }
 };
 
