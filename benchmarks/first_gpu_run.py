@@ -111,7 +111,7 @@ COUNTERS = {  # of Nsight Compute
 def counters(config: Config) -> Program:
     places = [Path("/usr/local/cuda/bin/ncu"), *Path("/opt/nvidia/nsight-compute").glob("*/ncu")]
     found = shutil.which("ncu") or next((str(path) for path in places if path.is_file()), "ncu")
-    options = ["--csv", "--print-units", "base", "--metrics", ",".join(COUNTERS)]
+    options = ["--clock-control", "none", "--csv", "--print-units", "base", "--metrics", ",".join(COUNTERS)]
     options += ["--kernel-name", "regex:soft_attention|beam_search_step|lstm_step"]
     command = gpu_measurements.command("single calls", config.measured, Path(os.devnull))
     return Program([found, *options, *command], counted)
