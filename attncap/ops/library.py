@@ -4,7 +4,6 @@ The native ops never fall back to PyTorch silently: `require` raises an error th
 it.
 """
 
-import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +18,11 @@ FOLDER = Path(__file__).resolve().parent.parent / "lib"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that the ops take
 
-# For each device type, why its kernels cannot be used; None if they can.
+# For each device type, why its library could not be loaded; None if it was.
 _missing: dict[str, str | None] = {}
+# For each CUDA device that was asked for, why the library cannot be used on it; None if it can. (torch.compile warns of
+# functools.cache.)
+_unusable: dict[int, str | None] = {}
 
 
 def _build_record() -> dict[str, Any]:
@@ -56,7 +58,6 @@ def is_loaded(device_type: str) -> bool:
     return _missing.get(device_type, "") is None
 
 
-@functools.cache
 def _cuda_unusable(index: int) -> str | None:
     """Why the CUDA library, which is loaded, cannot be used on this device; None if it can."""
     error, driver, runtime = torch.ops.attncap.cuda_probe(index)
@@ -83,7 +84,10 @@ def missing(device: torch.device) -> str | None:
     """Why the kernels for the device cannot be used; None if they can."""
     reason = _missing.get(device.type, "attncap has kernels for cpu and cuda only")
     if reason is None and device.type == "cuda":
-        reason = _cuda_unusable(torch.cuda.current_device() if device.index is None else device.index)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index not in _unusable:
+            _unusable[index] = _cuda_unusable(index)
+        reason = _unusable[index]
     return reason
 
 

@@ -79,12 +79,12 @@ def test_without_a_gradient_of_the_features(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sizes", [(3, 1, 49, 100, 64, 64), (3, 3, 20, 130, 33, 40)], ids=str)
 def test_error_rule(device, dtype, sizes, activation):
-    """The op's error against float64 is at most twice that of the reference in the same dtype. Each error is the
-    largest of several problems."""
+    """The op's error against float64 is at most twice that of the reference in the same dtype. Each error is the mean
+    of several problems' largest: in a single one, chance decides which of relu's kinks a rounding crosses."""
     batch_sizes = (3, 3, 2, 2, 1)
     options = {"batch_sizes": batch_sizes, "activation": activation}
     names = ["next h", "context", "weights", *NAMES]
-    errors = {name: [0.0, 0.0, 0.0] for name in names}
+    errors = {name: torch.zeros(3) for name in names}  # of the op and of the reference, and the largest true value
     for seed in range(3):
         inputs = make_inputs(sizes, batch_sizes, device=device, dtype=dtype, seed=seed)
         wide = {name: tensor.double() for name, tensor in inputs.items()}
@@ -93,8 +93,7 @@ def test_error_rule(device, dtype, sizes, activation):
         native = outputs_and_gradients(attention_lstm, inputs, **options)
         for name, actual, expected, true in zip(names, native, reference, truth, strict=True):
             assert actual.dtype == dtype and actual.isfinite().all()
-            found = [(actual - true).abs().max(), (expected - true).abs().max(), true.abs().max()]
-            errors[name] = [max(pair) for pair in zip(errors[name], found, strict=True)]
+            errors[name] += torch.stack([x.abs().max().cpu() for x in (actual - true, expected - true, true)]) / 3
     floor = {torch.float32: 1e-6, torch.bfloat16: 2**-9, torch.float16: 2**-12}[dtype]
     for name, (error, reference_error, largest) in errors.items():
         assert error <= 2 * reference_error + floor * largest, f"{name}: {error:.2e}, reference {reference_error:.2e}"

@@ -97,11 +97,10 @@ def test_devices_that_cannot_run_the_library(monkeypatch, error, capability, mes
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Card")
-    library._cuda_unusable.cache_clear()
+    monkeypatch.setattr(library, "_unusable", {})
     for _ in range(2):
         with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
             library.require(torch.device("cuda", 1))
-    library._cuda_unusable.cache_clear()
     assert asked == [1]
 
 

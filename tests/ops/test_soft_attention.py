@@ -228,7 +228,9 @@ def test_query_and_gate_as_columns_of_one_product(device, P):
         _, query, gate = product.split([before, A, D], dim=1)
         found = soft_attention(features, keys, query, score_weight, gate=gate)
         expected = soft_attention(features, keys, query.contiguous(), score_weight, gate=gate.contiguous())
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        allowed = 1e-5 if device == "cuda" else 0  # on CUDA, other kernels compute what is not aligned
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=allowed, atol=allowed)
 
 
 @on_every_device
