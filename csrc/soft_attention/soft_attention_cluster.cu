@@ -20,6 +20,7 @@ int64_t cluster_blocks(int64_t clusters, int64_t cells, int64_t resident_blocks)
   for (int64_t blocks = 1; blocks <= kMaxClusterBlocks && blocks <= cells; blocks *= 2) {
     // A cluster's blocks have to be on neighbouring multiprocessors: about a sixteenth of the places stays empty.
     const int64_t resident = blocks == 1 ? resident_blocks : resident_blocks * 15 / 16 / blocks;
+    if (resident == 0) break;
     const int64_t work = ceil_div(clusters, resident) * (ceil_div(cells, blocks) + kFixedCells);
     if (work < least) best = blocks, least = work;
   }

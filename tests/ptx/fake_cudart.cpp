@@ -146,6 +146,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* fu
   *attributes = {};
   attributes->sharedSizeBytes = found->second->static_shared;
   attributes->maxThreadsPerBlock = found->second->most_threads;
+  attributes->ptxVersion = attributes->binaryVersion = FAKE_ARCHITECTURE;
   return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*, const cudaLaunchConfig_t*) {

@@ -69,8 +69,6 @@ def compile_cuda(files: list[Path], folder: Path, arch: str, jobs: int | None = 
     """nvcc's object, and beside it the PTX, of each file. Returns the PTX files."""
     number = number_of(arch)
     nvcc = [find_nvcc(), "-std=c++17", "-O3", "-DUSE_CUDA", "-cudart", "none", "-Xcompiler", "-fPIC"]
-    if int(number) >= 90:
-        nvcc.append("-DATTNCAP_CLUSTERS")
     nvcc += ["-gencode", f"arch=compute_{number},code=compute_{number}", "--keep", "--keep-dir", folder]
     run_all([[*nvcc, "-c", path, "-o", folder / f"{path.stem}.cu.o"] for path in files], jobs)
     return [folder / f"{path.stem}.ptx" for path in files]
@@ -102,8 +100,7 @@ def build(folder, arch: str = "sm_90", jobs: int | None = None) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("nvcc", "kernels", "runtime"):
         (folder / name).mkdir(parents=True)
-    has_clusters = int(number_of(arch)) >= 90
-    files = [path for path in sorted(ROOT.glob("csrc/*/*.cu")) if has_clusters or not path.stem.endswith("_cluster")]
+    files = sorted(ROOT.glob("csrc/*/*.cu"))
     build_kernels(compile_cuda(files, folder / "nvcc", arch, jobs), folder / "kernels", jobs)
     options = ["-O2", "-Wall", f"-DFAKE_ARCHITECTURE={number_of(arch)}", "-isystem", cuda_include()]
     options += ["-I", ROOT / "csrc", "-I", HERE]

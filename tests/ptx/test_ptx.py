@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -31,9 +32,13 @@ def execute(*command, **environment) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module", params=["sm_90", "sm_75"] if everything else ["sm_90"])
 def folder(request, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    ptx.build(folder, request.param)
-    ptx.build_tests(folder, with_launchers=everything)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all test processes; tests/benchmarks/test_cuda_model.py uses the same build
+    folder /= f"ptx-{request.param}"
+    with FileLock(folder.with_suffix(".lock")):
+        ptx.build(folder, request.param)
+        ptx.build_tests(folder, with_launchers=everything)
     return folder
 
 
