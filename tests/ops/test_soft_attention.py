@@ -130,6 +130,12 @@ def test_error_rule_rows(device, dtype, K):
 
 
 @on_every_device
+@pytest.mark.parametrize("B", [1, 8, 20, 40, 70, 150])  # on a GPU with clusters: 16, 16, 8, 4, 2 and 1 blocks an image
+def test_error_rule_images(device, B):
+    check_error_rule(B, 5, 40, 64, 32, device=device, dtype=torch.bfloat16, seeds=1)
+
+
+@on_every_device
 @pytest.mark.parametrize("D", [1, 8, 100, 512, 2048])
 @pytest.mark.parametrize("A", [1, 8, 100, 512, 2048])
 def test_error_rule_sizes(device, D, A):
