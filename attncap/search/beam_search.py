@@ -191,6 +191,8 @@ def _gather_attention(steps: list[Tensor], rows: np.ndarray, lengths: np.ndarray
     chosen = torch.cat(steps).index_select(0, chosen)
     with torch.inference_mode(False):  # plain tensors for the caller
         weights = torch.empty(chosen.shape, dtype=torch.float32, device="cpu")
-    weights.copy_(chosen.float())
+    if chosen.is_cuda:  # in its own dtype, and through pinned memory: the device writes to any other far more slowly
+        chosen = torch.empty_like(chosen, device="cpu", pin_memory=True).copy_(chosen)
+    weights.copy_(chosen)
     with torch.inference_mode(False):
         return weights.split(lengths.tolist())

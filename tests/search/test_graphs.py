@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from attncap.errors import UserError
 from attncap.models.decoder import Decoder
 from attncap.search import graphs
-from attncap.search.beam_search import Hypothesis, _trace_back
+from attncap.search.beam_search import Hypothesis, _trace_back, beam_search
 from attncap.search.beams import Search
 from attncap.search.config import SearchConfig
 from attncap.search.graphs import MIN_IMAGES, SEGMENT, GraphCache, SearchGraphs, tensors
@@ -274,3 +274,16 @@ def test_graphs_outlive_those_of_others():
         compiled(torch.randn(64, 64, device="cuda"))
     torch.cuda.empty_cache()
     assert found(searches) == expected
+
+
+@pytest.mark.gpu
+@NO_CUDA
+def test_what_is_found_comes_through_pinned_memory():
+    """Captions and attention."""
+    decoder, config, cache = prepared("cuda", end_bias=0.0), SearchConfig(4, max_length=2 * SEGMENT), GraphCache()
+    features = make_features(64).float().cuda()
+    beam_search(decoder, features, config, RULES, graphs=cache)  # captures
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        beam_search(decoder, features, config, RULES, graphs=cache)
+    copies = [event.name for event in profile.events() if "DtoH" in event.name]
+    assert copies and all("Pinned" in name for name in copies)
