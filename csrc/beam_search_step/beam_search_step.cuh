@@ -3,8 +3,8 @@
 //
 // Each beam's row of logits is divided among `parts` warps, which read it twice: first for its log-sum-exp, then for
 // the K best candidates, which each warp keeps in its lanes. The first read also finds a bound that the image's K best
-// candidates reach, so that the second has few to insert. The first warp merges the lists of all warps and completes the
-// step. The second read is served by the caches, and nothing of the size of the logits is written.
+// candidates reach, so that the second has few to insert. The first warp merges the lists of all warps and completes
+// the step. The second read is served by the caches, and nothing of the size of the logits is written.
 #pragma once
 
 #include <cfloat>
@@ -177,7 +177,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) beam_search_step_kernel(
     int largest_token = -1;
     const ExpSum sum = exp_sum(row_part, factor, largest_logit, largest_token);
     if (lane == 0) sums[warp] = sum;
-    const bool is_candidate = largest_token >= 0 && largest_token != params.end && !is_suppressed(params, largest_token);
+    const bool is_candidate =
+        largest_token >= 0 && largest_token != params.end && !is_suppressed(params, largest_token);
     if (params.penalty_count == 0) kth_logit = kth_largest(is_candidate ? largest_logit : -INFINITY, K);
   }
   __syncthreads();

@@ -21,7 +21,7 @@ struct alignas(sizeof(Element) * width) Pack {
 template <typename T, int width>
 __device__ Pack<accumulate_t<T>, width> widen(const Pack<T, width>& pack) {
   Pack<accumulate_t<T>, width> wide;
-  if constexpr (std::is_same_v<T, bfloat16> && width % 2 == 0) {  // by pairs, which takes half the instructions of one by one
+  if constexpr (std::is_same_v<T, bfloat16> && width % 2 == 0) {  // in pairs: half the instructions of one by one
     uint32_t words[width / 2];
     memcpy(words, &pack, sizeof(words));
 #pragma unroll

@@ -90,8 +90,8 @@ __device__ void store_context(const SoftAttentionForward<T>& params, int64_t n, 
   params.context[n * params.sizes.D + d] = static_cast<T>(sum);
 }
 
-// Kernel over channels: weights and context, or context_parts if there are several parts. Shared memory, in numbers: the
-// larger of ceil_div(P, parts) * kRowStride and kRowsSummed * blockDim.x * width.
+// Kernel over channels: weights and context, or context_parts if there are several parts. Shared memory, in numbers:
+// the larger of ceil_div(P, parts) * kRowStride and kRowsSummed * blockDim.x * width.
 template <typename T, int rows, bool aligned>
 __global__ void __launch_bounds__(kThreads, 1)
     soft_attention_context_kernel(SoftAttentionForward<T> params, int columns, int parts) {
@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // One thread per row and channel: the context, if the cells are split into several parts.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1) soft_attention_sum_parts_kernel(SoftAttentionForward<T> params, int parts) {
+__global__ void __launch_bounds__(kThreads, 1)
+    soft_attention_sum_parts_kernel(SoftAttentionForward<T> params, int parts) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t count = params.sizes.B * params.sizes.K * params.sizes.D;
   if (i >= count) return;

@@ -12,8 +12,8 @@ int attribute(cudaDeviceAttr name) {
   return value;
 }
 
-// The number of blocks of a cluster, a power of two, for which all blocks are estimated to be done first. Work is counted
-// in cells that a block passes over; beginning and end of a block take as long as kFixedCells of them.
+// The number of blocks of a cluster, a power of two, for which all blocks are estimated to be done first. Work is
+// counted in cells that a block passes over; beginning and end of a block take as long as kFixedCells of them.
 int64_t cluster_blocks(int64_t clusters, int64_t cells, int64_t resident_blocks) {
   constexpr int64_t kFixedCells = 30;  // measured on an H100
   int64_t best = 1, least = INT64_MAX;

@@ -56,7 +56,8 @@ ClusterPlan cluster_plan(const SoftAttentionSizes& sizes, int blocks, int shared
   const int64_t useful = ceil_div(cells, plan.stage_cells);
   for (int64_t stages = useful < kMaxStages ? useful : kMaxStages; stages > 0; --stages) {
     const int64_t features = 2 * kChunkCells<T> * A * sizeof(T), gates = plan.groups * rows * D * 4;
-    const int64_t copied = features + stages * plan.stage_cells * D * sizeof(T), in_the_end = gates + rows * D * sizeof(T);
+    const int64_t copied = features + stages * plan.stage_cells * D * sizeof(T);
+    const int64_t in_the_end = gates + rows * D * sizeof(T);
     const int64_t query = aligned(copied > in_the_end ? copied : in_the_end);
     const int64_t scores = aligned(query + (rows + 1) * A * sizeof(T)), weights = aligned(scores + rows * cells * 4);
     const int64_t largest_and_total = weights + kChunkCells<T> * kRowStride<rows> * 4;
@@ -312,8 +313,8 @@ __global__ void __launch_bounds__(kThreads, rows > 5 ? 1 : 2)
   }
   sync_cluster();
 
-  // What a block's numbers of a row are multiplied with: exp(its largest score - the largest of all) / the total of all.
-  // As many threads for each row as there can be blocks.
+  // What a block's numbers of a row are multiplied with: exp(its largest score - the largest of all) / the total of
+  // all. As many threads for each row as there can be blocks.
   if (warp * kWarpSize < rows * kMaxClusterBlocks) {
     const int block = threadIdx.x % kMaxClusterBlocks, row = threadIdx.x / kMaxClusterBlocks;
     const bool exists = block < plan.blocks && row < row_count;

@@ -1,5 +1,5 @@
 // Which kernels a call launches, and with how many blocks and threads. The caller passes the function
-// launch(kernel, blocks, threads, bytes of shared memory, arguments...): soft_attention.cu launches on the GPU,
+// launch(kernel, blocks, threads, bytes of shared memory, arguments...): soft_attention_cuda.h launches on the GPU,
 // tests/csrc in the emulator.
 #pragma once
 

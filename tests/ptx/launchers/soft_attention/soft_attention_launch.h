@@ -1,5 +1,5 @@
 // Stands before csrc/soft_attention/soft_attention_launch.h: where the test calls launch_forward and the others, the
-// launchers of soft_attention.cu run.
+// launchers of soft_attention_cuda.h run.
 #pragma once
 
 #include SOFT_ATTENTION_LAUNCH_H
