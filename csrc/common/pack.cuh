@@ -56,12 +56,23 @@ __device__ Pack<accumulate_t<T>, width> load(const T* from, int count) {
   return widen(load_narrow<width, aligned>(from, count));
 }
 
+// Stores to global memory, `width` numbers if aligned, otherwise the first `count`.
 template <bool aligned, typename T, typename acc_t, int width>
 __device__ void store(T* to, const Pack<acc_t, width>& wide, int count) {
   Pack<T, width> pack;
 #pragma unroll
   for (int j = 0; j < width; ++j) pack.values[j] = static_cast<T>(wide.values[j]);
   if constexpr (aligned) {
+#ifdef __CUDA_ARCH__  // nvcc would store the numbers of some packs one by one
+    if constexpr (sizeof(pack) == 16) {
+      uint32_t words[4];
+      memcpy(words, &pack, sizeof(words));
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]),
+                   "r"(words[1]), "r"(words[2]), "r"(words[3])
+                   : "memory");
+      return;
+    }
+#endif
     *reinterpret_cast<Pack<T, width>*>(to) = pack;
   } else {
 #pragma unroll

@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   acc_t* weights = reinterpret_cast<acc_t*>(dynamic_shared);  // [cells of the part, stride]
   const int lane = threadIdx.x % kWarpSize, warps = blockDim.x / kWarpSize;
 
-  for (int row = threadIdx.x / kWarpSize; row < rows; row += warps) {  // softmax, one warp per row
+  // Softmax, one warp per row. Rows that do not exist, up to the stride, have weights of 0.
+  for (int row = threadIdx.x / kWarpSize; row < stride; row += warps) {
     if (row >= tile.row_count) {
       for (int64_t p = block.part_begin + lane; p < block.part_end; p += kWarpSize) {
         weights[(p - block.part_begin) * stride + row] = 0;
