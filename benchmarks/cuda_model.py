@@ -122,9 +122,9 @@ class Launch:
         """Bytes of the different sectors of global memory that are read or written."""
         return 32 * self._sum("distinct", "global_load", "global_store", "async_copy")
 
-    def loaded(self, what: str) -> float:
-        """From global memory: "requests" of warps, "sectors" of 32 bytes that they ask for, "bytes" that they use."""
-        return self._sum(what, "global_load", "async_copy")
+    def accessed(self, what: str) -> float:
+        """Of global memory: "requests" of warps, "sectors" of 32 bytes that they ask for, "bytes" that they use."""
+        return self._sum(what, "global_load", "global_store", "async_copy")
 
     def wavefronts(self, what: str = "wavefronts") -> float:
         """Of shared memory; "conflicts": those that bank conflicts add."""
@@ -186,7 +186,11 @@ class Counter:
         images = case.B if case.B == 1 else 2
         processors = 132 if case.B == 1 else max(1, round(2 * 132 / case.B))
         scale = case.B / images
-        launches = self.ptx.count(self.folder, arguments(case._replace(B=images), sizes), processors=processors)
+        return self.launches_of(arguments(case._replace(B=images), sizes), processors, scale)
+
+    def launches_of(self, call: list[str], processors: int = 132, scale: float = 1) -> list[Launch]:
+        """Of what `ptx.count` calls a case; `scale` is images / images counted."""
+        launches = self.ptx.count(self.folder, call, processors=processors)
         return [self._launch(counts, scale) for counts in launches]
 
     def _launch(self, counts: dict[str, Any], scale: float) -> Launch:
@@ -308,7 +312,7 @@ def describe(case: Case, models: dict[str, Model], sizes: Sizes) -> dict[str, An
                 "spilled bytes": launch.spills,
                 "shared bytes": launch.shared,
                 "blocks a multiprocessor": launch.resident(model.gpu),
-                "sectors loaded / used": round(32 * launch.loaded("sectors") / max(launch.loaded("bytes"), 1), 3),
+                "sectors asked / used": round(32 * launch.accessed("sectors") / max(launch.accessed("bytes"), 1), 3),
                 "bytes touched": round(launch.touched()),
                 "bank conflicts a wavefront": round(launch.wavefronts("conflicts") / max(launch.wavefronts(), 1), 3),
                 "instructions an element": instructions,
@@ -336,7 +340,7 @@ def table(record: dict[str, Any]) -> str:
         cells += [f"{case['measured us']:.1f}" if "measured us" in case else ""] if measured else []
         lines.append(f"| {' | '.join(cells)} |")
     columns = ("registers", "spilled bytes", "shared bytes", "blocks a multiprocessor", "bank conflicts a wavefront")
-    columns += ("sectors loaded / used",)
+    columns += ("sectors asked / used",)
     lines += ["", f"| kernel | blocks x threads | {' | '.join(columns)} | instructions an element | limits us |"]
     lines.append("|---" * (4 + len(columns)) + "|")
     for case in record["cases"]:

@@ -47,7 +47,7 @@ struct CellsBlock {
   }
 };
 
-// For each cell p and row n of this warp: calls out(n, p, sum) in one lane, where sum is the sum over the channels of
+// For each cell p and row n of this warp: calls out(n, p, sum), in a lane for each cell, where sum is the sum over the channels of
 // term(j, value of the cell, value of the row). Before that, term.move_to(channel, count) is called, so that j = 0 is
 // this channel and the first `count` values of j exist. cells is [P, channels] of the image, row_values [N, channels]
 // with `stride` elements between rows.
@@ -81,13 +81,14 @@ __device__ void sum_over_channels(const CellsBlock& block, int64_t channels, con
 #pragma unroll
   for (int row = 0; row < rows; ++row) {
     if (row >= block.tile.row_count) break;
+    acc_t of_lane = 0;  // lane i has the sum of cell i, so that all are stored at once
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
       const acc_t sum = warp_reduce(sums[row][i], Sum());
-      if (lane == i && block.first_cell + i < block.end_cell) {
-        out(block.tile.first_row + row, block.first_cell + i, sum);
-      }
+      if (lane == i) of_lane = sum;
     }
+    const int64_t p = block.first_cell + lane;
+    if (lane < kCells && p < block.end_cell) out(block.tile.first_row + row, p, of_lane);
   }
 }
 

@@ -50,7 +50,7 @@ def test_a_kernel_by_hand():
     launch = make_launch(instructions=instructions, global_load=load, shared_load=shared)
     assert launch.instructions() == {"fma": 1_280_000, "mufu": 64_000, "shuffle": 6400, "expanded": 640}
     assert (
-        launch.loaded("sectors") == 18_000 and launch.touched() == 32_000_000 and launch.wavefronts("conflicts") == 2000
+        launch.accessed("sectors") == 18_000 and launch.touched() == 32_000_000 and launch.wavefronts("conflicts") == 2000
     )
     issued = (1_280_000 + 64_000 + 6400 + 640) / 32
     cycles = cuda_model.INSTRUCTION * issued + cuda_model.LOAD * 2000
@@ -106,7 +106,7 @@ def test_a_record_and_its_table(models):
     case = Case("soft_attention", 256, 5, "bfloat16", "tanh")
     described = cuda_model.describe(case, models, Sizes())
     assert described["bytes touched / necessary"] == round(32_000 / cases.work(case, Sizes()).bytes, 3)
-    assert described["launches"][0]["sectors loaded / used"] == 1.0
+    assert described["launches"][0]["sectors asked / used"] == 1.0
     assert described["predicted us"].keys() == GPUS.keys()
     steps = {"case": "decode step", "predicted us": {name: 1.0 for name in GPUS}}
     page = cuda_model.table(json.loads(json.dumps({"cases": [described, steps]})))
@@ -150,6 +150,13 @@ ALIGNED = Sizes(vocabulary=9536)  # as the search pads the logits
 MORE_SECTORS = {"weights_grad_kernel": 1.75, "softmax_grad_kernel": 1.3, "beam_search_step_kernel": 1.45}
 
 
+def check_sectors(launches: list[Launch]) -> None:
+    """Of what the threads of a warp read or write together they use every byte, but for the ends of rows."""
+    for launch in launches:
+        allowed = next((limit for part, limit in MORE_SECTORS.items() if part in launch.kernel), 1.05)
+        assert 32 * launch.accessed("sectors") <= allowed * launch.accessed("bytes"), launch.kernel
+
+
 # Both activations touch the same memory; tanh takes longer to run on the CPU.
 OF_MEMORY = [
     case
@@ -160,15 +167,26 @@ OF_MEMORY = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", OF_MEMORY, ids=lambda case: case.name)
-def test_no_sector_is_loaded_for_a_part_of_it(counter, case):
-    """Of what the threads of a warp load together they use every byte, but for the ends of rows; and no call touches
-    more memory than it needs, except for a backward, which also writes intermediate results."""
+def test_no_sector_is_used_in_part(counter, case):
+    """And no call touches more memory than it needs, except for a backward, which also writes intermediate results."""
     launches = counter.launches(case, ALIGNED)
-    for launch in launches:
-        allowed = next((limit for part, limit in MORE_SECTORS.items() if part in launch.kernel), 1.05)
-        assert 32 * launch.loaded("sectors") <= allowed * launch.loaded("bytes"), launch.kernel
+    check_sectors(launches)
     allowed = 1.1 if case.op == "soft_attention_backward" else 1.05
     assert sum(launch.touched() for launch in launches) <= allowed * cases.work(case, ALIGNED).bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "call",
+    [
+        "soft_attention_backward bfloat16 2 1 196 2048 512 relu gate features",
+        "soft_attention_keys_backward bfloat16 2 20 196 512 relu",
+        "lstm_step bfloat16 64 512 0",
+        "lstm_step_backward bfloat16 64 512",
+    ],
+)
+def test_no_sector_is_used_in_part_in_training(counter, call):
+    check_sectors(counter.launches_of(call.split()))
 
 
 @pytest.mark.slow
