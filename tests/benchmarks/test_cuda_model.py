@@ -49,9 +49,8 @@ def test_a_kernel_by_hand():
     instructions = {"fma": 640_000, "mufu": 32_000, "shuffle": 3200, "expanded": 320, "move": 10**9, "alu": 0}
     launch = make_launch(instructions=instructions, global_load=load, shared_load=shared)
     assert launch.instructions() == {"fma": 1_280_000, "mufu": 64_000, "shuffle": 6400, "expanded": 640}
-    assert (
-        launch.accessed("sectors") == 18_000 and launch.touched() == 32_000_000 and launch.wavefronts("conflicts") == 2000
-    )
+    assert launch.accessed("sectors") == 18_000
+    assert launch.touched() == 32_000_000 and launch.wavefronts("conflicts") == 2000
     issued = (1_280_000 + 64_000 + 6400 + 640) / 32
     cycles = cuda_model.INSTRUCTION * issued + cuda_model.LOAD * 2000
     cycles += cuda_model.SHUFFLE * 200 + cuda_model.EXPANDED * 20
