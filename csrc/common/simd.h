@@ -37,30 +37,43 @@ using Vector = typename VectorOf<Element>::type;
 template <typename Element>
 constexpr int64_t kLanes = kVectorBytes / sizeof(Element);
 
-// Loads `count` numbers, converted to the accumulation type; the other lanes are 0.
+// Loads a vector of numbers, converted to the accumulation type.
 template <typename T>
-inline Vector<accumulate_t<T>> load(const T* from, int64_t count = kLanes<accumulate_t<T>>) {
-  accumulate_t<T> lanes[kLanes<accumulate_t<T>>] = {};
-  for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = static_cast<accumulate_t<T>>(from[lane]);
+inline Vector<accumulate_t<T>> load(const T* from) {
+  accumulate_t<T> lanes[kLanes<accumulate_t<T>>];
+  for (int64_t lane = 0; lane < kLanes<accumulate_t<T>>; ++lane) lanes[lane] = static_cast<accumulate_t<T>>(from[lane]);
   Vector<accumulate_t<T>> vector;
   memcpy(&vector, lanes, sizeof(vector));
   return vector;
 }
 
-// The same, with the other lanes taken from `others`.
+// Loads `count` numbers; the other lanes are taken from `others`. This and the store of `count` numbers are only for
+// what remains after whole vectors: inlined everywhere, they would be most of the code and of the compiler's time.
 template <typename T>
-inline Vector<accumulate_t<T>> load_or(Vector<accumulate_t<T>> others, const T* from,
-                                       int64_t count = kLanes<accumulate_t<T>>) {
-  Vector<accumulate_t<T>> vector = load(from, count);
-  for (int64_t lane = count; lane < kLanes<accumulate_t<T>>; ++lane) vector[lane] = others[lane];
-  return vector;
+[[gnu::noinline]] Vector<accumulate_t<T>> load_or(Vector<accumulate_t<T>> others, const T* from, int64_t count) {
+  for (int64_t lane = 0; lane < count; ++lane) others[lane] = static_cast<accumulate_t<T>>(from[lane]);
+  return others;
 }
 
 template <typename T>
-inline void store(T* to, Vector<accumulate_t<T>> vector, int64_t count = kLanes<accumulate_t<T>>) {
-  accumulate_t<T> lanes[kLanes<accumulate_t<T>>];
-  memcpy(lanes, &vector, sizeof(vector));
-  for (int64_t lane = 0; lane < count; ++lane) to[lane] = static_cast<T>(lanes[lane]);
+inline Vector<accumulate_t<T>> load_or(Vector<accumulate_t<T>>, const T* from) {
+  return load(from);
+}
+
+// The same, with 0 in the other lanes.
+template <typename T>
+inline Vector<accumulate_t<T>> load(const T* from, int64_t count) {
+  return load_or(Vector<accumulate_t<T>>{}, from, count);
+}
+
+template <typename T>
+inline void store(T* to, Vector<accumulate_t<T>> vector) {
+  for (int64_t lane = 0; lane < kLanes<accumulate_t<T>>; ++lane) to[lane] = static_cast<T>(vector[lane]);
+}
+
+template <typename T>
+[[gnu::noinline]] void store(T* to, Vector<accumulate_t<T>> vector, int64_t count) {
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = static_cast<T>(vector[lane]);
 }
 
 // A whole vector of bfloat16, rounded as in dtype.h. Compilers do not vectorise the generic version.
@@ -72,6 +85,25 @@ inline void store(bfloat16* to, Vector<float> vector) {
   const Halves halves = __builtin_convertvector(x, Halves);
   memcpy(to, &halves, sizeof(halves));
 }
+
+// Whole vectors of float16, which the hardware converts with the results of dtype.h.
+#if defined(__AVX512F__)
+inline Vector<float> load(const float16* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline void store(float16* to, Vector<float> vector) {
+  const __m256i halves = _mm512_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+}
+#elif defined(__F16C__)
+inline Vector<float> load(const float16* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline void store(float16* to, Vector<float> vector) {
+  const __m128i halves = _mm256_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
+}
+#endif
 
 template <typename Element>
 inline Element sum_of_lanes(Vector<Element> vector) {

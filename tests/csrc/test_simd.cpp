@@ -61,6 +61,23 @@ void test_loads() {
   }
 }
 
+// Whole vectors of 16-bit numbers are converted as dtype.h converts single ones.
+template <typename T>
+void test_conversions() {
+  T values[kLanes<float>];
+  const auto equal = [](float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); };
+  for (uint32_t bits = 0; bits < 0x10000u; ++bits) {
+    for (T& value : values) value.bits = static_cast<uint16_t>(bits);
+    const Vector<float> vector = load(values);
+    for (int64_t lane = 0; lane < kLanes<float>; ++lane) expect(equal(vector[lane], values[lane]), "load", values[0]);
+  }
+  for (uint64_t bits = 0; bits < 0x100000000u; bits += 1021) {
+    const float x = bit_cast<float>(static_cast<uint32_t>(bits));
+    store(values, broadcast(x));
+    for (const T& value : values) expect(equal(value, static_cast<T>(x)), "store", x);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -69,6 +86,8 @@ int main() {
   test_loads<double>();
   test_loads<bfloat16>();
   test_loads<float16>();
+  test_conversions<bfloat16>();
+  test_conversions<float16>();
   if (failures == 0) std::printf("ok\n");
   return failures != 0;
 }
