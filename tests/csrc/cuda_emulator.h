@@ -1,6 +1,6 @@
 // Runs CUDA device code on the host, without a GPU and without CUDA's headers. Include this file before a .cuh.
 //
-// The blocks of a grid run one after another. The threads of a block are fibers (ucontext) that switch only where CUDA
+// The blocks of a grid run one after another. The threads of a block are fibers that switch only where CUDA
 // threads wait for each other: at __syncthreads and at warp-level operations. The schedule decides which thread runs
 // next; there are three. Correct code gives the same result in all of them; if a barrier is missing, data is read
 // before it is written in at least one of them. Threads that wait at a barrier that others never reach are reported.
@@ -10,8 +10,6 @@
 // __ballot_sync of whole warps, __popc, __ffs, static shared memory, and dynamic shared memory with the name
 // `dynamic_shared`.
 #pragma once
-
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -23,6 +21,8 @@
 #include <set>
 #include <stdexcept>
 #include <vector>
+
+#include "fiber.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -53,7 +53,6 @@ namespace cuda_emulator {
 enum class Schedule { lowest_first, highest_first, random };
 constexpr Schedule kSchedules[] = {Schedule::lowest_first, Schedule::highest_first, Schedule::random};
 constexpr unsigned kWarp = 32, kMaxThreads = 1024;
-constexpr size_t kStackBytes = 64 * 1024;
 
 struct Index {
   unsigned x;
@@ -70,20 +69,15 @@ struct Warp {
   uint64_t values[2][kWarp];  // of even and odd rounds; no thread is two rounds ahead of one that still reads
 };
 
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
-};
-
 struct Block {
   Index index, size, grid;
   Barrier barrier;
   std::vector<Warp> warps;
-  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<std::unique_ptr<fibers::Fiber>> fibers;
   std::set<unsigned> ready;    // threads that can run
   std::vector<char> votes[2];  // of __syncthreads_or, like Warp::values
   std::function<void()> kernel;
-  ucontext_t scheduler;
+  void* scheduler;  // its stack, while a thread runs
   unsigned thread;  // that is running
 };
 
@@ -94,7 +88,7 @@ inline void wait(Barrier& barrier) {
   barrier.waiting.push_back(thread);
   if (barrier.waiting.size() < barrier.size) {
     block->ready.erase(thread);
-    swapcontext(&block->fibers[thread]->context, &block->scheduler);
+    switch_stack(&block->fibers[thread]->pointer, block->scheduler);
     return;
   }
   block->ready.insert(barrier.waiting.begin(), barrier.waiting.end());
@@ -102,18 +96,15 @@ inline void wait(Barrier& barrier) {
   ++barrier.round;
 }
 
-inline void run_fiber() {
+inline void run_thread() {
   block->kernel();
   block->ready.erase(block->thread);
+  switch_stack(&block->fibers[block->thread]->pointer, block->scheduler);
 }
 
 inline void run_block(Schedule schedule, std::mt19937& random) {
   for (unsigned thread = 0; thread < block->size.x; ++thread) {
-    Fiber& fiber = *block->fibers[thread];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack = {.ss_sp = fiber.stack.get(), .ss_flags = 0, .ss_size = kStackBytes};
-    fiber.context.uc_link = &block->scheduler;
-    makecontext(&fiber.context, run_fiber, 0);
+    block->fibers[thread]->start(run_thread);
     block->ready.insert(thread);
   }
   while (!block->ready.empty()) {
@@ -121,7 +112,7 @@ inline void run_block(Schedule schedule, std::mt19937& random) {
     block->thread = schedule == Schedule::lowest_first    ? *first
                     : schedule == Schedule::highest_first ? *last
                                                           : *block->ready.lower_bound(random() % (*last + 1));
-    swapcontext(&block->scheduler, &block->fibers[block->thread]->context);
+    switch_stack(&block->scheduler, block->fibers[block->thread]->pointer);
   }
   bool waits = !block->barrier.waiting.empty();
   for (const Warp& warp : block->warps) waits |= !warp.barrier.waiting.empty();
@@ -161,7 +152,7 @@ void launch(Schedule schedule, unsigned blocks, unsigned threads, size_t shared_
   state.size = {threads};
   state.grid = {blocks};
   state.kernel = [&] { kernel(arguments...); };
-  for (unsigned i = 0; i < threads; ++i) state.fibers.push_back(std::make_unique<Fiber>());
+  for (unsigned i = 0; i < threads; ++i) state.fibers.push_back(std::make_unique<fibers::Fiber>());
   for (auto& votes : state.votes) votes.resize(threads);
   block = &state;
   std::mt19937 random(0);

@@ -89,7 +89,7 @@ def build(folder, arch: str = "sm_90", jobs: int | None = None) -> None:
     Does nothing if the folder was built from these sources already. By default with as many processes as cores.
     """
     folder = Path(folder).resolve()
-    sources = sorted([*ROOT.glob("csrc/**/*"), *HERE.glob("*.*")])
+    sources = sorted([*ROOT.glob("csrc/**/*"), *HERE.glob("*.*"), ROOT / "tests/csrc/fiber.h"])
     digest = hashlib.sha256(arch.encode())
     for path in sources:
         if path.is_file():
@@ -103,7 +103,7 @@ def build(folder, arch: str = "sm_90", jobs: int | None = None) -> None:
     files = sorted(ROOT.glob("csrc/*/*.cu"))
     build_kernels(compile_cuda(files, folder / "nvcc", arch, jobs), folder / "kernels", jobs)
     options = ["-O2", "-Wall", f"-DFAKE_ARCHITECTURE={number_of(arch)}", "-isystem", cuda_include()]
-    options += ["-I", ROOT / "csrc", "-I", HERE]
+    options += ["-I", ROOT / "csrc", "-I", HERE, "-I", ROOT / "tests/csrc"]
     names = ("runtime", "counting", "fake_cudart", "count")
     run_all([[*CXX, *options, "-c", HERE / f"{name}.cpp", "-o", folder / f"runtime/{name}.o"] for name in names], jobs)
     count_object = (folder / "runtime/count.o").rename(folder / "count.o")

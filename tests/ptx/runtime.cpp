@@ -131,7 +131,7 @@ struct Thread {
   u32 index;  // in the cluster
   Position at;
   Block* block;
-  Fiber fiber;
+  fibers::Fiber fiber;
   u32 site;  // where it waits
   bool has_ended, has_arrived;
   u64 arrived_in;  // the phase of the cluster's barrier
@@ -241,11 +241,11 @@ Warp& warp() { return current->block->warps[current->at.tid / kWarp]; }
 void switch_thread() {
   void** const store = &current->fiber.pointer;
   if (cluster->ready.is_empty() || !cluster->error.empty()) {
-    ptx_switch_stack(store, cluster->main);
+    switch_stack(store, cluster->main);
   } else {
     current = cluster->threads[cluster->ready.next(cluster->launch.order)].get();
     position = &current->at;
-    if (store != &current->fiber.pointer) ptx_switch_stack(store, current->fiber.pointer);
+    if (store != &current->fiber.pointer) switch_stack(store, current->fiber.pointer);
   }
 }
 
@@ -687,7 +687,7 @@ void run_cluster(Cluster& state, u32 first_block) {
   }
   current = state.threads[state.ready.next(launch.order)].get();
   position = &current->at;
-  ptx_switch_stack(&state.main, current->fiber.pointer);
+  switch_stack(&state.main, current->fiber.pointer);
   const auto report = [&](const std::string& what) {
     if (state.error.empty()) state.error = std::string(kernel.name) + ": " + what;
   };

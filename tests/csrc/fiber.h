@@ -4,7 +4,12 @@
 
 #include <sys/mman.h>
 
+#include <cstddef>
 #include <new>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #if !defined(__x86_64__) && !defined(__aarch64__)
 #error "switch_stack is written for x86-64 and AArch64"
@@ -13,16 +18,16 @@
 extern "C" {
 // Pushes the registers that a function must preserve, stores the stack pointer, and continues where the other stack
 // pointer was stored.
-void ptx_switch_stack(void** store, void* load);
+void switch_stack(void** store, void* load);
 }
 
 #if defined(__x86_64__)
 asm(R"(
 .text
 .p2align 4
-.weak ptx_switch_stack
-.type ptx_switch_stack, @function
-ptx_switch_stack:
+.weak switch_stack
+.type switch_stack, @function
+switch_stack:
   pushq %rbp
   pushq %rbx
   pushq %r12
@@ -38,15 +43,15 @@ ptx_switch_stack:
   popq %rbx
   popq %rbp
   ret
-.size ptx_switch_stack, .-ptx_switch_stack
+.size switch_stack, .-switch_stack
 )");
 #elif defined(__aarch64__)
 asm(R"(
 .text
 .p2align 4
-.weak ptx_switch_stack
-.type ptx_switch_stack, %function
-ptx_switch_stack:
+.weak switch_stack
+.type switch_stack, %function
+switch_stack:
   sub sp, sp, #160
   stp x19, x20, [sp, #0]
   stp x21, x22, [sp, #16]
@@ -73,11 +78,11 @@ ptx_switch_stack:
   ldp d14, d15, [sp, #144]
   add sp, sp, #160
   ret
-.size ptx_switch_stack, .-ptx_switch_stack
+.size switch_stack, .-switch_stack
 )");
 #endif
 
-namespace ptx {
+namespace fibers {
 
 class Fiber {
  public:
@@ -86,10 +91,14 @@ class Fiber {
     if (stack_ == MAP_FAILED) throw std::bad_alloc();
   }
   Fiber(const Fiber&) = delete;
-  ~Fiber() { munmap(stack_, kStackBytes); }
+  ~Fiber() {
+    unpoison();
+    munmap(stack_, kStackBytes);
+  }
 
   // The next switch to this fiber begins body(), which must not return.
   void start(void (*body)()) {
+    unpoison();
     void** const top = reinterpret_cast<void**>(static_cast<char*>(stack_) + kStackBytes);
 #if defined(__x86_64__)
     void** const frame = top - 8;  // six registers, the address to return to, and a word that aligns the stack
@@ -105,7 +114,15 @@ class Fiber {
 
  private:
   static constexpr size_t kStackBytes = 256 * 1024;
+
+  // AddressSanitizer keeps what surrounds local variables from being used; body() has not returned to allow it again.
+  void unpoison() {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(stack_, kStackBytes);
+#endif
+  }
+
   void* stack_;
 };
 
-}  // namespace ptx
+}  // namespace fibers
