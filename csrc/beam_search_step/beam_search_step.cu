@@ -1,4 +1,5 @@
 // The CUDA kernel launcher.
+#include "../common/cuda_device.h"
 #include "beam_search_step.cuh"
 
 namespace attncap {
@@ -7,10 +8,7 @@ template <typename T>
 cudaError_t beam_search_step_cuda(const BeamSearchStep<T>& params, cudaStream_t stream) {
   const BeamSearchSizes& sizes = params.sizes;
   if (sizes.B == 0) return cudaSuccess;
-  int device = 0, processors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  const int threads = beam_search_step_threads(sizes, processors);
+  const int threads = beam_search_step_threads(sizes, processor_count());
   const size_t shared_bytes = beam_search_step_shared_bytes(sizes, threads);
   beam_search_step_kernel<<<sizes.B, threads, shared_bytes, stream>>>(params);
   return cudaGetLastError();

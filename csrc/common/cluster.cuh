@@ -60,11 +60,13 @@ __device__ inline uint32_t block_in_cluster() {
 
 // Waits for all threads of the cluster. What they wrote to shared memory is then visible to all.
 __device__ inline void sync_cluster() {
+  __syncwarp();  // "aligned": all threads of a warp arrive together
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // Waits for all threads of the cluster; for blocks that must stay until others have read their shared memory.
 __device__ inline void leave_cluster() {
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 

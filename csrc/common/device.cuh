@@ -48,7 +48,7 @@ __device__ accumulate_t<T> fast_sigmoid(accumulate_t<T> x) {
 
 template <typename T>
 __device__ accumulate_t<T> fast_tanh(accumulate_t<T> x) {
-#ifdef __CUDA_ARCH__  // absolute error about 2^-22, far below the precision of the 16-bit types
+#ifdef __CUDA_ARCH__  // absolute error about 2^-22
   if constexpr (sizeof(T) == 2) return 1 - __fdividef(2, 1 + __expf(2 * x));
 #endif
   return std::tanh(x);

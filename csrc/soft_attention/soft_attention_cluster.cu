@@ -1,23 +1,20 @@
 // The launcher of the forward in one kernel.
+#include <map>
+#include <mutex>
+
+#include "../common/cuda_device.h"
 #include "soft_attention_cluster.cuh"
 #include "soft_attention_launch.h"
 
 namespace attncap {
 namespace {
 
-int attribute(cudaDeviceAttr name) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, name, device);
-  return value;
-}
-
 // The number of blocks of a cluster, a power of two, for which all blocks are estimated to be done first. Work is
 // counted in cells that a block passes over; beginning and end of a block take as long as kFixedCells of them.
-int64_t cluster_blocks(int64_t clusters, int64_t cells, int64_t resident_blocks) {
+int64_t cluster_blocks(int64_t clusters, int64_t cells, int64_t resident_blocks, int64_t most_blocks) {
   constexpr int64_t kFixedCells = 30;  // measured on an H100
   int64_t best = 1, least = INT64_MAX;
-  for (int64_t blocks = 1; blocks <= kMaxClusterBlocks && blocks <= cells; blocks *= 2) {
+  for (int64_t blocks = 1; blocks <= most_blocks && blocks <= cells; blocks *= 2) {
     // A cluster's blocks have to be on neighbouring multiprocessors: about a sixteenth of the places stays empty.
     const int64_t resident = blocks == 1 ? resident_blocks : resident_blocks * 15 / 16 / blocks;
     if (resident == 0) break;
@@ -27,25 +24,47 @@ int64_t cluster_blocks(int64_t clusters, int64_t cells, int64_t resident_blocks)
   return best;
 }
 
+// Prepares a kernel for the current GPU. Returns the most blocks that a cluster of it can have there with this much
+// shared memory each; 0 if the library has no code of it for this GPU.
+template <typename Kernel>
+int prepare(Kernel* kernel, int shared_bytes) {
+  cudaFuncAttributes code{};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(kMaxClusterBlocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared_bytes;
+  int most = 0;
+  if (cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    cudaOccupancyMaxPotentialClusterSize(&most, kernel, &config);
+  }
+  const bool failed = cudaGetLastError() != cudaSuccess;  // which the next launch would report otherwise
+  return failed ? 0 : most < kMaxClusterBlocks ? most : kMaxClusterBlocks;
+}
+
 template <typename T, Activation activation, int rows>
 bool launch(const SoftAttentionForward<T>& params, cudaStream_t stream, cudaError_t& error) {
   const auto kernel = soft_attention_cluster_kernel<T, activation, rows>;
-  static const bool is_compiled = [&] {  // for these GPUs; if the library was built for older ones only, it is not
-    cudaFuncAttributes attributes{};
-    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
-  }();
-  if (!is_compiled) return false;
-  constexpr int blocks_per_processor = rows > 5 ? 1 : 2, reserved = 1024;
-  const int shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / blocks_per_processor - reserved;
+  constexpr int blocks_per_processor = rows > 5 ? 1 : 2;
+  const int shared_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / blocks_per_processor -
+                           device_attribute(cudaDevAttrReservedSharedMemoryPerBlock);
+  static std::map<int, int> prepared;  // by device
+  static std::mutex mutex;
+  int most_blocks;
+  {
+    const std::lock_guard lock(mutex);
+    const auto [found, is_new] = prepared.try_emplace(current_device());
+    if (is_new) found->second = prepare(kernel, shared_bytes);
+    most_blocks = found->second;
+  }
+  if (most_blocks == 0) return false;
   const int64_t clusters = params.sizes.B * ceil_div(params.sizes.K, rows);
-  const int64_t resident = blocks_per_processor * attribute(cudaDevAttrMultiProcessorCount);
-  const int64_t blocks = cluster_blocks(clusters, params.sizes.P, resident);
+  const int64_t resident = blocks_per_processor * processor_count();
+  const int64_t blocks = cluster_blocks(clusters, params.sizes.P, resident, most_blocks);
   const ClusterPlan plan = cluster_plan<T, rows>(params.sizes, blocks, shared_bytes);
   if (plan.shared_bytes == 0) return false;
 
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error != cudaSuccess) return true;
   cudaLaunchAttribute cluster{.id = cudaLaunchAttributeClusterDimension};
   cluster.val.clusterDim.x = blocks;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
@@ -56,7 +75,8 @@ bool launch(const SoftAttentionForward<T>& params, cudaStream_t stream, cudaErro
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, kernel, params, plan);
+  cudaLaunchKernelEx(&config, kernel, params, plan);
+  error = cudaGetLastError();
   return true;
 }
 
@@ -66,7 +86,7 @@ template <typename T>
 bool soft_attention_cluster_cuda(const SoftAttentionForward<T>& params, cudaStream_t stream, cudaError_t& error) {
   const Aligned aligned(params);
   const bool gate_aligned = !params.gate || is_aligned(params.gate, params.gate_stride, params.sizes.D);
-  if (attribute(cudaDevAttrComputeCapabilityMajor) < 9 || params.sizes.B * params.sizes.K == 0) return false;
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9 || params.sizes.B * params.sizes.K == 0) return false;
   if (!aligned.keys || !aligned.features || !gate_aligned) return false;
   bool launched = false;
   with_rows<10>(params.sizes.K, [&](auto rows) {

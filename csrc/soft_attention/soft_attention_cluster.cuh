@@ -44,38 +44,48 @@ struct ClusterPlan {
   int shared_bytes;       // all in all; 0 if these sizes need another kernel
 };
 
-// The plan for clusters of `blocks` blocks that have `shared_bytes` bytes each.
+// The plan with stages of this size and number, if its shared memory is at most `shared_bytes` bytes a block.
+template <typename T, int rows>
+ClusterPlan cluster_plan(const SoftAttentionSizes& sizes, int blocks, int stage_cells, int stages, int shared_bytes) {
+  const int64_t D = sizes.D, A = sizes.A, cells = ceil_div(sizes.P, blocks);
+  const int64_t room = kThreads / (D / kThreadChannels), groups = room < stage_cells ? room : stage_cells;
+  const auto aligned = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
+  const int64_t features = 2 * kChunkCells<T> * A * sizeof(T), gates = groups * rows * D * 4;
+  const int64_t copied = features + stages * stage_cells * D * sizeof(T), in_the_end = gates + rows * D * sizeof(T);
+  const int64_t query = aligned(copied > in_the_end ? copied : in_the_end);
+  const int64_t scores = aligned(query + (rows + 1) * A * sizeof(T)), weights = aligned(scores + rows * cells * 4);
+  const int64_t largest_and_total = weights + kChunkCells<T> * kRowStride<rows> * 4;
+  const int64_t scales = largest_and_total + rows * 8, factors = scales + rows * 4;
+  const int64_t barriers = aligned(factors + blocks * rows * 4), end = barriers + (2 + 2 * stages) * 8;
+  if (end > shared_bytes) return {};
+  ClusterPlan plan{.blocks = blocks, .stage_cells = stage_cells, .stages = stages};
+  plan.groups = static_cast<int>(groups);
+  plan.features = static_cast<int>(features);
+  plan.gates = static_cast<int>(gates);
+  plan.query = static_cast<int>(query);
+  plan.scores = static_cast<int>(scores);
+  plan.weights = static_cast<int>(weights);
+  plan.largest_and_total = static_cast<int>(largest_and_total);
+  plan.scales = static_cast<int>(scales);
+  plan.factors = static_cast<int>(factors);
+  plan.barriers = static_cast<int>(barriers);
+  plan.shared_bytes = static_cast<int>(end);
+  return plan;
+}
+
+// The plan with the largest stages, and as many of these as there is room for.
 template <typename T, int rows>
 ClusterPlan cluster_plan(const SoftAttentionSizes& sizes, int blocks, int shared_bytes) {
   const int64_t D = sizes.D, A = sizes.A, cells = ceil_div(sizes.P, blocks);
   if (D % kThreadChannels != 0 || D > kThreads * kThreadChannels || sizes.P * (D > A ? D : A) > INT32_MAX) return {};
-  ClusterPlan plan{.blocks = blocks, .stage_cells = kChunkCells<T>};
-  while (plan.stage_cells > 1 && plan.stage_cells * D * sizeof(T) > kStageBytes) plan.stage_cells /= 2;
-  plan.groups = static_cast<int>(kThreads / (D / kThreadChannels));
-  const auto aligned = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
-  const int64_t useful = ceil_div(cells, plan.stage_cells);
-  for (int64_t stages = useful < kMaxStages ? useful : kMaxStages; stages > 0; --stages) {
-    const int64_t features = 2 * kChunkCells<T> * A * sizeof(T), gates = plan.groups * rows * D * 4;
-    const int64_t copied = features + stages * plan.stage_cells * D * sizeof(T);
-    const int64_t in_the_end = gates + rows * D * sizeof(T);
-    const int64_t query = aligned(copied > in_the_end ? copied : in_the_end);
-    const int64_t scores = aligned(query + (rows + 1) * A * sizeof(T)), weights = aligned(scores + rows * cells * 4);
-    const int64_t largest_and_total = weights + kChunkCells<T> * kRowStride<rows> * 4;
-    const int64_t scales = largest_and_total + rows * 8, factors = scales + rows * 4;
-    const int64_t barriers = aligned(factors + blocks * rows * 4), end = barriers + (2 + 2 * stages) * 8;
-    if (end > shared_bytes) continue;
-    plan.stages = static_cast<int>(stages);
-    plan.features = static_cast<int>(features);
-    plan.gates = static_cast<int>(gates);
-    plan.query = static_cast<int>(query);
-    plan.scores = static_cast<int>(scores);
-    plan.weights = static_cast<int>(weights);
-    plan.largest_and_total = static_cast<int>(largest_and_total);
-    plan.scales = static_cast<int>(scales);
-    plan.factors = static_cast<int>(factors);
-    plan.barriers = static_cast<int>(barriers);
-    plan.shared_bytes = static_cast<int>(end);
-    return plan;
+  for (int stage_cells = kChunkCells<T>; stage_cells > 0; stage_cells /= 2) {
+    if (stage_cells > 1 && stage_cells * D * sizeof(T) > kStageBytes) continue;
+    const int64_t copies = ceil_div(cells, stage_cells);
+    const int least = copies == 1 ? 1 : 2;  // a copy starts while the one before it is used
+    for (int stages = copies < kMaxStages ? static_cast<int>(copies) : kMaxStages; stages >= least; --stages) {
+      const auto plan = cluster_plan<T, rows>(sizes, blocks, stage_cells, stages, shared_bytes);
+      if (plan.shared_bytes > 0) return plan;
+    }
   }
   return {};
 }

@@ -1,6 +1,7 @@
 // The CUDA kernel launchers. Each dtype is instantiated in a .cu of its own, so that they compile in parallel.
 #pragma once
 
+#include "../common/cuda_device.h"
 #include "soft_attention_launch.h"
 
 namespace attncap {
@@ -20,18 +21,11 @@ struct Launcher {
   }
 };
 
-int processors() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 }  // namespace
 
 template <typename T>
 int soft_attention_parts_cuda(const SoftAttentionSizes& sizes) {
-  return context_grid<T>(sizes, processors()).parts;
+  return context_grid<T>(sizes, processor_count()).parts;
 }
 
 template <typename T>
@@ -41,21 +35,21 @@ cudaError_t soft_attention_forward_cuda(const SoftAttentionForward<T>& params, c
     if (soft_attention_cluster_cuda(params, stream, error)) return error;
   }
   Launcher launch{stream};
-  launch_forward(params, processors(), launch);
+  launch_forward(params, processor_count(), launch);
   return launch.error;
 }
 
 template <typename T>
 cudaError_t soft_attention_backward_cuda(const SoftAttentionBackward<T>& params, cudaStream_t stream) {
   Launcher launch{stream};
-  launch_backward(params, processors(), launch);
+  launch_backward(params, processor_count(), launch);
   return launch.error;
 }
 
 template <typename T>
 cudaError_t soft_attention_keys_backward_cuda(const SoftAttentionKeysBackward<T>& params, cudaStream_t stream) {
   Launcher launch{stream};
-  launch_keys_backward(params, processors(), launch);
+  launch_keys_backward(params, processor_count(), launch);
   return launch.error;
 }
 

@@ -47,10 +47,10 @@ struct CellsBlock {
   }
 };
 
-// For each cell p and row n of this warp: calls out(n, p, sum), in a lane for each cell, where sum is the sum over the channels of
-// term(j, value of the cell, value of the row). Before that, term.move_to(channel, count) is called, so that j = 0 is
-// this channel and the first `count` values of j exist. cells is [P, channels] of the image, row_values [N, channels]
-// with `stride` elements between rows.
+// For each cell p and row n of this warp: calls out(n, p, sum), in a lane for each cell, where sum is the sum over the
+// channels of term(j, value of the cell, value of the row). Before that, term.move_to(channel, count) is called, so that
+// j = 0 is this channel and the first `count` values of j exist. cells is [P, channels] of the image, row_values [N,
+// channels] with `stride` elements between rows.
 template <int rows, bool aligned, typename T, typename R, typename Term, typename Out>
 __device__ void sum_over_channels(const CellsBlock& block, int64_t channels, const T* cells, const R* row_values,
                                   int64_t stride, Term term, const Out& out) {

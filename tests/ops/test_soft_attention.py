@@ -143,6 +143,13 @@ def test_error_rule_sizes(device, D, A):
 
 
 @on_every_device
+@pytest.mark.parametrize("A", [896, 1024, 1152, 1500])
+def test_error_rule_little_shared_memory(device, A):
+    """The fused kernel has room for the features of two times eight cells, three times four, three times two, none."""
+    check_error_rule(1, 5, 200, 512, A, device=device, dtype=torch.float32, seeds=1)
+
+
+@on_every_device
 @both_activations
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_rule_real_sizes(device, activation, dtype):

@@ -31,7 +31,8 @@ namespace {
 constexpr bool kHasClusters = FAKE_ARCHITECTURE >= 90;
 // Shared memory of a multiprocessor; CUDA keeps 1 KiB of each block to itself, on compute capability 7.5 nothing.
 constexpr int kSharedOfProcessor = (FAKE_ARCHITECTURE >= 90 ? 228 : FAKE_ARCHITECTURE >= 80 ? 100 : 64) * 1024;
-constexpr int kSharedLimit = kSharedOfProcessor - (FAKE_ARCHITECTURE >= 80 ? 1024 : 0);
+constexpr int kSharedReserved = FAKE_ARCHITECTURE >= 80 ? 1024 : 0;
+constexpr int kSharedLimit = kSharedOfProcessor - kSharedReserved;
 
 struct Function {
   const char* name;
@@ -149,8 +150,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* fu
   attributes->ptxVersion = attributes->binaryVersion = FAKE_ARCHITECTURE;
   return cudaSuccess;
 }
-cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*, const cudaLaunchConfig_t*) {
-  *count = kHasClusters ? processors / 8 : 0;
+cudaError_t cudaOccupancyMaxPotentialClusterSize(int* size, const void* function, const cudaLaunchConfig_t*) {
+  *size = !kHasClusters ? 1 : functions().at(function).allows_16_blocks ? 16 : 8;
   return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* count, const void*, int, size_t, unsigned) {
@@ -178,6 +179,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       {cudaDevAttrMaxSharedMemoryPerBlock, 48 * 1024},
       {cudaDevAttrMaxSharedMemoryPerBlockOptin, kSharedLimit},
       {cudaDevAttrMaxSharedMemoryPerMultiprocessor, kSharedOfProcessor},
+      {cudaDevAttrReservedSharedMemoryPerBlock, kSharedReserved},
       {cudaDevAttrClusterLaunch, kHasClusters},
   };
   const auto found = attributes.find(attribute);
