@@ -8,9 +8,15 @@ template <typename T>
 cudaError_t beam_search_step_cuda(const BeamSearchStep<T>& params, cudaStream_t stream) {
   const BeamSearchSizes& sizes = params.sizes;
   if (sizes.B == 0) return cudaSuccess;
-  const int threads = beam_search_step_threads(sizes, processor_count());
+  const int processors = processor_count(), threads = beam_search_step_threads(sizes, processors);
   const size_t shared_bytes = beam_search_step_shared_bytes(sizes, threads);
-  beam_search_step_kernel<<<sizes.B, threads, shared_bytes, stream>>>(params);
+  const int blocks = beam_search_step_blocks(sizes, threads, processors);
+  constexpr auto kernel = beam_search_step_kernel<T>;
+  if (blocks > 1 && blocks <= most_cluster_blocks<kernel>(kMaxBlocks, kMaxWarps * kWarpSize, kMostSharedBytes)) {
+    launch_clusters(kernel, sizes.B, blocks, threads, shared_bytes, stream, params);
+  } else {
+    kernel<<<sizes.B, threads, shared_bytes, stream>>>(params);
+  }
   return cudaGetLastError();
 }
 

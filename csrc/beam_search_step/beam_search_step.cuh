@@ -1,16 +1,18 @@
-// Device code, one block per image. It has no launch syntax and includes no torch, so that tests/csrc can run it on the
-// host.
+// Device code, a cluster of blocks per image: one block, or several where there are few images. It has no launch syntax
+// and includes no torch, so that tests/csrc can run it on the host.
 //
-// Each beam's row of logits is divided among `parts` warps, which read it twice: first for its log-sum-exp, then for
-// the K best candidates, which each warp keeps in its lanes. The first read also finds a bound that the image's K best
-// candidates reach, so that the second has few to insert. The first warp merges the lists of all warps and completes
-// the step. The second read is served by the caches, and nothing of the size of the logits is written.
+// Each beam's row of logits is divided among `parts` warps, of all blocks, which read it twice: first for its
+// log-sum-exp, then for the K best candidates, which each warp keeps in its lanes. The first read also finds a bound that
+// the image's K best candidates reach, so that the second has few to insert. The first warp of a block merges the lists
+// of its warps, that of the first block those of the blocks, and completes the step. The second read is served by the
+// caches, and nothing of the size of the logits is written.
 #pragma once
 
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
 
+#include "../common/cluster.cuh"
 #include "../common/device.cuh"
 #include "beam_search_step.h"
 
@@ -19,8 +21,10 @@ namespace attncap {
 extern __shared__ double dynamic_shared[];
 
 constexpr int kMaxWarps = 32;
+constexpr int kMaxBlocks = 8;  // of an image: what every GPU with clusters can run
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kTokensPerLane = 8;  // at a time
+constexpr int kMostSharedBytes = kMaxBeams * (kMaxWarps + 1) * sizeof(Candidate);
 
 // 16 bytes of adjacent logits.
 template <typename T>
@@ -154,22 +158,24 @@ struct WarpBest {
   }
 };
 
-// Dynamic shared memory: see beam_search_step_shared_bytes.
+// Its grid has the same number of blocks for each image. Dynamic shared memory: see beam_search_step_shared_bytes.
 template <typename T>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize) beam_search_step_kernel(BeamSearchStep<T> params) {
   __shared__ ExpSum sums[kMaxWarps];
   __shared__ float bounds[kMaxWarps];
   __shared__ float ends[kMaxBeams];
-  const int64_t b = blockIdx.x, V = params.sizes.V;
-  const int J = params.sizes.J, K = params.sizes.K, warps = blockDim.x / kWarpSize, parts = warps / J;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, j = warp / parts;
+  const int64_t V = params.sizes.V;
+  const int J = params.sizes.J, K = params.sizes.K, warps = blockDim.x / kWarpSize;
+  const int blocks = gridDim.x / params.sizes.B, block = blockIdx.x % blocks, b = blockIdx.x / blocks;
+  const int block_parts = warps / J, parts = blocks * block_parts;  // of a row
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, j = warp / block_parts;
   Candidate* lists = reinterpret_cast<Candidate*>(dynamic_shared);  // [K, warps]
   Candidate* best = lists + K * warps;                              // [K]
 
-  const int64_t row = b * J + j;
+  const int64_t row = int64_t{b} * J + j;
   const T* logits = params.logits + row * params.logits_stride;
   const bool aligned = reinterpret_cast<uintptr_t>(logits) % sizeof(Logits<T>) == 0;
-  const RowPart<T> row_part{logits, static_cast<int>(V), warp % parts, parts, aligned};
+  const RowPart<T> row_part{logits, static_cast<int>(V), block * block_parts + warp % block_parts, parts, aligned};
   const float factor = params.inverse_temperature, score = params.scores[row];
   float kth_logit = -INFINITY;  // of K candidates in this part that come from different lanes
   if (score != -INFINITY) {
@@ -181,10 +187,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) beam_search_step_kernel(
         largest_token >= 0 && largest_token != params.end && !is_suppressed(params, largest_token);
     if (params.penalty_count == 0) kth_logit = kth_largest(is_candidate ? largest_logit : -INFINITY, K);
   }
-  __syncthreads();
+  blocks > 1 ? sync_cluster() : __syncthreads();
   float base = -INFINITY, largest = 0;
   if (score != -INFINITY) {
-    const ExpSum sum = warp_sum(lane < parts ? sums[j * parts + lane] : empty_sum(), factor);
+    const ExpSum* const part_sum = &sums[j * block_parts + lane % block_parts];
+    const ExpSum sum = warp_sum(lane < parts ? *in_block(part_sum, lane / block_parts) : empty_sum(), factor);
     base = sum.sum > 0 ? score - std::log(sum.sum) : NAN;
     largest = sum.largest;
   }
@@ -194,13 +201,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) beam_search_step_kernel(
 
   if (lane == 0) bounds[warp] = base > -INFINITY && kth_logit > -INFINITY ? score_of(kth_logit) : -INFINITY;
   __syncthreads();
-  const float image_bound = warp_reduce(lane < warps ? bounds[lane] : -INFINITY, Max());
+  const float block_bound = warp_reduce(lane < warps ? bounds[lane] : -INFINITY, Max());
 
   WarpBest warp_best{K};
   if (base > -INFINITY) {  // false for NaN too
     row_part.for_each([&](int first, const float (&x)[kTokensPerLane]) {
       for (unsigned tried = 0;;) {
-        const float bound = Max()(Max()(warp_best.worst, image_bound), -FLT_MAX);
+        const float bound = Max()(Max()(warp_best.worst, block_bound), -FLT_MAX);
         unsigned hits = 0;  // tokens that may be among the best, before penalties and tie-breaking
 #pragma unroll
         for (int n = 0; n < kTokensPerLane; ++n) hits |= static_cast<unsigned>(score_of(x[n]) >= bound) << n;
@@ -220,19 +227,30 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) beam_search_step_kernel(
     });
   }
   if (lane < K) lists[lane * warps + warp] = warp_best.kept;
-  if (lane == 0 && warp % parts == 0) {
+  if (lane == 0 && warp % block_parts == 0) {
     const bool may_end = base > -INFINITY && params.end_allowed;
     ends[j] = may_end ? score_of(row_part.logits[params.end]) - penalty_of(params, row, params.end) : -INFINITY;
   }
   const bool is_nan = __syncthreads_or(base != base);
   if (warp > 0) return;
 
-  WarpBest image_best{K};
+  WarpBest merged{K};
   for (int first = 0; first < K * warps; first += kWarpSize) {  // best ones first, so later rounds insert few
-    image_best.take(first + lane < K * warps ? lists[first + lane] : Candidate());
+    merged.take(first + lane < K * warps ? lists[first + lane] : Candidate());
   }
-  if (lane < K) best[lane] = image_best.kept;
+  if (lane < K) best[lane] = merged.kept;
   __syncwarp();
+  if (blocks > 1) {
+    sync_cluster();
+    for (int first = K; block == 0 && first < K * blocks; first += kWarpSize) {
+      const int i = first + lane;
+      merged.take(i < K * blocks ? *in_block(&best[i % K], i / K) : Candidate());
+    }
+    leave_cluster();
+    if (block > 0) return;
+    if (lane < K) best[lane] = merged.kept;
+    __syncwarp();
+  }
   if (lane < J) end_beam(params, b, best, ends, is_nan, lane);
   __syncwarp();
   for (int h = lane; h < K + J; h += kWarpSize) keep_hypothesis(params, b, h);
@@ -245,6 +263,18 @@ inline int beam_search_step_threads(const BeamSearchSizes& sizes, int processors
   const int64_t warps = sizes.B > processors && sizes.J <= kMaxWarps / 2 ? kMaxWarps / 2 : kMaxWarps;
   const int64_t available = warps / sizes.J;
   return static_cast<int>(sizes.J * (useful < available ? useful : available)) * kWarpSize;
+}
+
+// As many blocks per image, a power of two, as have work to do and run at once, with at most a warp of parts of a row. A
+// cluster's blocks have to be on neighbouring multiprocessors: about a sixteenth of the places stays empty.
+inline int beam_search_step_blocks(const BeamSearchSizes& sizes, int threads, int processors) {
+  const int64_t block_parts = threads / kWarpSize / sizes.J;
+  int64_t blocks = 1;
+  while (2 * blocks <= kMaxBlocks && 2 * blocks * block_parts <= kWarpSize &&
+         2 * blocks * sizes.B <= processors * 15 / 16 && blocks * block_parts * kWarpSize * kTokensPerLane < sizes.V) {
+    blocks *= 2;
+  }
+  return static_cast<int>(blocks);
 }
 
 inline size_t beam_search_step_shared_bytes(const BeamSearchSizes& sizes, int threads) {

@@ -1,11 +1,39 @@
-// Device code for compute capability 9.0 and newer: copies that the hardware makes on its own, the barriers by which
-// they report their arrival, and clusters of blocks. PTX ISA 8.8, sections 9.7.9.25 (cp.async.bulk, mapa), 9.7.13.12
-// (barrier.cluster) and 9.7.13.15 (mbarrier).
+// Device code for compute capability 9.0 and newer: clusters of blocks, copies that the hardware makes on its own, and the
+// barriers by which they report their arrival. PTX ISA 8.8, sections 9.7.9.25 (cp.async.bulk, mapa), 9.7.13.12
+// (barrier.cluster) and 9.7.13.15 (mbarrier). Elsewhere, and on the host, a cluster is one block, and there are no copies.
 #pragma once
 
 #include <cstdint>
 
 namespace attncap {
+
+#if __CUDA_ARCH__ >= 900
+
+__device__ inline uint32_t block_in_cluster() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Waits for all threads of the cluster. What they wrote to shared memory is then visible to all.
+__device__ inline void sync_cluster() {
+  __syncwarp();  // "aligned": all threads of a warp arrive together
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Waits for all threads of the cluster; for blocks that must stay until others have read their shared memory.
+__device__ inline void leave_cluster() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// The address of the same variable in the shared memory of another block of the cluster.
+template <typename Element>
+__device__ const Element* in_block(const Element* own, uint32_t block) {
+  const Element* of_block;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(of_block) : "l"(own), "r"(block));
+  return of_block;
+}
 
 // A barrier in shared memory, for one phase after the other. A phase ends when the threads that it expects have arrived
 // and the bytes that it expects have been copied.
@@ -52,30 +80,16 @@ class PhaseBarrier {
 // Makes barriers that this thread has initialised visible to copies.
 __device__ inline void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-__device__ inline uint32_t block_in_cluster() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
+#else
 
-// Waits for all threads of the cluster. What they wrote to shared memory is then visible to all.
-__device__ inline void sync_cluster() {
-  __syncwarp();  // "aligned": all threads of a warp arrive together
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+__device__ inline void sync_cluster() { __syncthreads(); }
+__device__ inline void leave_cluster() {}
 
-// Waits for all threads of the cluster; for blocks that must stay until others have read their shared memory.
-__device__ inline void leave_cluster() {
-  __syncwarp();
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-// The address of the same variable in the shared memory of another block of the cluster.
 template <typename Element>
-__device__ const Element* in_block(const Element* own, uint32_t block) {
-  const Element* of_block;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(of_block) : "l"(own), "r"(block));
-  return of_block;
+__device__ const Element* in_block(const Element* own, uint32_t) {
+  return own;
 }
+
+#endif
 
 }  // namespace attncap

@@ -1,7 +1,4 @@
 // The launcher of the forward in one kernel.
-#include <map>
-#include <mutex>
-
 #include "../common/cuda_device.h"
 #include "soft_attention_cluster.cuh"
 #include "soft_attention_launch.h"
@@ -24,40 +21,13 @@ int64_t cluster_blocks(int64_t clusters, int64_t cells, int64_t resident_blocks,
   return best;
 }
 
-// Prepares a kernel for the current GPU. Returns the most blocks that a cluster of it can have there with this much
-// shared memory each; 0 if the library has no code of it for this GPU.
-template <typename Kernel>
-int prepare(Kernel* kernel, int shared_bytes) {
-  cudaFuncAttributes code{};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(kMaxClusterBlocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_bytes;
-  int most = 0;
-  if (cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    cudaOccupancyMaxPotentialClusterSize(&most, kernel, &config);
-  }
-  const bool failed = cudaGetLastError() != cudaSuccess;  // which the next launch would report otherwise
-  return failed ? 0 : most < kMaxClusterBlocks ? most : kMaxClusterBlocks;
-}
-
 template <typename T, Activation activation, int rows>
 bool launch(const SoftAttentionForward<T>& params, cudaStream_t stream, cudaError_t& error) {
-  const auto kernel = soft_attention_cluster_kernel<T, activation, rows>;
+  constexpr auto kernel = soft_attention_cluster_kernel<T, activation, rows>;
   constexpr int blocks_per_processor = rows > 5 ? 1 : 2;
   const int shared_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / blocks_per_processor -
                            device_attribute(cudaDevAttrReservedSharedMemoryPerBlock);
-  static std::map<int, int> prepared;  // by device
-  static std::mutex mutex;
-  int most_blocks;
-  {
-    const std::lock_guard lock(mutex);
-    const auto [found, is_new] = prepared.try_emplace(current_device());
-    if (is_new) found->second = prepare(kernel, shared_bytes);
-    most_blocks = found->second;
-  }
+  const int most_blocks = most_cluster_blocks<kernel>(kMaxClusterBlocks, kThreads, shared_bytes);
   if (most_blocks == 0) return false;
   const int64_t clusters = params.sizes.B * ceil_div(params.sizes.K, rows);
   const int64_t resident = blocks_per_processor * processor_count();
@@ -65,17 +35,7 @@ bool launch(const SoftAttentionForward<T>& params, cudaStream_t stream, cudaErro
   const ClusterPlan plan = cluster_plan<T, rows>(params.sizes, blocks, shared_bytes);
   if (plan.shared_bytes == 0) return false;
 
-  cudaLaunchAttribute cluster{.id = cudaLaunchAttributeClusterDimension};
-  cluster.val.clusterDim.x = blocks;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(clusters * blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = plan.shared_bytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, params, plan);
+  launch_clusters(kernel, clusters, blocks, kThreads, plan.shared_bytes, stream, params, plan);
   error = cudaGetLastError();
   return true;
 }

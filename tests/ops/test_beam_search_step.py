@@ -195,8 +195,12 @@ def test_sizes(device, op, shrink, J, K, V):
 
 
 @both_ops
-def test_large_vocabulary(device, op):
-    tensors, options = make_problem(2, 1, 8, 32, 100_000, M=1)
+@pytest.mark.parametrize(
+    "B, J, K, V", [(1, 8, 32, 100_000), (1, 5, 5, 9490), (40, 5, 3, 3000), (3, 32, 10, 300)], ids=str
+)
+def test_few_images_with_many_tokens(device, op, B, J, K, V):
+    """On CUDA, several blocks work on an image, as many as are free."""
+    tensors, options = make_problem(2, B, J, K, V, M=1)
     check_problem(device, op, tensors, options | dict(shrink=False))
 
 
@@ -212,7 +216,7 @@ def test_no_images(device, op, shrink):
 @both_ops
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ties_go_to_the_lower_beam_then_to_the_lower_token(device, op, dtype):
-    for V in (7, 70, 700):
+    for V in (7, 70, 700, 7000):
         logits = torch.zeros(2 * 3, V, device=device, dtype=dtype)
         logits[:, 5] = -0.0
         scores, finished = torch.zeros(2, 3, device=device), torch.full((2, 32), -torch.inf, device=device)

@@ -55,7 +55,7 @@ def test_csrc(folder, op, how, approx, guard):
 # Of tests/ops, the error rule in every dtype and for all sizes, tails and rows, and the gradients.
 OPS_TESTS = (
     "test_error_rule_dtypes or test_error_rule_rows or test_error_rule_images or test_error_rule_sizes "
-    "or test_error_rule_little_shared_memory "
+    "or test_error_rule_little_shared_memory or test_few_images_with_many_tokens or test_ties "
     "or test_keys_backward or test_hand_worked_case or test_no_rows or test_fully_masked_rows"
 )
 OPS_FILES = [f"tests/ops/test_{op}.py" for op in ptx.OPS]
