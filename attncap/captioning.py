@@ -20,10 +20,10 @@ def caption_examples(
     workers: int = 0,
     features: FeatureCache | None = None,
     progress: Callable[[int], object] | None = None,
-    skipped_seen: set[tuple[str, str]] | None = None,
+    skip: Callable[[Sequence[Skipped]], object] = report_skipped,
 ) -> Iterator[tuple[CaptionedImage, list[Caption]]]:
     """Each example with its captions, best first, `search.n_best` of them, in the order of `examples`. Images that
-    cannot be read are reported and left out.
+    cannot be read are left out.
 
     Args:
         search: settings of the search; the defaults if None.
@@ -31,12 +31,13 @@ def caption_examples(
         workers: number of processes that read images; 0 reads them in this process.
         features: the examples' features, if they are cached; the images then need not be encoded.
         progress: called after each batch with the number of examples in it.
-        skipped_seen: the items that have already been reported, see `report_skipped`.
+        skip: called with the images of a batch that cannot be read, if there are any; by default it reports them.
     """
     search = search or SearchConfig()
     pictures = Pictures(examples, model.config.image_size) if features is None else features
     for indices, batch, skipped in batches(pictures, batch_size, workers):
-        report_skipped(skipped, skipped_seen)
+        if skipped:
+            skip(skipped)
         if batch is not None:
             captions = model.caption_batch(batch, search)
             yield from ((examples[i], found) for i, found in zip(indices, captions, strict=True))

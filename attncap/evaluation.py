@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from attncap.config import short
-from attncap.data import CaptionedImage
+from attncap.data import CaptionedImage, Skipped, report_skipped
 from attncap.data.shapes import is_true
 from attncap.data.tokenizer import characters, tokenize
 from attncap.data.vocabulary import Vocabulary
@@ -39,13 +39,13 @@ def evaluate(
     workers: int = 0,
     features: FeatureCache | None = None,
     progress: Callable[[int], object] | None = None,
-    skipped_seen: set[tuple[str, str]] | None = None,
+    skip: Callable[[Sequence[Skipped]], object] = report_skipped,
 ) -> tuple[Scores, dict[str, str]]:
     """Caption every example freely (no teacher forcing), and score the best caption of each against all of its
     references.
 
     Args:
-        model, examples, search, batch_size, workers, features, progress, skipped_seen: see `caption_examples`.
+        model, examples, search, batch_size, workers, features, progress, skip: see `caption_examples`.
         java_metrics: the metrics that need Java, "METEOR" and "SPICE", to compute as well.
 
     Returns:
@@ -65,7 +65,7 @@ def evaluate(
         workers=workers,
         features=features,
         progress=progress,
-        skipped_seen=skipped_seen,
+        skip=skip,
     )
     best = [(example, captions[0]) for example, captions in captioned]
     if not best:

@@ -378,7 +378,7 @@ class Trainer:
                 workers=self.workers,
                 features=self.caches.get("val"),
                 progress=bar.update,
-                skipped_seen=self.skipped_seen,
+                skip=functools.partial(report_skipped, seen=self.skipped_seen),
             )
         return scores.corpus()
 
