@@ -8,7 +8,8 @@ they get. A kernel of G blocks on a GPU of M multiprocessors, the busiest of whi
 
     launch + sqrt(memory^2 + max(warps, units)^2)
 
-    memory  bytes of the different sectors that the kernel touches / bandwidth; of L2 where all of them fit into it
+    memory  bytes of the different sectors that the kernel touches / bandwidth; of L2 for one image (a T4's is too
+            small for the matrices of a decoder, so its times for one image are too low)
     warps   cycles of all warps of a scheduler / warps that are resident on it. The cycles of a warp are INSTRUCTION for
             each instruction, and beyond that LOAD for each that reads global memory, SHUFFLE for each shuffle, and
             EXPANDED for each of which ptxas makes many, such as a division
@@ -72,7 +73,7 @@ class Gpu:
 
 
 # Measured on an H100 SXM: 3,089 GB/s of reading, 92 % of the data sheet's bandwidth, and 726 TFLOP/s, 73 % of its peak.
-# The others are given the same shares of theirs.
+# The H200 is given the same shares of its data sheet; those of the T4 and the A100 are estimates.
 GPUS = {
     "T4": Gpu(75, 40, 1.59, 0.85 * 320, 1200, 0.6 * 65, 0.8 * 8.1, 64, 32, 16, 65536),
     "A100": Gpu(80, 108, 1.41, 0.92 * 2039, 4000, 0.8 * 312, 0.9 * 19.5, 64, 64, 32, 167936),

@@ -168,7 +168,7 @@ def captions_per_second(settings: Settings, find: Callable, B: int, attention: b
 
 
 def profile(function: Callable, device: torch.device) -> dict[str, Any]:
-    """The device's milliseconds in each kernel of a call."""
+    """The device's microseconds in each kernel of a call."""
     function()
     on_cpu = device.type == "cpu"
     activity = ProfilerActivity.CPU if on_cpu else ProfilerActivity.CUDA

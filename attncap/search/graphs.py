@@ -116,7 +116,8 @@ class SearchGraphs:
                 return Segment(*unpack(integers, host_scores, steps, beams), live)
 
             def warm_up() -> None:  # every kernel of `work` once
-                beams, _ = advance(min(2, count))
+                beams, steps = advance(min(2, count))
+                pack(steps, beams)
                 search.is_live(beams).sum()
                 for x in tensors(beams):
                     x.clone()

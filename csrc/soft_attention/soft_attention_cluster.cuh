@@ -20,7 +20,7 @@ constexpr int kStageBytes = 16 * 1024;  // of features that are copied at a time
 constexpr int kMaxStages = 15;          // a lane of the first warp starts the first copy into each
 
 template <typename T>
-constexpr int kWarpCells = sizeof(T) == 2 ? 2 : 1;  // that a warp scores at a time
+constexpr int kWarpCells = sizeof(T) == 2 ? 2 : 1;  // that a warp scores at a time; at most 2
 template <typename T>
 constexpr int kChunkCells = kWarps * kWarpCells<T>;
 
@@ -157,9 +157,12 @@ __global__ void __launch_bounds__(kThreads, rows > 5 ? 1 : 2)
   const auto copy_keys = [&](int chunk) {
     const int first = chunk * kChunkCells<T>, count = min(cells.count - first, kChunkCells<T>);
     const uint32_t row_bytes = A * sizeof(T);
+    const int loaded = (count + kWarpCells<T> - 1) / kWarpCells<T> * kWarpCells<T>;  // by the warps
+    T* const to = keys + chunk % 2 * kChunkCells<T> * A;
     PhaseBarrier& arrived = keys_arrived[chunk % 2];
-    arrived.arrive_and_expect((count + (chunk == 0 ? rows + 1 : 0)) * row_bytes);
-    arrived.copy(keys + chunk % 2 * kChunkCells<T> * A, all_keys + first * A, count * row_bytes);
+    arrived.arrive_and_expect((loaded + (chunk == 0 ? rows + 1 : 0)) * row_bytes);
+    arrived.copy(to, all_keys + first * A, count * row_bytes);
+    if (loaded > count) arrived.copy(to + count * A, all_keys + first * A, row_bytes);  // of no cell, but read
     if (chunk > 0) return;
 #pragma unroll 1
     for (int row = 0; row < rows; ++row) {  // for rows that do not exist, those of another
@@ -369,7 +372,8 @@ __global__ void __launch_bounds__(kThreads, rows > 5 ? 1 : 2)
     }
 #pragma unroll
     for (int k = 0; k < packs; ++k) {
-      const auto gate = load_aligned(gates + row * D + d + k * width);
+      Pack<float, width> gate = {};
+      if (params.gate) gate = load_aligned(gates + row * D + d + k * width);
       Pack<T, width> context;
 #pragma unroll
       for (int j = 0; j < width; ++j) {

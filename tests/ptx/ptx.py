@@ -165,6 +165,7 @@ def build_package(folder, jobs: int | None = None) -> Path:
     folder = Path(folder).resolve()
     torch_folder = Path(torch.__file__).parent
     package = folder / "python/attncap"
+    shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(ROOT / "attncap", package, ignore=shutil.ignore_patterns("libattncap_*", "__pycache__"))
     options = [*CXX, "-O0", "-w", "-isystem", torch_folder / "include", "-isystem", cuda_include(), "-I", ROOT / "csrc"]
     options += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
