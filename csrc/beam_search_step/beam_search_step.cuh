@@ -22,6 +22,7 @@ extern __shared__ double dynamic_shared[];
 
 constexpr int kMaxWarps = 32;
 constexpr int kMaxBlocks = 8;  // of an image: what every GPU with clusters can run
+constexpr int kClusterWarps = 16;  // of one of several blocks: with 32, there are too few registers
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kTokensPerLane = 8;  // at a time
 constexpr int kMostSharedBytes = kMaxBeams * (kMaxWarps + 1) * sizeof(Candidate);
@@ -158,21 +159,24 @@ struct WarpBest {
   }
 };
 
-// Its grid has the same number of blocks for each image. Dynamic shared memory: see beam_search_step_shared_bytes.
-template <typename T>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize) beam_search_step_kernel(BeamSearchStep<T> params) {
+// If clustered, the grid has the same number of blocks for each image. Dynamic shared memory: see beam_search_step_shared_bytes.
+template <typename T, bool clustered = false>
+__global__ void __launch_bounds__((clustered ? kClusterWarps : kMaxWarps) * kWarpSize, 1)
+    beam_search_step_kernel(BeamSearchStep<T> params) {
   __shared__ ExpSum sums[kMaxWarps];
   __shared__ float bounds[kMaxWarps];
   __shared__ float ends[kMaxBeams];
   const int64_t V = params.sizes.V;
   const int J = params.sizes.J, K = params.sizes.K, warps = blockDim.x / kWarpSize;
-  const int blocks = gridDim.x / params.sizes.B, block = blockIdx.x % blocks, b = blockIdx.x / blocks;
+  const int blocks = clustered ? gridDim.x / static_cast<unsigned>(params.sizes.B) : 1;  // of the image
+  const int block = clustered ? blockIdx.x % blocks : 0;
+  const int64_t b = clustered ? blockIdx.x / blocks : blockIdx.x;
   const int block_parts = warps / J, parts = blocks * block_parts;  // of a row
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, j = warp / block_parts;
   Candidate* lists = reinterpret_cast<Candidate*>(dynamic_shared);  // [K, warps]
   Candidate* best = lists + K * warps;                              // [K]
 
-  const int64_t row = int64_t{b} * J + j;
+  const int64_t row = b * J + j;
   const T* logits = params.logits + row * params.logits_stride;
   const bool aligned = reinterpret_cast<uintptr_t>(logits) % sizeof(Logits<T>) == 0;
   const RowPart<T> row_part{logits, static_cast<int>(V), block * block_parts + warp % block_parts, parts, aligned};
@@ -187,11 +191,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) beam_search_step_kernel(
         largest_token >= 0 && largest_token != params.end && !is_suppressed(params, largest_token);
     if (params.penalty_count == 0) kth_logit = kth_largest(is_candidate ? largest_logit : -INFINITY, K);
   }
-  blocks > 1 ? sync_cluster() : __syncthreads();
+  clustered ? sync_cluster() : __syncthreads();
   float base = -INFINITY, largest = 0;
   if (score != -INFINITY) {
-    const ExpSum* const part_sum = &sums[j * block_parts + lane % block_parts];
-    const ExpSum sum = warp_sum(lane < parts ? *in_block(part_sum, lane / block_parts) : empty_sum(), factor);
+    ExpSum part_sum = empty_sum();
+    if (lane < parts) {
+      part_sum = clustered ? *in_block(&sums[j * block_parts + lane % block_parts], lane / block_parts)
+                           : sums[j * parts + lane];
+    }
+    const ExpSum sum = warp_sum(part_sum, factor);
     base = sum.sum > 0 ? score - std::log(sum.sum) : NAN;
     largest = sum.largest;
   }
@@ -240,7 +248,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) beam_search_step_kernel(
   }
   if (lane < K) best[lane] = merged.kept;
   __syncwarp();
-  if (blocks > 1) {
+  if (clustered) {
     sync_cluster();
     for (int first = K; block == 0 && first < K * blocks; first += kWarpSize) {
       const int i = first + lane;

@@ -157,7 +157,7 @@ def test_output_that_is_not_utf8(trained, tmp_path):
     (tmp_path / "\x1b[2J.png").write_bytes(b"")
     arguments = [sys.executable, "-m", "attncap.caption", tmp_path, "--model", trained, "--workers", 0]
     status, out, err = run([*arguments, "--format", "jsonl"], env={**ENVIRONMENT, "PYTHONIOENCODING": "latin-1"})
-    assert status == 0 and json.loads(out)["image"] == f"{tmp_path}/é犬🐶.png"
+    assert status == 3 and json.loads(out)["image"] == f"{tmp_path}/é犬🐶.png"
     assert r"\x1b[2J.png: the file is empty" in err
 
 
