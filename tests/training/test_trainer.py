@@ -334,9 +334,11 @@ def test_two_runs_in_one_folder(server, data, whole, tmp_path):
     arguments = ["--data", data, *SETTINGS, "--output", tmp_path / "run"]
     first = server.start(tmp_path / "first", [*arguments, "--workers", 1], EACH_STEP)
     wait_for_checkpoints(tmp_path / "run", 1)
+    os.kill(first.pid, signal.SIGSTOP)  # or it might end before the second begins
     expected = f"attncap: error: {tmp_path}/run: another run is writing to it (process {first.pid})\n"
     for flags in ([], ["--resume"]):
         assert run(server, tmp_path, [*arguments, *flags]) == (1, expected)
+    os.kill(first.pid, signal.SIGCONT)
     assert first.status() == 0, first.text()
     assert_same_state(checkpoint(whole), checkpoint(tmp_path / "run"))
 
